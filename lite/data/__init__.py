@@ -1,0 +1,9 @@
+"""Loaders that give each rank its part, and batches on their device."""
+
+from __future__ import annotations
+
+from lite.data.loader import setup_dataloader
+from lite.data.sampler import BatchWeight, Shard
+from lite.data.transfer import move_to_device
+
+__all__ = ["BatchWeight", "Shard", "move_to_device", "setup_dataloader"]

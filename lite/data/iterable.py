@@ -1,0 +1,90 @@
+"""Splitting an IterableDataset over ranks and workers as one stream; noticing ranks that read the same by mistake."""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+from torch.utils.data import IterableDataset, get_worker_info
+
+from lite.data.sampler import Shard, Share, slice_evenly
+from lite.errors import UsageError
+
+
+class StridedStream(IterableDataset[Any]):
+    """Yields this rank's slice of each global batch of the one stream that `dataset` is, collated, with its share.
+
+    Every process reads the whole stream and skips what isn't its own; worker w of n makes the global batches j with
+    j % n == w, so the order does not depend on the number of workers.
+
+    Args:
+        dataset: The user's dataset. It must yield the same samples in the same order in every process.
+        batch_size: Samples per rank.
+        drop_last: Leave out a last global batch that doesn't fill up.
+        collate: The loader's collate function.
+        shard: This rank's part.
+    """
+
+    def __init__(
+        self, dataset: Iterable[Any], batch_size: int, drop_last: bool, collate: Callable[[Any], Any], shard: Shard
+    ) -> None:
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.drop_last = drop_last
+        self.collate = collate
+        self.shard = shard
+
+    def __iter__(self) -> Iterator[tuple[Any, Share | None, int | None]]:
+        """Triples: the batch, its share where it is ragged, and once per process a fingerprint of the stream."""
+        worker = get_worker_info()
+        first, step = (worker.id, worker.num_workers) if worker is not None else (0, 1)
+        size = self.batch_size * self.shard.world_size
+        items = iter(self.dataset)
+        fingerprint: int | None = None
+        told = False
+        number = 0
+        while group := list(islice(items, size)):
+            if number == 0:
+                fingerprint = zlib.crc32(pickle.dumps(group))
+            if len(group) < size and self.drop_last:
+                return
+            if number % step == first:
+                if len(group) == size:
+                    start = self.shard.rank * self.batch_size
+                    mine, share = group[start : start + self.batch_size], None
+                else:
+                    mine, share = slice_evenly(group, self.shard)
+                yield self.collate(mine), share, None if told else fingerprint
+                told = True
+            number += 1
+
+
+def identity(value: Any) -> Any:
+    """The collate function of a loader whose dataset yields ready batches."""
+    return value
+
+
+def check_same_stream(fingerprint: int, sync: Callable[[Any], Any]) -> None:
+    """Refuse a stream that differs between ranks: slices of different streams repeat and miss samples."""
+    if sync(fingerprint) != fingerprint:
+        raise UsageError(
+            "shard='stride' needs a dataset that yields the same samples in the same order on every rank, but this "
+            "rank's "
+            "first samples differ from rank 0's; seed its shuffling alike, or let it split itself and leave shard out."
+        )
+
+
+def warn_if_same(first: Any, sync: Callable[[Any], Any]) -> None:
+    """Tell the user when this rank's first batch is rank 0's: every sample would count once per rank."""
+    mine = None if first is None else zlib.crc32(pickle.dumps(first))
+    theirs = sync(mine)
+    if mine is not None and mine == theirs:
+        warnings.warn(
+            "this rank reads the same first batch as rank 0: an IterableDataset is not split unless you say so. Use "
+            "lite.setup_dataloaders(loader, shard='stride'), or split it in the dataset by rank and worker.",
+            stacklevel=3,
+        )

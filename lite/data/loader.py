@@ -1,0 +1,299 @@
+"""What `setup_dataloaders` hands back: a copy of the user's loader that gives out this rank's part of each global
+batch.
+
+The user's loader is never constructed anew: the copy shares everything it was given and differs in what it samples and
+in what iteration does around each batch.
+"""
+
+from __future__ import annotations
+
+import random
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
+from torch.utils.data.distributed import DistributedSampler
+
+from lite.data.iterable import StridedStream, check_same_stream, identity, warn_if_same
+from lite.data.sampler import BatchWeight, Shard, ShardedSampler
+from lite.data.transfer import move_to_device
+from lite.disguise import disguise
+from lite.errors import ConfigError, UsageError
+
+Sync = Callable[[Any], Any]
+
+_set_up: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def setup_dataloader(
+    loader: DataLoader[Any],
+    *,
+    shard: Shard,
+    device: torch.device | None,
+    weight: BatchWeight,
+    use_distributed_sampler: bool | str = True,
+    iterable_shard: str | None = None,
+    sync: Sync,
+) -> DataLoader[Any]:
+    """Return a copy of `loader` for this rank; see `Lite.setup_dataloaders`.
+
+    Args:
+        loader: The user's loader, which stays as it is.
+        shard: This rank's part of each global batch.
+        device: Where batches are moved; None or the CPU moves nothing.
+        weight: Told what each batch counts, as it is given out.
+        use_distributed_sampler: True, False or "interleaved".
+        iterable_shard: None or "stride".
+        sync: Returns rank 0's object on every rank.
+
+    Raises:
+        ConfigError: `loader` is no DataLoader, or it can't be split as asked.
+        UsageError: It is set up already.
+    """
+    if not isinstance(loader, DataLoader):
+        raise ConfigError(
+            f"setup_dataloaders got a {type(loader).__name__}, not a torch DataLoader; wrap it in one, or split it "
+            "yourself "
+            "by lite.global_rank and move its batches with lite.to_device."
+        )
+    if loader in _set_up:
+        raise UsageError("this DataLoader is set up already; use the loader that the first call returned.")
+    if use_distributed_sampler not in (True, False, "interleaved"):
+        raise ConfigError(
+            f"use_distributed_sampler={use_distributed_sampler!r} is not known; use True, False or 'interleaved'."
+        )
+    ready = _copy(loader)
+    split = shard.world_size > 1 and bool(use_distributed_sampler)
+    stream = isinstance(loader.dataset, IterableDataset)
+    strided = None
+    if stream and iterable_shard is not None and use_distributed_sampler:
+        strided = _strided_loader(loader, shard)
+    elif split and not stream and not _check_distributed(loader, shard):
+        _split(ready, loader, shard, sync, interleaved=use_distributed_sampler == "interleaved")
+    if split and ready.num_workers > 0 and shard.rank > 0:
+        for one in (ready, strided):
+            if one is not None:
+                one.__dict__["worker_init_fn"] = RankedWorkerInit(shard.rank, loader.worker_init_fn)
+    moves = device is not None and device.type != "cpu"
+    iteration = _Iteration(
+        ready, strided, weight, device if moves else None, sync, watch=split and stream and strided is None
+    )
+    _give_iteration(ready, iteration, plain=not split and strided is None and not moves)
+    _set_up.add(loader)
+    _set_up.add(ready)
+    return ready
+
+
+class _Iteration:
+    """What happens around the batches of one loader."""
+
+    def __init__(
+        self,
+        loader: DataLoader[Any],
+        strided: DataLoader[Any] | None,
+        weight: BatchWeight,
+        device: torch.device | None,
+        sync: Sync,
+        *,
+        watch: bool,
+    ) -> None:
+        self.strided = strided
+        self._weight = weight
+        self._device = device
+        self._sync = sync
+        self._watch = watch
+        self._sharded = next((s for s in (loader.batch_sampler, loader.sampler) if isinstance(s, ShardedSampler)), None)
+        self.epoch = 0
+        self._epoch_samplers = [s for s in _samplers(loader) if callable(getattr(s, "set_epoch", None))]
+        self._last_epochs: list[Any] = []
+
+    def begin(self) -> None:
+        """Count the epoch, and tell it to samplers that want to know and weren't told by the user."""
+        for i, sampler in enumerate(self._epoch_samplers):
+            told = self.epoch > 0 and getattr(sampler, "epoch", None) != self._last_epochs[i]
+            if self.epoch > 0 and not told:
+                sampler.set_epoch((getattr(sampler, "epoch", None) or self.epoch - 1) + 1)
+        self._last_epochs = [getattr(sampler, "epoch", None) for sampler in self._epoch_samplers]
+        self.epoch += 1
+
+    def around(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """Give out batches in place, with their weights told."""
+        if self.strided is not None:
+            batches = self._unpack(batches)
+        elif self._sharded is not None:
+            batches = self._weigh(batches, self._sharded.ragged)
+        if self._watch and self.epoch == 1:
+            batches = self._compare(batches)
+        return batches if self._device is None else self._move(batches, self._device)
+
+    def _weigh(self, batches: Iterator[Any], ragged: dict[int, Any]) -> Iterator[Any]:
+        weight = self._weight
+        for number, batch in enumerate(batches):
+            weight.clear()
+            if number in ragged:
+                weight.set(ragged[number])
+            yield batch
+        weight.clear()
+
+    def _unpack(self, batches: Iterator[Any]) -> Iterator[Any]:
+        weight = self._weight
+        for batch, share, fingerprint in batches:
+            if fingerprint is not None:
+                check_same_stream(fingerprint, self._sync)
+            weight.clear()
+            if share is not None:
+                weight.set(share)
+            yield batch
+        weight.clear()
+
+    def _compare(self, batches: Iterator[Any]) -> Iterator[Any]:
+        first = next(batches, None)
+        warn_if_same(first, self._sync)
+        if first is not None:
+            yield first
+            yield from batches
+
+    def _move(self, batches: Iterator[Any], device: torch.device) -> Iterator[Any]:
+        for batch in batches:
+            yield move_to_device(batch, device)
+
+
+class RankedWorkerInit:
+    """Lets the workers of different ranks draw different random numbers, then runs the user's `worker_init_fn`.
+
+    Args:
+        rank: The rank, above 0; rank 0's workers stay as torch seeds them.
+        then: The user's function, or None.
+    """
+
+    def __init__(self, rank: int, then: Callable[[int], None] | None) -> None:
+        self.rank = rank
+        self.then = then
+
+    def __call__(self, worker_id: int) -> None:
+        seed = (torch.initial_seed() + self.rank * 0x9E3779B97F4A7C15) % 2**63
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        if self.then is not None:
+            self.then(worker_id)
+
+
+def _copy(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """The same loader once more; what it was given is shared, a running iterator is not."""
+    twin = object.__new__(type(loader))
+    twin.__dict__.update(loader.__dict__)
+    twin.__dict__["_iterator"] = None
+    return twin
+
+
+def _give_iteration(loader: DataLoader[Any], iteration: _Iteration, *, plain: bool) -> None:
+    """Put the iteration around the loader's own, by a subclass that looks like the user's class."""
+    raw = type(loader)
+    raw_iter = raw.__iter__
+
+    def plain_iter(self: DataLoader[Any]) -> Any:
+        iteration.begin()
+        return raw_iter(self)
+
+    def routed_iter(self: DataLoader[Any]) -> Any:
+        iteration.begin()
+        source = iter(iteration.strided) if iteration.strided is not None else raw_iter(self)
+        return iteration.around(source)
+
+    disguise(loader, {"__iter__": plain_iter if plain else routed_iter})
+
+
+def _split(ready: DataLoader[Any], loader: DataLoader[Any], shard: Shard, sync: Sync, *, interleaved: bool) -> None:
+    """Let the copy sample this rank's slices."""
+    if interleaved:
+        ready.__dict__.update(_interleaved(loader, shard))
+        return
+    batch_sampler: Any = loader.batch_sampler
+    plain = type(batch_sampler) is BatchSampler
+    source: Any = loader.sampler if batch_sampler is None else batch_sampler.sampler if plain else batch_sampler
+    sharded = ShardedSampler(
+        source,
+        shard,
+        batch_size=batch_sampler.batch_size if plain else None,
+        single=batch_sampler is None,
+        drop_last=bool(batch_sampler.drop_last) if plain else False,
+        generators=_generators(loader),
+        sync=sync,
+    )
+    ready.__dict__["sampler" if batch_sampler is None else "batch_sampler"] = sharded
+
+
+def _interleaved(loader: DataLoader[Any], shard: Shard) -> dict[str, Any]:
+    """torch's DistributedSampler in the place of a plain sampler."""
+    if type(loader.sampler) not in (SequentialSampler, RandomSampler) or type(loader.batch_sampler) is not BatchSampler:
+        raise ConfigError(
+            f"use_distributed_sampler='interleaved' can't replace a {type(loader.sampler).__name__} or a custom "
+            "batch sampler; "
+            "use True, which keeps it."
+        )
+    sampler: DistributedSampler[Any] = DistributedSampler(
+        loader.dataset,
+        shard.world_size,
+        shard.rank,
+        shuffle=isinstance(loader.sampler, RandomSampler),
+        drop_last=loader.drop_last,
+    )
+    assert loader.batch_size is not None
+    return {"sampler": sampler, "batch_sampler": BatchSampler(sampler, loader.batch_size, loader.drop_last)}
+
+
+def _check_distributed(loader: DataLoader[Any], shard: Shard) -> bool:
+    """Whether the user's sampler is split by rank already; one for other ranks is refused."""
+    for sampler in _samplers(loader):
+        if isinstance(sampler, DistributedSampler):
+            if (sampler.num_replicas, sampler.rank) != (shard.world_size, shard.rank):
+                raise ConfigError(
+                    f"the loader's DistributedSampler has num_replicas={sampler.num_replicas}, rank={sampler.rank}, "
+                    "but this is "
+                    f"rank {shard.rank} of {shard.world_size}; leave the sampler out (use shuffle=True), lite splits "
+                    "the data."
+                )
+            return True
+    return False
+
+
+def _samplers(loader: DataLoader[Any]) -> list[Any]:
+    """The loader's sampler, its batch sampler, and a sampler within that, each once."""
+    found: list[Any] = []
+    pending = [loader.batch_sampler, loader.sampler]
+    while pending:
+        sampler: Any = pending.pop()
+        if sampler is None or any(sampler is s for s in found):
+            continue
+        found.append(sampler)
+        pending.append(getattr(sampler, "sampler", None))
+    return found
+
+
+def _generators(loader: DataLoader[Any]) -> list[torch.Generator]:
+    """The generators that the user gave, each once."""
+    candidates = [getattr(thing, "generator", None) for thing in (loader, *_samplers(loader))]
+    found: list[torch.Generator] = []
+    for candidate in candidates:
+        if isinstance(candidate, torch.Generator) and not any(candidate is g for g in found):
+            found.append(candidate)
+    return found
+
+
+def _strided_loader(loader: DataLoader[Any], shard: Shard) -> DataLoader[Any]:
+    """A loader like the user's over the strided stream, which makes whole batches itself."""
+    if loader.batch_size is None:
+        raise ConfigError(
+            "shard='stride' needs a batch_size: with batch_size=None the dataset makes the batches, so it must split "
+            "them itself."
+        )
+    inner = _copy(loader)
+    inner.__class__ = DataLoader
+    dataset: Any = loader.dataset
+    dataset = StridedStream(dataset, loader.batch_size, loader.drop_last, loader.collate_fn, shard)
+    inner.__dict__.update(dataset=dataset, batch_size=None, batch_sampler=None, drop_last=False, collate_fn=identity)
+    return inner

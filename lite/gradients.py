@@ -1,0 +1,166 @@
+"""What happens to gradients between backward and step: clipping with a policy for bad norms, and accumulation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lite import collectives
+from lite.errors import ConfigError, NonFiniteError, UsageError
+from lite.precision.base import Precision
+from lite.strategies.base import Strategy
+
+NONFINITE = ("raise", "skip", "zero", "ignore")
+
+
+def clip(
+    parameters: list[nn.Parameter],
+    optimizer: Optimizer | None,
+    strategy: Strategy,
+    precision: Precision,
+    *,
+    max_norm: float | None,
+    clip_val: float | None,
+    norm_type: float,
+    nonfinite: str | None,
+) -> Tensor:
+    """Unscale, measure, apply the policy, clip. See `Lite.clip_gradients`, which checks the arguments."""
+    if optimizer is not None:
+        precision.unscale(optimizer)
+    total_norm = strategy.grad_norm(parameters, norm_type)
+    if nonfinite is None:
+        nonfinite = "ignore" if precision.changes_step else "raise"
+    if nonfinite != "ignore" and _bad_on_any_rank(total_norm):
+        if nonfinite == "raise":
+            raise NonFiniteError(
+                f"the gradient norm is {total_norm.item()}; find the cause with "
+                "torch.autograd.set_detect_anomaly(True), or pass "
+                "nonfinite='skip' (leave this step out) or 'zero' (step with zero gradients)."
+            )
+        for parameter in parameters:
+            parameter.grad = None if nonfinite == "skip" or parameter.grad is None else torch.zeros_like(parameter.grad)
+        return total_norm
+    if max_norm is not None:
+        strategy.clip_norm(parameters, max_norm, total_norm)
+    else:
+        assert clip_val is not None
+        strategy.clip_value(parameters, clip_val)
+    return total_norm
+
+
+def _bad_on_any_rank(total_norm: Tensor) -> bool:
+    """One decision for all ranks, also where gradients were left unsynchronised."""
+    return collectives.any_rank(not bool(torch.isfinite(total_norm)))
+
+
+def check_clip_arguments(
+    max_norm: Any, clip_val: Any, error_if_nonfinite: bool | None, nonfinite: str | None
+) -> str | None:
+    """Check the user's arguments and return the policy; None means the default."""
+    if (max_norm is None) == (clip_val is None):
+        raise ConfigError(f"max_norm={max_norm!r}, clip_val={clip_val!r}: give exactly one of them.")
+    name, value = ("max_norm", max_norm) if max_norm is not None else ("clip_val", clip_val)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        raise ConfigError(f"{name}={value!r} must be a number above 0.")
+    if nonfinite is not None and nonfinite not in NONFINITE:
+        raise ConfigError(f"nonfinite={nonfinite!r} is not known; choose one of {', '.join(map(repr, NONFINITE))}.")
+    if error_if_nonfinite is None:
+        return nonfinite
+    if nonfinite is not None:
+        raise ConfigError(
+            f"error_if_nonfinite={error_if_nonfinite!r} and nonfinite={nonfinite!r} say the same thing; give one."
+        )
+    return "raise" if error_if_nonfinite else "ignore"
+
+
+class Accumulation:
+    """Adds up the gradients of several micro-batches before a step, synchronising the ranks only at the last one.
+
+    Made by `Lite.accumulate`. The counter is here, in the user's hands: `ready` says that a window is complete.
+
+    Attributes:
+        count: Micro-batches in the current window so far.
+        ready: Whether the window is complete: step now.
+    """
+
+    def __init__(
+        self,
+        steps: int,
+        parameters: Callable[[], Iterator[nn.Parameter]],
+        no_sync: Callable[[bool], AbstractContextManager[None]],
+        set_scale: Callable[[Callable[[Tensor], Tensor] | None], None],
+        is_filler: Callable[[], bool],
+        device: torch.device,
+    ) -> None:
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise ConfigError(
+                f"steps={steps!r} must be a whole number of at least 1: the micro-batches per optimizer step."
+            )
+        self.steps = steps
+        self.count = 0
+        self.ready = False
+        self._parameters = parameters
+        self._no_sync = no_sync
+        self._set_scale = set_scale
+        self._is_filler = is_filler
+        self._device = device
+        self._weighted: bool | None = None
+        self._total: Tensor | float = 0.0
+
+    @contextmanager
+    def __call__(self, *, last: bool = False, weight: float | Tensor | None = None) -> Iterator[None]:
+        """Run forward and backward of one micro-batch in this context.
+
+        Without weights the gradients become the mean over the window's micro-batches. With weights (tokens or samples
+        of this micro-batch on this rank, whose loss is a mean over them) they become exactly those of the mean over all
+        tokens of the window on all ranks.
+
+        Args:
+            last: This is the last micro-batch there is; the window ends here, partial or not, and counts what it has.
+            weight: Number of tokens or samples behind this micro-batch's mean loss. All or none of a window have one.
+
+        Raises:
+            UsageError: Some micro-batches of the window have a weight and others not.
+        """
+        if self.ready:
+            self.count, self.ready, self._weighted, self._total = 0, False, None, 0.0
+        if self._weighted is not None and self._weighted != (weight is not None):
+            raise UsageError(
+                "accumulate: some micro-batches of one window have a weight and others not; give all or none."
+            )
+        self._weighted = weight is not None
+        boundary = last or self.count + 1 == self.steps
+        factor = 1.0 / self.steps if weight is None else weight
+        with ExitStack() as stack:
+            stack.enter_context(self._no_sync(not boundary))
+            self._set_scale((lambda loss: loss * factor) if weight is not None else (lambda loss: loss / self.steps))
+            try:
+                yield
+            finally:
+                self._set_scale(None)
+        self.count += 1
+        if weight is not None and not self._is_filler():
+            self._total = self._total + weight
+        if boundary:
+            self._finish()
+            self.ready = True
+
+    def _finish(self) -> None:
+        """Turn the sum of the window into the mean over what it really held."""
+        if self._weighted:
+            total = torch.as_tensor(self._total, dtype=torch.float64 if self._device.type != "mps" else torch.float32)
+            # The ranks' gradients were averaged; dividing by the mean weight gives the sum over the sum of weights.
+            mean_weight = collectives.all_reduce(total.to(self._device), "mean")
+            self._multiply(1.0 / mean_weight)
+        elif self.count != self.steps:
+            self._multiply(self.steps / self.count)
+
+    def _multiply(self, factor: Tensor | float) -> None:
+        for parameter in self._parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor.to(parameter.grad.dtype) if isinstance(factor, Tensor) else factor)

@@ -1,0 +1,55 @@
+"""Metrics for TensorBoard (extra: tensorboard)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from lite.errors import MissingExtraError
+from lite.loggers.base import Logger
+
+
+class TensorBoardLogger(Logger):
+    """Writes event files that TensorBoard reads.
+
+    Args:
+        log_dir: The run's folder.
+
+    Raises:
+        MissingExtraError: tensorboard is not installed.
+    """
+
+    def __init__(self, log_dir: str | os.PathLike[str]) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise MissingExtraError(
+                "TensorBoardLogger needs tensorboard; install it with: pip install lite[tensorboard]"
+            ) from error
+        self.log_dir = os.fspath(log_dir)
+        self._make_writer = SummaryWriter
+        self._open: Any = None
+
+    @property
+    def writer(self) -> Any:
+        """The SummaryWriter, made at the first write, so that only rank 0 makes a file."""
+        if self._open is None:
+            self._open = self._make_writer(self.log_dir)
+        return self._open
+
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, step)
+
+    def log_hyperparameters(self, params: Mapping[str, Any]) -> None:
+        plain = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in params.items()}
+        self.writer.add_hparams(plain, {}, run_name=".")
+
+    def flush(self) -> None:
+        if self._open is not None:
+            self._open.flush()
+
+    def close(self) -> None:
+        if self._open is not None:
+            self._open.close()

@@ -1,0 +1,108 @@
+"""What a precision does to a model, its inputs and outputs, the backward pass and the optimizer step.
+
+`dtypes` are data, so that other parts can choose by them; nothing here knows of strategies. The base class is full
+precision: every method is the plain torch operation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+class Precision:
+    """Full 32-bit precision, and the base of the others.
+
+    Attributes:
+        name: As the user writes it, e.g. "bf16-mixed".
+        param_dtype: What floating-point parameters are converted to; None leaves them as they are.
+        compute_dtype: What autocast computes in; None without autocast.
+        output_dtype: What floating-point outputs of half precision are converted to; None leaves them as they are.
+        changes_forward: Whether a forward needs anything around it at all.
+        changes_step: Whether `step` is more than the optimizer's own step.
+    """
+
+    name = "32-true"
+    param_dtype: torch.dtype | None = None
+    compute_dtype: torch.dtype | None = None
+    output_dtype: torch.dtype | None = None
+    changes_forward = False
+    changes_step = False
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        """Convert the parameters and buffers, in place."""
+        return module
+
+    def convert_input(self, data: Any) -> Any:
+        """Convert what goes into a forward."""
+        return data
+
+    def convert_output(self, data: Any) -> Any:
+        """Convert what comes out of a forward."""
+        return data
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """A fresh context in which a forward computes."""
+        return nullcontext()
+
+    def init_context(self, device: torch.device) -> AbstractContextManager[Any]:
+        """A context in which new tensors and modules get this precision's dtype."""
+        return _default_dtype(self.param_dtype) if self.param_dtype is not None else nullcontext()
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Compute gradients."""
+        loss.backward(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def unscale(self, optimizer: Optimizer) -> None:
+        """Bring the optimizer's gradients to their true size; nothing the second time before a step."""
+
+    def step(self, optimizer: Optimizer, raw_step: Callable[..., Any], closure: Callable[[], Any] | None) -> Any:
+        """Take one optimizer step by `raw_step`."""
+        return raw_step() if closure is None else raw_step(closure)
+
+    def note_run(self, optimizer: Optimizer) -> None:
+        """The optimizer's own step is about to run, from within `step`."""
+
+    def step_was_skipped(self, optimizer: Optimizer) -> bool:
+        """Whether the optimizer's last step was left out because of inf or NaN gradients."""
+        return False
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must hold; empty without a loss scale."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a state that `state_dict` returned."""
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def cast_floating(data: Any, dtype: torch.dtype, only: tuple[torch.dtype, ...] | None = None) -> Any:
+    """Convert floating-point tensors in nested data; a single tensor takes the short way. Parameters are left alone.
+
+    Args:
+        data: A tensor or nested data.
+        dtype: The wanted dtype.
+        only: Convert these dtypes alone; None is every floating-point dtype.
+    """
+    if isinstance(data, Tensor):
+        wanted = data.is_floating_point() if only is None else data.dtype in only
+        return data.to(dtype) if wanted and not isinstance(data, nn.Parameter) else data
+    if data is None or isinstance(data, (bool, int, float, str)):
+        return data
+    from torch.utils._pytree import tree_map_only
+
+    return tree_map_only(Tensor, lambda t: cast_floating(t, dtype, only), data)

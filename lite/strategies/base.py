@@ -1,0 +1,95 @@
+"""What a strategy decides: how ranks come together, what stands around a model, and how gradients are kept in step.
+
+A strategy joins the processes that a launcher or a scheduler started; it starts none. The base class is one process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lite.environments.base import Environment
+
+
+class Engine:
+    """What stands between the user's model and its forward, made by `Strategy.wrap` for one model."""
+
+    def forward(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the whole forward by `run(*args, **kwargs)`, with what the strategy needs around it."""
+        raise NotImplementedError
+
+    def announce(self, outputs: Any) -> Any:
+        """A method other than forward has computed `outputs`: prepare for a backward through them, and return them."""
+        raise NotImplementedError
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """A context in which forward and backward leave gradients unsynchronised."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Take every hook off the model again."""
+
+
+class Strategy:
+    """One process on one device; base of the others. A third party subclasses it and passes an instance as `strategy=`.
+
+    Attributes:
+        name: As users write it.
+        distributed: Whether it can run on several processes.
+        start_method: How `Lite.launch` starts processes for it: "spawn", "fork" or "forkserver".
+    """
+
+    name: ClassVar[str] = "single"
+    distributed: ClassVar[bool] = False
+    start_method: str = "spawn"
+
+    def connect(self, environment: Environment, device: torch.device) -> Any:
+        """Join the job's processes. Collective: called on all ranks.
+
+        Returns:
+            The store that the ranks share, or None with one process.
+        """
+        return None
+
+    def wrap(self, module: nn.Module, device: torch.device) -> Engine | None:
+        """Prepare a model that is already on its device, or return None where nothing has to stand around it."""
+        return None
+
+    def explain(self, module: nn.Module) -> str:
+        """What `wrap` does with the module and why, in a few words."""
+        return "the module itself: one process needs nothing around it"
+
+    def data_shards(self, world_size: int, rank: int) -> tuple[int, int]:
+        """How many parts a loader's batches are split into, and which is this rank's."""
+        return world_size, rank
+
+    def check_backward(self, loss: Tensor) -> None:
+        """Refuse a loss whose gradients would not be synchronised; called before each backward where `distributed`."""
+
+    def no_sync(self, engine: Engine | None, enabled: bool) -> AbstractContextManager[None]:
+        """A context in which gradients stay local, where there is anything to keep local."""
+        return engine.no_sync() if engine is not None and enabled else nullcontext()
+
+    def grad_norm(self, parameters: list[nn.Parameter], norm_type: float) -> Tensor:
+        """Total norm of the gradients, 0-dim, over all parameters as if they were one vector."""
+        grads = [p.grad for p in parameters if p.grad is not None]
+        return nn.utils.get_total_norm(grads, norm_type)
+
+    def clip_norm(self, parameters: list[nn.Parameter], max_norm: float, total_norm: Tensor) -> None:
+        """Scale gradients so that their norm is at most `max_norm`."""
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, total_norm)
+
+    def clip_value(self, parameters: Iterable[nn.Parameter], clip_value: float) -> None:
+        """Clamp each gradient element to [-clip_value, clip_value]."""
+        nn.utils.clip_grad_value_(parameters, clip_value)
+
+    def close(self) -> None:
+        """Leave the job: destroy what `connect` made."""
+
+
+class SingleStrategy(Strategy):
+    """One process on one device."""

@@ -1,0 +1,186 @@
+"""What `Lite.setup` hands back for a model: the user's own object, whose calls go through precision and strategy.
+
+The object stays the same; only its class is exchanged for a subclass made for it alone, which holds everything in
+closures. So `isinstance`, attributes, `state_dict` keys, `repr` and hooks are the raw model's, and there is no inner
+copy to call by mistake. Copies and pickles are of the raw class. CONTRIBUTING.md has the reasons and what was measured
+against it.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lite.disguise import disguise
+from lite.errors import ConfigError, UsageError
+from lite.precision.base import Precision
+from lite.strategies.base import Engine
+
+_wrapped: weakref.WeakKeyDictionary[nn.Module, type[nn.Module]] = weakref.WeakKeyDictionary()
+
+
+def wrap_module(module: nn.Module, *, engine: Engine | None, precision: Precision, device: torch.device) -> None:
+    """Route the calls of `module` through `precision` and `engine`, in place.
+
+    With neither an engine nor a precision that changes the forward, the module is left exactly as it is.
+
+    Args:
+        module: The user's model, converted and on its device.
+        engine: What the strategy puts around a forward, or None.
+        precision: What is done to inputs, computation and outputs.
+        device: Where the model computes.
+
+    Raises:
+        ConfigError: The module's class can't be exchanged (TorchScript).
+    """
+    if engine is None and not precision.changes_forward:
+        return
+    raw = type(module)
+    route = _Route(engine, precision, device)
+    body: dict[str, Any] = {"__call__": _routed_call(raw, route), "_apply": _guarded_apply(raw, precision)}
+    for name, method in own_methods(raw):
+        body[name] = _routed_forward(method, route) if name == "forward" else _routed_method(method, route)
+    try:
+        disguise(module, body)
+    except (TypeError, RuntimeError) as error:
+        raise ConfigError(
+            f"{raw.__name__} can't be set up: its class does not allow a subclass to take its place ({error}); set "
+            "up the "
+            "Python module that it was made from."
+        ) from error
+    _wrapped[module] = raw
+
+
+def unwrap_module(module: nn.Module) -> None:
+    """Give the module its own class back."""
+    raw = _wrapped.pop(module, None)
+    if raw is not None:
+        module.__class__ = raw
+
+
+def own_methods(cls: type[nn.Module]) -> Iterator[tuple[str, Callable[..., Any]]]:
+    """The public functions of the user's classes, `forward` included, without those that torch.nn.Module has."""
+    seen: set[str] = set()
+    for owner in cls.__mro__:
+        if owner is nn.Module:
+            break
+        for name, value in vars(owner).items():
+            if name in seen:
+                continue
+            seen.add(name)
+            public = name == "forward" or (not name.startswith("_") and not hasattr(nn.Module, name))
+            lazy = inspect.isgeneratorfunction(value) or inspect.iscoroutinefunction(value)
+            if public and inspect.isfunction(value) and not lazy:
+                yield name, value
+
+
+class _Route:
+    """The way of one model's calls; `inside` is true while one of them runs, so that calls from within go straight."""
+
+    __slots__ = ("autocast", "device_type", "engine", "inside", "precision")
+
+    def __init__(self, engine: Engine | None, precision: Precision, device: torch.device) -> None:
+        self.engine = engine
+        self.precision = precision
+        self.device_type = device.type
+        self.inside = False
+        # One context serves every call: calls of one model don't nest on this way.
+        self.autocast = precision.autocast() if precision.compute_dtype is not None else None
+
+    def run(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], whole: bool) -> Any:
+        """Run `call(*args, **kwargs)`; `whole` says that it is the model's forward rather than another method."""
+        self.inside = True
+        try:
+            if self.precision.changes_forward:
+                return self._with_precision(call, args, kwargs, whole)
+            if self.engine is None:
+                return call(*args, **kwargs)
+            if whole:
+                return self.engine.forward(call, args, kwargs)
+            return self.engine.announce(call(*args, **kwargs))
+        finally:
+            self.inside = False
+
+    def _with_precision(
+        self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], whole: bool
+    ) -> Any:
+        precision, engine = self.precision, self.engine
+        if torch.is_autocast_enabled(self.device_type):
+            self._check_autocast()
+        if precision.param_dtype is not None:
+            args = tuple([precision.convert_input(a) for a in args])
+            kwargs = {k: precision.convert_input(v) for k, v in kwargs.items()}
+        if self.autocast is None:
+            outputs = engine.forward(call, args, kwargs) if engine is not None and whole else call(*args, **kwargs)
+        else:
+            with self.autocast:
+                outputs = engine.forward(call, args, kwargs) if engine is not None and whole else call(*args, **kwargs)
+        outputs = precision.convert_output(outputs)
+        return outputs if engine is None or whole else engine.announce(outputs)
+
+    def _check_autocast(self) -> None:
+        """A surrounding autocast must ask for the same as the precision does."""
+        found = torch.get_autocast_dtype(self.device_type)
+        if found != self.precision.compute_dtype:
+            raise UsageError(
+                f"the forward was called inside torch.autocast(dtype={found}), but the model was set up with "
+                f"precision={self.precision.name!r}; leave autocast out, or create Lite with the precision that you "
+                "want."
+            )
+
+
+def _routed_call(raw: type[nn.Module], route: _Route) -> Callable[..., Any]:
+    raw_call = raw.__call__
+
+    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if route.inside:
+            return raw_call(self, *args, **kwargs)
+        return route.run(functools.partial(raw_call, self), args, kwargs, True)
+
+    return __call__
+
+
+def _routed_forward(method: Callable[..., Any], route: _Route) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if route.inside:
+            return method(self, *args, **kwargs)
+        return route.run(functools.partial(method, self), args, kwargs, True)
+
+    return forward
+
+
+def _routed_method(method: Callable[..., Any], route: _Route) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def routed(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if route.inside:
+            return method(self, *args, **kwargs)
+        return route.run(functools.partial(method, self), args, kwargs, False)
+
+    return routed
+
+
+def _guarded_apply(raw: type[nn.Module], precision: Precision) -> Callable[..., Any]:
+    raw_apply = raw._apply
+
+    def _apply(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        for name, parameter in self.named_parameters():
+            if parameter.is_floating_point():
+                wanted = fn(parameter.detach().new_empty(0)).dtype
+                if wanted != parameter.dtype:
+                    raise UsageError(
+                        f"converting a model that is set up from {parameter.dtype} to {wanted} (at {name!r}) would "
+                        "leave its "
+                        f"precision={precision.name!r}; create Lite with another precision, or call lite.teardown() "
+                        "first."
+                    )
+                break
+        return raw_apply(self, fn, recurse)  # type: ignore[no-untyped-call]
+
+    return _apply
