@@ -9,6 +9,9 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import IterableDataset, get_worker_info
 
 from lite.data.sampler import Shard, Share, slice_evenly
@@ -49,7 +52,7 @@ class StridedStream(IterableDataset[Any]):
         number = 0
         while group := list(islice(items, size)):
             if number == 0:
-                fingerprint = zlib.crc32(pickle.dumps(group))
+                fingerprint = checksum(group)
             if len(group) < size and self.drop_last:
                 return
             if number % step == first:
@@ -61,6 +64,16 @@ class StridedStream(IterableDataset[Any]):
                 yield self.collate(mine), share, None if told else fingerprint
                 told = True
             number += 1
+
+
+def checksum(data: Any) -> int:
+    """A checksum of the values in nested data; equal values have equal ones."""
+    value = 0
+    for leaf in tree_leaves(data):
+        if isinstance(leaf, Tensor):
+            leaf = leaf.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        value = zlib.crc32(leaf if isinstance(leaf, bytes) else pickle.dumps(leaf), value)
+    return value
 
 
 def identity(value: Any) -> Any:
@@ -78,11 +91,11 @@ def check_same_stream(fingerprint: int, sync: Callable[[Any], Any]) -> None:
         )
 
 
-def warn_if_same(first: Any, sync: Callable[[Any], Any]) -> None:
-    """Tell the user when this rank's first batch is rank 0's: every sample would count once per rank."""
-    mine = None if first is None else zlib.crc32(pickle.dumps(first))
+def warn_if_same(first: Any, rank: int, sync: Callable[[Any], Any]) -> None:
+    """Tell the user, on ranks above 0, when the first batch is rank 0's: every sample would count once per rank."""
+    mine = None if first is None else checksum(first)
     theirs = sync(mine)
-    if mine is not None and mine == theirs:
+    if rank > 0 and mine is not None and mine == theirs:
         warnings.warn(
             "this rank reads the same first batch as rank 0: an IterableDataset is not split unless you say so. Use "
             "lite.setup_dataloaders(loader, shard='stride'), or split it in the dataset by rank and worker.",

@@ -79,7 +79,13 @@ def setup_dataloader(
                 one.__dict__["worker_init_fn"] = RankedWorkerInit(shard.rank, loader.worker_init_fn)
     moves = device is not None and device.type != "cpu"
     iteration = _Iteration(
-        ready, strided, weight, device if moves else None, sync, watch=split and stream and strided is None
+        ready,
+        strided,
+        weight,
+        device if moves else None,
+        sync,
+        rank=shard.rank,
+        watch=split and stream and strided is None,
     )
     _give_iteration(ready, iteration, plain=not split and strided is None and not moves)
     _set_up.add(loader)
@@ -98,12 +104,14 @@ class _Iteration:
         device: torch.device | None,
         sync: Sync,
         *,
+        rank: int,
         watch: bool,
     ) -> None:
         self.strided = strided
         self._weight = weight
         self._device = device
         self._sync = sync
+        self._rank = rank
         self._watch = watch
         self._sharded = next((s for s in (loader.batch_sampler, loader.sampler) if isinstance(s, ShardedSampler)), None)
         self.epoch = 0
@@ -151,7 +159,7 @@ class _Iteration:
 
     def _compare(self, batches: Iterator[Any]) -> Iterator[Any]:
         first = next(batches, None)
-        warn_if_same(first, self._sync)
+        warn_if_same(first, self._rank, self._sync)
         if first is not None:
             yield first
             yield from batches

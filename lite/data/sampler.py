@@ -165,10 +165,10 @@ class ShardedSampler:
         mine = RandomState.capture(self._generators)
         shared: RandomState = self._sync(mine)
         shared.restore_generators(self._generators)
-        items = iter(self.sampler)
         alike = shared == mine
         if not alike:
             shared.restore()
+        items = iter(self.sampler)
         group = list(islice(items, size))
         after = None if type(self.sampler) in _EAGER else RandomState.capture([])
         if not alike:

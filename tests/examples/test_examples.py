@@ -1,0 +1,128 @@
+"""Each example runs as its users run it, gives the raw script's numbers, and does what it says."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.examples.run_scripts import SEPARATOR
+from tests.support.processes import ROOT, run_python, run_torchrun
+
+EXAMPLES = ROOT / "examples"
+# Two ranks can't share one GPU, and GPU kernels need not be deterministic.
+ON_CPU = {"CUDA_VISIBLE_DEVICES": ""}
+QUICK = {"digits": "2", "char_lm": "1", "gan": "3", "reinforce": "20"}  # epochs
+BATCH_SIZE = 32
+NUM_TRAIN = {"digits": 1437, "char_lm": 2871}
+
+
+def run_here(*commands: list[str]) -> list[str]:
+    """Run examples in one process; return what each one printed."""
+    full = [[str(EXAMPLES / script), *arguments] for script, *arguments in commands]
+    done = run_python(str(Path(__file__).with_name("run_scripts.py")), json.dumps(full), env=ON_CPU)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout.split(f"{SEPARATOR}\n")[1:]
+
+
+def run_on_two(script: str, *arguments: str) -> str:
+    """Run an example under torchrun with two processes; return what it printed."""
+    done = run_torchrun(EXAMPLES / script, *arguments, env=ON_CPU)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+@pytest.mark.parametrize(
+    ("task", "precision"),
+    [
+        ("digits", "32-true"),
+        ("char_lm", "32-true"),
+        ("char_lm", "bf16-mixed"),
+        ("gan", "32-true"),
+        ("reinforce", "32-true"),
+    ],
+)
+def test_one_process_equals_raw_bit_for_bit(task: str, precision: str, tmp_path: Path) -> None:
+    """Losses of all steps, final weights and printed text are the raw script's."""
+    options = ["--epochs", QUICK[task], "--precision", precision, "--losses"]
+    raw, lite = run_here(
+        [f"{task}_raw.py", *options, str(tmp_path / "raw")], [f"{task}_lite.py", *options, str(tmp_path / "lite")]
+    )
+    assert read(tmp_path / "lite") == read(tmp_path / "raw")
+    assert lite == raw != ""
+
+
+@pytest.mark.parametrize("task", ["digits", "char_lm"])
+def test_two_processes_equal_one_with_doubled_batch(task: str, tmp_path: Path) -> None:
+    """In float64 the losses, final weights and printed evaluation are those of raw with twice the batch size."""
+    options = ["--epochs", QUICK[task], "--precision", "64-true", "--losses"]
+    (raw,) = run_here([f"{task}_raw.py", "--batch-size", str(2 * BATCH_SIZE), *options, str(tmp_path / "raw")])
+    lite = run_on_two(f"{task}_lite.py", "--batch-size", str(BATCH_SIZE), *options, str(tmp_path / "lite"))
+
+    expected, first, second = read(tmp_path / "raw"), read(tmp_path / "lite"), read(tmp_path / "lite.1")
+    assert first["sha256"] == second["sha256"]
+    # Sums are added up in another order: a few units of 2e-16 in each step.
+    for name, values in expected["weights"].items():
+        assert first["weights"][name] == pytest.approx(values, rel=0, abs=1e-12), name
+    assert len(expected["losses"]) == int(QUICK[task]) * -(-NUM_TRAIN[task] // (2 * BATCH_SIZE))
+    shares = [num_samples(step, NUM_TRAIN[task]) for step in range(len(expected["losses"]))]
+    losses = [
+        (one * n + other * m) / (n + m)
+        for one, other, (n, m) in zip(first["losses"], second["losses"], shares, strict=True)
+    ]
+    assert losses == pytest.approx(expected["losses"], rel=0, abs=1e-12)
+    assert any(n != m for n, m in shares), "the last batch should be one that two ranks can't share evenly"
+    # The evaluation prints 2 or 3 decimals, from all samples once each; char_lm's sample depends on all weights.
+    assert lite == raw
+
+
+def num_samples(step: int, num_train: int) -> tuple[int, int]:
+    """How many samples each of two ranks has in a step."""
+    start = step % -(-num_train // (2 * BATCH_SIZE)) * 2 * BATCH_SIZE
+    both = min(2 * BATCH_SIZE, num_train - start)
+    return both - both // 2, both // 2
+
+
+@pytest.mark.parametrize("task", ["gan", "reinforce"])
+def test_two_processes_train_one_model_on_their_own_data(task: str, tmp_path: Path) -> None:
+    """Ranks see different data, end with the same weights, and print once."""
+    printed = run_on_two(f"{task}_lite.py", "--epochs", "2", "--losses", str(tmp_path / "lite"))
+    first, second = read(tmp_path / "lite"), read(tmp_path / "lite.1")
+    assert first["losses"] != second["losses"]
+    assert first["weights"] == second["weights"]
+    assert printed.count("epoch 2:") == 1
+
+
+def test_digits_on_two_processes_get_over_95_percent_right() -> None:
+    """The whole run, as the README starts it: over 95 % of the test set, each of its 360 images counted once."""
+    lines = run_on_two("digits_lite.py").splitlines()
+    assert [line.split(":")[0] for line in lines] == [f"epoch {n}" for n in range(1, 13)]
+    found = re.fullmatch(r"epoch 12: test accuracy (\d+\.\d\d)% \((\d+) of 360\)", lines[-1])
+    assert found is not None, lines[-1]
+    assert float(found[1]) > 95
+    assert int(found[2]) > 0.95 * 360
+
+
+def test_char_lm_and_reinforce_learn() -> None:
+    """The loss falls and the text grows as long as asked; the pole stands longer."""
+    text, play = run_here(["char_lm_lite.py", "--epochs", "1"], ["reinforce_lite.py", "--epochs", QUICK["reinforce"]])
+    before, after = (float(loss) for loss in re.findall(r"test loss .*: (\d+\.\d+)", text))
+    assert after < 0.6 * before
+    assert len(text[text.index("The ") :].removesuffix("\n")) == len("The ") + 160
+    early, late = (float(steps) for steps in re.findall(r"stood for (\d+\.\d+)", play))
+    assert late > early
+
+
+def test_digits_takes_at_most_8_added_lines() -> None:
+    """From raw to Lite; a changed line counts as one removed and one added."""
+    raw, lite = ((EXAMPLES / name).read_text().splitlines() for name in ("digits_raw.py", "digits_lite.py"))
+    added = [line for line in difflib.ndiff(raw, lite) if line.startswith("+ ")]
+    assert 0 < len(added) <= 8, "\n".join(added)

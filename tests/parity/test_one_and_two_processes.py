@@ -1,0 +1,137 @@
+"""Law 1: a converted loop's numbers are the raw loop's, on one process and on two."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lite import Lite
+from tests.support.models import MLP, regression
+from tests.support.processes import run_distributed
+
+
+def train_raw(batch_size: int, num_samples: int, dtype: torch.dtype, shuffle: bool, clip: float | None = None):
+    torch.manual_seed(3)
+    loader = DataLoader(regression(num_samples, dtype), batch_size=batch_size, shuffle=shuffle)
+    model = MLP(dtype)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3)
+    losses = []
+    for _ in range(2):
+        for x, y in loader:
+            optimizer.zero_grad()
+            loss = (model(x) - y).pow(2).mean()
+            loss.backward()
+            if clip:
+                nn.utils.clip_grad_norm_(model.parameters(), clip)
+            optimizer.step()
+            scheduler.step()
+            losses.append(loss.item())
+    return losses, copy.deepcopy(model.state_dict())
+
+
+def train_lite(batch_size: int, num_samples: int, dtype: torch.dtype, shuffle: bool, clip: float | None = None):
+    torch.manual_seed(3)
+    lite = Lite(accelerator="cpu", precision="64-true" if dtype == torch.float64 else "32-true")
+    loader = lite.setup_dataloaders(DataLoader(regression(num_samples, dtype), batch_size=batch_size, shuffle=shuffle))
+    model = MLP(dtype)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3)
+    model, optimizer, scheduler = lite.setup(model, optimizer, scheduler)
+    losses = []
+    for _ in range(2):
+        for x, y in loader:
+            optimizer.zero_grad()
+            loss = (model(x) - y).pow(2).mean()
+            lite.backward(loss)
+            if clip:
+                lite.clip_gradients(model, optimizer, max_norm=clip)
+            optimizer.step()
+            scheduler.step()
+            losses.append(loss.item())
+    return losses, copy.deepcopy(model.state_dict())
+
+
+@pytest.mark.parametrize("clip", [None, 0.1])
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_one_process_equals_raw_bit_for_bit(shuffle: bool, clip: float | None) -> None:
+    """Losses and weights of a 32-true run on one process are the raw loop's."""
+    raw_losses, raw_weights = train_raw(4, 13, torch.float32, shuffle, clip)
+    losses, weights = train_lite(4, 13, torch.float32, shuffle, clip)
+    assert losses == raw_losses
+    assert all(torch.equal(weights[key], raw_weights[key]) for key in raw_weights)
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("num_samples", [16, 13, 9])
+def test_two_processes_equal_one_with_the_doubled_batch(num_samples: int, shuffle: bool) -> None:
+    """Also with a ragged last batch (13: 3 + 2 samples; 9: one rank without a sample), in float64 to 1e-12."""
+    results = run_distributed(train_lite, 4, num_samples, torch.float64, shuffle, 0.1)
+    _, weights = train_raw(8, num_samples, torch.float64, shuffle, 0.1)
+    for _, others in results:
+        for key, value in weights.items():
+            torch.testing.assert_close(others[key], value, rtol=0, atol=1e-12)
+
+
+def accumulate_tokens(steps: int, counts: list[list[int]], rank_of: int | None = None):
+    """Micro-batches of unequal sizes; every rank takes its own list of counts."""
+    lite = Lite(accelerator="cpu", precision="64-true")
+    torch.manual_seed(5)
+    model = MLP(torch.float64)
+    model = lite.setup(model)
+    data = regression(sum(map(sum, counts)), torch.float64).tensors
+    window = lite.accumulate(model, steps=steps)
+    start = sum(sum(c) for c in counts[: lite.global_rank])
+    mine = counts[lite.global_rank]
+    for i, count in enumerate(mine):
+        x, y = (t[start : start + count] for t in data)
+        start += count
+        with window(last=i + 1 == len(mine), weight=count):
+            lite.backward((model(x) - y).pow(2).sum(1).mean())
+    assert window.ready
+    return [p.grad.clone() for p in model.parameters()]
+
+
+def test_token_weights_give_the_gradient_of_one_large_batch() -> None:
+    """Ranks x micro-batches with unequal sample counts: exactly the mean over all samples, partial window included."""
+    counts = [[3, 1, 2], [1, 1, 5]]
+    torch.manual_seed(5)
+    model = MLP(torch.float64)
+    x, y = regression(13, torch.float64).tensors
+    (model(x) - y).pow(2).sum(1).mean().backward()
+    expected = [p.grad for p in model.parameters()]
+    for grads in run_distributed(accumulate_tokens, 4, counts):
+        for grad, wanted in zip(grads, expected, strict=True):
+            torch.testing.assert_close(grad, wanted, rtol=0, atol=1e-12)
+
+
+def accumulate_plain():
+    lite = Lite(accelerator="cpu", precision="64-true")
+    torch.manual_seed(5)
+    model = lite.setup(MLP(torch.float64))
+    x, y = regression(12, torch.float64).tensors
+    mine = range(lite.global_rank * 6, lite.global_rank * 6 + 6, 2)
+    window = lite.accumulate(model, steps=4)
+    partial = []
+    for i in mine:
+        with window(last=i == mine[-1]):
+            lite.backward((model(x[i : i + 2]) - y[i : i + 2]).pow(2).mean())
+        partial.append(model.body[0].weight.grad.clone())
+    return [p.grad.clone() for p in model.parameters()], partial[0]
+
+
+def test_partial_window_counts_what_it_has() -> None:
+    """Three micro-batches in a window of four, on two ranks, equal one batch of all; before the end ranks differ."""
+    torch.manual_seed(5)
+    model = MLP(torch.float64)
+    x, y = regression(12, torch.float64).tensors
+    (model(x) - y).pow(2).mean().backward()
+    results = run_distributed(accumulate_plain)
+    for grads, _ in results:
+        for grad, p in zip(grads, model.parameters(), strict=True):
+            torch.testing.assert_close(grad, p.grad, rtol=0, atol=1e-12)
+    assert not torch.equal(results[0][1], results[1][1])
