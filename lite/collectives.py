@@ -151,19 +151,29 @@ def _gather_tensors(value: Tensor, sync_grads: bool, group: Any) -> list[Tensor]
         filler = value.new_zeros((longest - value.shape[0], *value.shape[1:]))
         value = torch.cat([value, filler])
     value = value.contiguous()
-    if sync_grads:
-        from torch.distributed.nn.functional import all_gather as differentiable_all_gather
-
-        parts = list(
-            differentiable_all_gather(  # type: ignore[no-untyped-call]
-                value, group=group if group is not None else dist.group.WORLD
-            )
-        )
-    else:
-        value = value.detach()
-        parts = [torch.empty_like(value) for _ in shapes]
-        dist.all_gather(parts, value, group=group)
+    parts = list(_Gather.apply(value, group)) if sync_grads else _gather_equal(value.detach(), group)  # type: ignore[no-untyped-call]
     return [p[: s[0]] if s else p for p, s in zip(parts, shapes, strict=True)]
+
+
+def _gather_equal(value: Tensor, group: Any) -> list[Tensor]:
+    parts = [torch.empty_like(value) for _ in range(world_size(group))]
+    dist.all_gather(parts, value, group=group)
+    return parts
+
+
+class _Gather(torch.autograd.Function):
+    """Every rank's tensor; backward sums the gradients that all ranks have for this rank's."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, group: Any) -> tuple[Tensor, ...]:
+        ctx.group = group
+        return tuple(_gather_equal(value, group))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        total = torch.stack(grads)
+        dist.all_reduce(total, group=ctx.group)
+        return total[rank(ctx.group)], None
 
 
 def gather_for_metrics(data: Any, num_real: int | None = None, *, group: Any = None) -> Any:

@@ -76,7 +76,14 @@ def test_argument_outranks_environment_outranks_default() -> None:
 
 @pytest.mark.parametrize(
     ("given", "name"),
-    [(64, "64-true"), (32, "32-true"), (16, "16-mixed"), ("bf16", "bf16-mixed"), ("BF16-True", "bf16-true"), ("16", "16-mixed")],
+    [
+        (64, "64-true"),
+        (32, "32-true"),
+        (16, "16-mixed"),
+        ("bf16", "bf16-mixed"),
+        ("BF16-True", "bf16-true"),
+        ("16", "16-mixed"),
+    ],
 )
 def test_precision_aliases(given: Any, name: str) -> None:
     """LightningLite's numbers and any case."""

@@ -56,7 +56,9 @@ ARGUMENTS: list[tuple[dict[str, Any], dict[str, str], DeviceProbe, list[str]]] =
 
 
 @pytest.mark.parametrize(("arguments", "environ", "probe", "parts"), ARGUMENTS)
-def test_wrong_settings(arguments: dict[str, Any], environ: dict[str, str], probe: DeviceProbe, parts: list[str]) -> None:
+def test_wrong_settings(
+    arguments: dict[str, Any], environ: dict[str, str], probe: DeviceProbe, parts: list[str]
+) -> None:
     """Found while planning, before anything starts."""
     with pytest.raises(ConfigError) as caught:
         resolve(arguments, environ, probe)

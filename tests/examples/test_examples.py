@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import json
 import re
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,22 @@ def read(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
+class Pair:
+    """What the raw script and the Lite script of one task printed and recorded on one process."""
+
+    def __init__(self, task: str, precision: str, folder: Path) -> None:
+        options = ["--epochs", QUICK[task], "--precision", precision, "--losses"]
+        commands = [[f"{task}_{kind}.py", *options, str(folder / kind)] for kind in ("raw", "lite")]
+        self.raw_text, self.lite_text = run_here(*commands)
+        self.raw_record, self.lite_record = read(folder / "raw"), read(folder / "lite")
+
+
+@pytest.fixture(scope="module")
+def on_one_process(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Pair]:
+    """Runs a task once, however many tests look at it."""
+    return cache(lambda task, precision: Pair(task, precision, tmp_path_factory.mktemp(task)))
+
+
 @pytest.mark.parametrize(
     ("task", "precision"),
     [
@@ -50,14 +68,13 @@ def read(path: Path) -> Any:
         ("reinforce", "32-true"),
     ],
 )
-def test_one_process_equals_raw_bit_for_bit(task: str, precision: str, tmp_path: Path) -> None:
+def test_one_process_equals_raw_bit_for_bit(
+    task: str, precision: str, on_one_process: Callable[[str, str], Pair]
+) -> None:
     """Losses of all steps, final weights and printed text are the raw script's."""
-    options = ["--epochs", QUICK[task], "--precision", precision, "--losses"]
-    raw, lite = run_here(
-        [f"{task}_raw.py", *options, str(tmp_path / "raw")], [f"{task}_lite.py", *options, str(tmp_path / "lite")]
-    )
-    assert read(tmp_path / "lite") == read(tmp_path / "raw")
-    assert lite == raw != ""
+    pair = on_one_process(task, precision)
+    assert pair.lite_record == pair.raw_record
+    assert pair.lite_text == pair.raw_text != ""
 
 
 @pytest.mark.parametrize("task", ["digits", "char_lm"])
@@ -111,13 +128,18 @@ def test_digits_on_two_processes_get_over_95_percent_right() -> None:
     assert int(found[2]) > 0.95 * 360
 
 
-def test_char_lm_and_reinforce_learn() -> None:
-    """The loss falls and the text grows as long as asked; the pole stands longer."""
-    text, play = run_here(["char_lm_lite.py", "--epochs", "1"], ["reinforce_lite.py", "--epochs", QUICK["reinforce"]])
+def test_char_lm_learns_and_writes(on_one_process: Callable[[str, str], Pair]) -> None:
+    """The loss on unseen text falls, and `generate` continues the prompt by as many characters as asked."""
+    text = on_one_process("char_lm", "32-true").lite_text
     before, after = (float(loss) for loss in re.findall(r"test loss .*: (\d+\.\d+)", text))
     assert after < 0.6 * before
     assert len(text[text.index("The ") :].removesuffix("\n")) == len("The ") + 160
-    early, late = (float(steps) for steps in re.findall(r"stood for (\d+\.\d+)", play))
+
+
+def test_reinforce_learns(on_one_process: Callable[[str, str], Pair]) -> None:
+    """The pole stands longer and longer."""
+    text = on_one_process("reinforce", "32-true").lite_text
+    early, late = (float(steps) for steps in re.findall(r"stood for (\d+\.\d+)", text))
     assert late > early
 
 

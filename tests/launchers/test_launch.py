@@ -1,0 +1,79 @@
+"""Starting processes for real: torchrun, lite.launch, a subclass's run, and what happens when one fails."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tests.support.processes import ROOT, run_python, run_torchrun
+
+SCRIPT = Path(__file__).with_name("scripts.py")
+MODULE = ("-m", "tests.launchers.scripts")
+
+
+def test_lite_alone_joins_the_job_under_torchrun(tmp_path: Path) -> None:
+    """Two ranks of one job, never two jobs of one rank; nothing is printed at the end."""
+    done = run_torchrun(SCRIPT, "join", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["2 3.0", "2 3.0"]
+    assert "warn" not in done.stderr.lower(), done.stderr
+
+
+def test_a_contradiction_with_torchrun_ends_the_job(tmp_path: Path) -> None:
+    """devices=4 under two processes."""
+    done = run_torchrun(SCRIPT, "contradiction")
+    assert done.returncode != 0
+    assert "devices=4 but torchrun started 2 processes" in done.stderr
+
+
+def test_launch_starts_the_processes_and_returns_rank_zeros_value(tmp_path: Path) -> None:
+    """By a function and by a subclass's run."""
+    done = run_python(*MODULE, "launch", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["(2, 3.0)", "(5, 2) (6, 1)"]
+    assert (tmp_path / "1").read_text() == "2 3.0"
+
+
+def test_launch_without_a_function_runs_the_script_again(tmp_path: Path) -> None:
+    """As torchrun would; the first process ends with 0."""
+    done = run_python(*MODULE, "again", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["2 3.0", "2 3.0"]
+
+
+def test_a_crash_ends_all_processes_with_its_own_traceback() -> None:
+    """Rank 0 waits in a collective; the error is rank 1's."""
+    started = time.monotonic()
+    done = run_python(*MODULE, "crash")
+    assert done.returncode == 1
+    assert "LaunchError: rank 1 failed" in done.stderr
+    assert "ValueError: boom on one" in done.stderr
+    assert time.monotonic() - started < 60
+
+
+def test_no_process_survives_a_ctrl_c(tmp_path: Path) -> None:
+    """SIGINT to the parent alone."""
+    process = subprocess.Popen(
+        [sys.executable, *MODULE, "wait", str(tmp_path)], cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    files = [tmp_path / "pid0", tmp_path / "pid1"]
+    deadline = time.monotonic() + 60
+    while not all(f.exists() and f.read_text() for f in files):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=40) != 0
+    for file in files:
+        assert not alive(int(file.read_text()))
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True

@@ -1,0 +1,65 @@
+"""Loggers write what they are given, on rank 0 alone."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+
+from lite import Lite
+from lite.loggers import CSVLogger
+from tests.support.processes import run_distributed
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_new_columns_keep_what_was_written(tmp_path: Path) -> None:
+    """A column that appears later; tensors; a version of its own for each run."""
+    logger = CSVLogger(tmp_path, "run", flush_every=2)
+    lite = Lite(accelerator="cpu", loggers=logger)
+    for step in range(3):
+        lite.log("loss", torch.tensor(1.0 + step, requires_grad=True), step)
+    lite.log_dict({"loss": 9, "accuracy": 0.5}, step=3)
+    lite.log("loss", 10.0)
+    logger.close()
+    written = rows(logger.path)
+    assert [row["loss"] for row in written] == ["1.0", "2.0", "3.0", "9", "10.0"]
+    assert [row["accuracy"] for row in written] == ["", "", "", "0.5", ""]
+    assert logger.path == tmp_path / "run" / "version_0" / "metrics.csv"
+    second = CSVLogger(tmp_path, "run")
+    second.log_hyperparameters({"lr": 0.1, "where": Path("x")})
+    assert second.version == "version_1"
+    again = CSVLogger(tmp_path, "run", version=0)
+    again.log_metrics({"loss": 11.0}, 4)
+    again.flush()
+    assert [row["loss"] for row in rows(logger.path)][-2:] == ["10.0", "11.0"]
+
+
+def log_on_two(path: str) -> None:
+    logger = CSVLogger(path)
+    lite = Lite(accelerator="cpu", loggers=logger)
+    lite.log("rank", lite.global_rank, 0)
+    lite.teardown()
+
+
+def test_only_rank_zero_writes(tmp_path: Path) -> None:
+    """One folder, one row."""
+    run_distributed(log_on_two, str(tmp_path))
+    assert [p.name for p in tmp_path.iterdir()] == ["version_0"]
+    assert [row["rank"] for row in rows(tmp_path / "version_0" / "metrics.csv")] == ["0"]
+
+
+def test_tensorboard_files_are_written(tmp_path: Path) -> None:
+    """Where the extra is installed."""
+    pytest.importorskip("tensorboard")
+    from lite.loggers import TensorBoardLogger
+
+    logger = TensorBoardLogger(tmp_path)
+    logger.log_metrics({"loss": torch.tensor(1.0)}, 0)
+    logger.close()
+    assert list(tmp_path.glob("events*"))

@@ -1,0 +1,123 @@
+"""Communication: new values, unequal sizes, one meaning on one process and on several."""
+
+from __future__ import annotations
+
+from collections import namedtuple
+
+import pytest
+import torch
+
+from lite import Lite
+from tests.support.processes import run_distributed
+
+Pair = namedtuple("Pair", "a b")
+
+
+def reductions() -> dict[str, object]:
+    lite = Lite(accelerator="cpu")
+    r = lite.global_rank
+    x = torch.tensor([1.0, 2.0]) + r
+    kept = x.clone()
+    out = lite.all_reduce({"x": x, "n": 1 + r, "f": 0.5 + r, "s": "text"}, "mean")
+    assert torch.equal(x, kept)
+    return {
+        "mean": out,
+        "int mean": lite.all_reduce(torch.tensor([1 + r, 2])),
+        "sum": lite.all_reduce(torch.tensor(1 + r), "sum").item(),
+        "max": lite.all_reduce(1.5 + r, "max"),
+        "bool": lite.all_reduce(torch.tensor([True, r == 0]), "sum").tolist(),
+    }
+
+
+def test_all_reduce_returns_new_values_and_keeps_fractions() -> None:
+    """A mean of whole numbers is not cut off, the input is not changed, other leaves pass."""
+    for out in run_distributed(reductions):
+        assert out["mean"]["x"].tolist() == [1.5, 2.5]
+        assert (out["mean"]["n"], out["mean"]["f"], out["mean"]["s"]) == (1.5, 1.0, "text")
+        assert out["int mean"].tolist() == [1.5, 2.0]
+        assert (out["sum"], out["max"], out["bool"]) == (3, 2.5, [2, 1])
+
+
+def gathers() -> dict[str, object]:
+    lite = Lite(accelerator="cpu")
+    r = lite.global_rank
+    uneven = torch.full((r + 1, 2), float(r))
+    x = torch.ones(2, requires_grad=True)
+    (lite.all_gather(x * (r + 1), sync_grads=True) * torch.tensor([[1.0], [2.0]])).sum().backward()
+    return {
+        "stacked": lite.all_gather(Pair(torch.tensor([r, r]), "s")),
+        "number": lite.all_gather(float(r)).tolist(),
+        "uneven": [p.tolist() for p in lite.all_gather(uneven)],
+        "cat": lite.all_gather(uneven, cat=True).tolist(),
+        "empty": lite.all_gather(torch.ones(r, 3), cat=True).shape,
+        "grad": x.grad,
+    }
+
+
+def test_all_gather_takes_unequal_first_dimensions() -> None:
+    """Stacked where shapes are equal, one tensor per rank or concatenated where not; gradients flow where asked."""
+    for rank, out in enumerate(run_distributed(gathers)):
+        assert out["stacked"].a.tolist() == [[0, 0], [1, 1]]
+        assert out["stacked"].b == "s"
+        assert out["number"] == [0.0, 1.0]
+        assert out["uneven"] == [[[0, 0]], [[1, 1], [1, 1]]]
+        assert out["cat"] == [[0, 0], [1, 1], [1, 1]]
+        assert tuple(out["empty"]) == (1, 3)
+        # Each rank's loss counts rank r's part (r + 1) times; both ranks' losses flow back.
+        assert out["grad"].tolist() == [2.0 * (rank + 1) * (rank + 1)] * 2
+
+
+def test_one_process_has_the_same_shapes() -> None:
+    """A gathered tensor has its rank dimension on one process too."""
+    lite = Lite(accelerator="cpu")
+    assert lite.all_gather(torch.ones(3)).shape == (1, 3)
+    assert lite.all_gather(torch.ones(3), cat=True).shape == (3,)
+    assert lite.all_reduce(torch.tensor([1, 2])).dtype == torch.float64
+    assert lite.broadcast("x") == "x"
+    assert lite.gather_for_metrics([torch.ones(2)])[0].shape == (2,)
+
+
+def odds_and_ends() -> tuple[object, list[str]]:
+    lite = Lite(accelerator="cpu")
+    order: list[str] = []
+    got = lite.broadcast({"t": torch.arange(2) + lite.global_rank, "k": [lite.global_rank]}, src=1)
+    with lite.rank_zero_first():
+        order = lite.broadcast(order) if False else order
+        order.append(str(lite.global_rank))
+    with lite.rank_zero_first(local=True):
+        order.append("local")
+    lite.barrier()
+    return got, order
+
+
+def test_broadcast_and_rank_zero_first() -> None:
+    """Any object from any rank; both ranks go through the block."""
+    for rank, (got, order) in enumerate(run_distributed(odds_and_ends)):
+        assert got["t"].tolist() == [1, 2]
+        assert got["k"] == [1]
+        assert order == [str(rank), "local"]
+
+
+def ordered(path: str) -> str:
+    import time
+
+    lite = Lite(accelerator="cpu")
+    with lite.rank_zero_first():
+        if lite.is_global_zero:
+            time.sleep(0.3)
+        with open(path, "a") as file:
+            file.write(str(lite.global_rank))
+    lite.barrier()
+    return open(path).read()
+
+
+def test_rank_zero_runs_the_block_first(tmp_path: object) -> None:
+    """Rank 1 waits, however long rank 0 takes."""
+    assert run_distributed(ordered, f"{tmp_path}/order") == ["01", "01"]
+
+
+@pytest.mark.parametrize("op", ["mean", "avg", "sum", "min", "max", "product"])
+def test_every_reduction_is_the_identity_on_one_process(op: str) -> None:
+    """Of floats."""
+    x = torch.tensor([1.5, -2.0])
+    assert torch.equal(Lite(accelerator="cpu").all_reduce(x, op), x)
