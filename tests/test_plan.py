@@ -23,7 +23,10 @@ TORCHRUN = {
 }
 
 
-def plan(environ: dict[str, str] | None = None, probe: DeviceProbe = DeviceProbe(), **arguments: Any) -> Plan:
+NOTHING = DeviceProbe()
+
+
+def plan(environ: dict[str, str] | None = None, probe: DeviceProbe = NOTHING, **arguments: Any) -> Plan:
     return resolve(arguments, environ or {}, probe)
 
 

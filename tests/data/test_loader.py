@@ -160,7 +160,8 @@ def test_workers_of_different_ranks_draw_different_numbers() -> None:
         loader = prepare(DataLoader(Noise(), batch_size=4 // world, num_workers=1), rank, world)
         draws.append([[round(v, 6) for v in part.tolist()] for part in next(iter(loader))])
     assert [part[:2] for part in draws[0]] == draws[1]
-    assert all(a != b for part_a, part_b in zip(draws[1], draws[2], strict=True) for a, b in zip(part_a, part_b))
+    pairs = [(a, b) for x, y in zip(draws[1], draws[2], strict=True) for a, b in zip(x, y, strict=True)]
+    assert all(a != b for a, b in pairs)
 
 
 class Count(IterableDataset):

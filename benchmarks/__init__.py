@@ -1,0 +1,1 @@
+"""Measurements behind the project's claims; run each with `python -m benchmarks.NAME`."""

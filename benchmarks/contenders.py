@@ -1,0 +1,100 @@
+"""One training step by each contender: raw PyTorch, lite, and the peers where they are installed.
+
+Every contender gets its own model and optimizer from the same seed, and does the same: forward, loss, backward, step.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+Batch = tuple[Tensor, Tensor]
+Train = Callable[[Iterator[Batch]], None]
+
+
+def raw(make: Callable[[], nn.Module], precision: str, loader: DataLoader[Any] | None) -> tuple[Train, Any]:
+    """Plain PyTorch; in bf16-mixed the forward under autocast and its output in float32, as the others do it."""
+    model = make()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+
+    def train(batches: Iterator[Batch]) -> None:
+        for x, y in batches:
+            optimizer.zero_grad()
+            if precision == "bf16-mixed":
+                with torch.autocast("cpu", dtype=torch.bfloat16):
+                    out = model(x)
+                loss = F.cross_entropy(out.float(), y)
+            else:
+                loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            optimizer.step()
+
+    return train, loader
+
+
+def lite(make: Callable[[], nn.Module], precision: str, loader: DataLoader[Any] | None) -> tuple[Train, Any]:
+    """lite."""
+    from lite import Lite
+
+    lite = Lite(accelerator="cpu", precision=precision)
+    model = make()
+    model, optimizer = lite.setup(model, torch.optim.SGD(model.parameters(), lr=0.01))
+    return _loop(model, optimizer, lite.backward), lite.setup_dataloaders(loader) if loader is not None else None
+
+
+def fabric(make: Callable[[], nn.Module], precision: str, loader: DataLoader[Any] | None) -> tuple[Train, Any]:
+    """Lightning Fabric."""
+    from lightning.fabric import Fabric
+
+    fabric = Fabric(accelerator="cpu", devices=1, precision=precision)
+    fabric.launch()
+    model = make()
+    model, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.01))
+    return _loop(model, optimizer, fabric.backward), fabric.setup_dataloaders(loader) if loader is not None else None
+
+
+def accelerate(make: Callable[[], nn.Module], precision: str, loader: DataLoader[Any] | None) -> tuple[Train, Any]:
+    """Hugging Face Accelerate."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16" if precision == "bf16-mixed" else "no")
+    model = make()
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.01))
+    return _loop(model, optimizer, accelerator.backward), accelerator.prepare(loader) if loader is not None else None
+
+
+def _loop(model: Any, optimizer: Any, backward: Callable[[Tensor], Any]) -> Train:
+    def train(batches: Iterator[Batch]) -> None:
+        for x, y in batches:
+            optimizer.zero_grad()
+            backward(F.cross_entropy(model(x), y))
+            optimizer.step()
+
+    return train
+
+
+def installed() -> dict[str, Callable[..., tuple[Train, Any]]]:
+    """Every contender that can run here; "raw again" shows the noise."""
+    found: dict[str, Callable[..., tuple[Train, Any]]] = {"raw": raw, "raw again": raw, "lite": lite}
+    if importlib.util.find_spec("lightning") is not None:
+        found["fabric"] = fabric
+    if importlib.util.find_spec("accelerate") is not None:
+        found["accelerate"] = accelerate
+    return found
+
+
+def quiet() -> Any:
+    """The peers' advice is no part of the table."""
+    warnings.simplefilter("ignore")
+    return nullcontext()

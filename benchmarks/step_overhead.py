@@ -1,0 +1,98 @@
+"""Microseconds that a training step costs over raw PyTorch, on one process.
+
+A tiny MLP with a batch of 4, where overhead shows most, with preloaded batches and with a DataLoader; and a small GPT,
+where it should vanish. Each in 32-true and bf16-mixed. All contenders run in turn in one process; "raw again" is raw
+against itself.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from benchmarks.contenders import installed, quiet
+from benchmarks.harness import arguments, compare, finish, interleave
+
+
+def mlp() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+
+
+class SmallGPT(nn.Module):
+    """Two blocks of width 64 on 32 characters; logits of the last position."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Embedding(64, 64)
+        layer = nn.TransformerEncoderLayer(64, 4, 256, dropout=0.0, batch_first=True, norm_first=True)
+        self.blocks = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(64, 64)
+        self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(self.token(x), mask=self.mask, is_causal=True)[:, -1])
+
+
+def gpt() -> nn.Module:
+    torch.manual_seed(0)
+    return SmallGPT()
+
+
+def measure(
+    title: str,
+    make: Callable[[], nn.Module],
+    dataset: TensorDataset,
+    precision: str,
+    *,
+    batch_size: int,
+    use_loader: bool,
+    rounds: int,
+    steps: int,
+) -> list[dict[str, Any]]:
+    contenders: dict[str, Callable[[], None]] = {}
+    for name, contender in installed().items():
+        train, loader = contender(make, precision, DataLoader(dataset, batch_size=batch_size) if use_loader else None)
+        if use_loader:
+            epochs = max(1, steps // len(loader))
+            contenders[name] = lambda train=train, loader=loader, epochs=epochs: [train(loader) for _ in range(epochs)]
+            count = epochs * len(loader)
+        else:
+            batches = list(DataLoader(dataset, batch_size=batch_size))
+            contenders[name] = lambda train=train, batches=batches: train(
+                itertools.islice(itertools.cycle(batches), steps)
+            )
+            count = steps
+    return compare(title, interleave(contenders, rounds, count))
+
+
+def main() -> None:
+    options = arguments(__doc__, repeats=40, steps=300)
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
+    rows = []
+    generator = torch.Generator().manual_seed(0)
+    points = TensorDataset(torch.randn(400, 8, generator=generator), torch.randint(4, (400,), generator=generator))
+    shape = {"generator": generator}
+    texts = TensorDataset(torch.randint(64, (64, 32), **shape), torch.randint(64, (64,), **shape))
+    with quiet():
+        for precision in ("32-true", "bf16-mixed"):
+            common: dict[str, Any] = {"precision": precision, "rounds": options.repeats}
+            for use_loader in (False, True):
+                source = "DataLoader" if use_loader else "preloaded batches"
+                title = f"MLP, batch 4, {source}, {precision}"
+                rows += measure(title, mlp, points, batch_size=4, use_loader=use_loader, steps=options.steps, **common)
+            title = f"small GPT, batch 8, preloaded batches, {precision}"
+            few = max(1, options.steps // 30)
+            rows += measure(title, gpt, texts, batch_size=8, use_loader=False, steps=few, **common)
+    finish(rows, options.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""Users copy from the README: each of its Python blocks runs, and its commands are what CI runs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.support.processes import ROOT, run_python, run_torchrun
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+
+
+@pytest.mark.parametrize("number", range(len(BLOCKS)))
+def test_every_block_runs(number: int, tmp_path: Path) -> None:
+    """As a script of its own, on one process."""
+    script = tmp_path / "block.py"
+    script.write_text(BLOCKS[number])
+    done = run_python(str(script))
+    assert done.returncode == 0, done.stderr
+
+
+def test_all_blocks_run_on_two_processes(tmp_path: Path) -> None:
+    """One script of all blocks that don't start processes themselves, under torchrun."""
+    script = tmp_path / "blocks.py"
+    parts = [block for block in BLOCKS if "launch(" not in block]
+    script.write_text("\n".join(parts).replace("tempfile.mkdtemp()", f"{str(tmp_path)!r}"))
+    done = run_torchrun(script)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("epoch 1:") == 1
+
+
+def test_ci_runs_the_readmes_test_command() -> None:
+    """The marker that .ci/run looks for stands before a command that runs the tests."""
+    command = re.search(r"<!-- test command -->\n```bash\n(.*?)```", README, flags=re.S)
+    assert command is not None
+    assert "-m pytest" in command[1]
