@@ -86,6 +86,18 @@ def test_files_are_named_after_what_is_in_them_and_say_so(file: Path) -> None:
     assert ast.get_docstring(ast.parse(file.read_text()))
 
 
+def test_importing_lite_patches_nothing() -> None:
+    """Functions and classes of torch are the same objects before and after."""
+    code = (
+        "import torch, torch.utils.data as d, torch.optim.lr_scheduler as s; "
+        "parts = lambda: [torch.compile, d.DataLoader.__init__, d.DataLoader.__iter__, torch.nn.Module.__call__, "
+        "torch.optim.Optimizer.__init__, torch.optim.SGD.step, s.LRScheduler.__init__, torch.Tensor.backward, "
+        "torch.get_rng_state, torch.load, torch.save]; "
+        "before = parts(); import lite; assert before == parts()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=LITE.parent)
+
+
 def test_importing_lite_brings_nothing_but_lite() -> None:
     """No trainer, nothing beyond torch, numpy and the standard library, fewer than 60 modules."""
     code = (

@@ -31,6 +31,12 @@ def wait(lite: Lite, folder: str) -> None:
     time.sleep(60)
 
 
+def compute(lite: Lite) -> tuple[int, int]:
+    model = lite.setup(torch.nn.Linear(500, 500))
+    lite.backward(model(torch.randn(256, 500)).sum())
+    return lite.world_size, torch.get_num_threads()
+
+
 class Train(Lite):
     """LightningLite's form."""
 
@@ -45,6 +51,11 @@ def main() -> None:
     elif what == "launch":
         print(Lite(accelerator="cpu", devices=2).launch(report, rest[0]))
         print(Train(accelerator="cpu", devices=2).run(5), Train(accelerator="cpu").run(6))
+    elif what == "fork":  # after this process has computed with several threads
+        torch.set_num_threads(2)
+        layer = torch.nn.Linear(500, 500)
+        layer(torch.randn(256, 500)).sum().backward()
+        print(Lite(accelerator="cpu", devices=2, strategy="ddp_fork").launch(compute))
     elif what == "again":
         lite = Lite(accelerator="cpu", devices="auto" if "RANK" in __import__("os").environ else 2)
         lite.launch()

@@ -55,6 +55,24 @@ def test_a_crash_ends_all_processes_with_its_own_traceback() -> None:
     assert time.monotonic() - started < 60
 
 
+def test_a_fork_after_threaded_work_does_not_hang() -> None:
+    """As in a notebook: the forked processes compute with one thread each."""
+    done = run_python(*MODULE, "fork")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "(2, 1)"
+
+
+def test_a_script_without_a_main_guard_is_told_so(tmp_path: Path) -> None:
+    """No chain of processes, no hang."""
+    script = tmp_path / "unguarded.py"
+    script.write_text(
+        "from lite import Lite\ndef train(lite):\n    return 1\nLite(accelerator='cpu', devices=2).launch(train)\n"
+    )
+    done = run_python(str(script))
+    assert done.returncode != 0
+    assert "if __name__ == '__main__':" in done.stderr
+
+
 def test_no_process_survives_a_ctrl_c(tmp_path: Path) -> None:
     """SIGINT to the parent alone."""
     process = subprocess.Popen(
