@@ -7,6 +7,7 @@ sent: with a plain gloo or NCCL call a mismatch ends the process or hangs it.
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -222,7 +223,6 @@ class FirstRank:
 
     def __init__(self, store: Any) -> None:
         self._store = store
-        self._calls = 0
 
     @contextmanager
     def run(self, first: bool, scope: str, name: str) -> Iterator[None]:
@@ -231,8 +231,8 @@ class FirstRank:
         Raises:
             UsageError: (on the ranks that wait) the first rank's block raised; they don't run it.
         """
-        key = f"lite/first/{scope}/{self._calls}"
-        self._calls += 1
+        # A new key for each block: the store outlives this object and is shared with others.
+        key = f"lite/first/{broadcast(uuid.uuid4().hex)}/{scope}"
         if first:
             try:
                 yield

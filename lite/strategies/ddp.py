@@ -98,7 +98,7 @@ class DDPStrategy(Strategy):
             rank=rank,
             world_size=self._world_size,
             timeout=self.timeout,
-            device_id=device if device.type == "cuda" else None,
+            device_id=device if backend == "nccl" else None,
         )
         self._owns_group = True
         return store
