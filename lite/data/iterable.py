@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import pickle
 import warnings
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
 from torch.utils.data import IterableDataset, get_worker_info
 
+from lite.data.checksum import checksum
 from lite.data.sampler import Shard, Share, slice_evenly
 from lite.errors import UsageError
 
@@ -66,16 +62,6 @@ class StridedStream(IterableDataset[Any]):
             number += 1
 
 
-def checksum(data: Any) -> int:
-    """A checksum of the values in nested data; equal values have equal ones."""
-    value = 0
-    for leaf in tree_leaves(data):
-        if isinstance(leaf, Tensor):
-            leaf = leaf.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        value = zlib.crc32(leaf if isinstance(leaf, bytes) else pickle.dumps(leaf), value)
-    return value
-
-
 def identity(value: Any) -> Any:
     """The collate function of a loader whose dataset yields ready batches."""
     return value
@@ -86,8 +72,18 @@ def check_same_stream(fingerprint: int, sync: Callable[[Any], Any]) -> None:
     if sync(fingerprint) != fingerprint:
         raise UsageError(
             "shard='stride' needs a dataset that yields the same samples in the same order on every rank, but this "
-            "rank's "
-            "first samples differ from rank 0's; seed its shuffling alike, or let it split itself and leave shard out."
+            "rank's first samples differ from rank 0's; seed its shuffling alike, or let it split itself "
+            "and leave shard out."
+        )
+
+
+def check_unsplit(fingerprint: int, first: int) -> None:
+    """Refuse a stream that differs between this rank's workers: the dataset has split it already."""
+    if fingerprint != first:
+        raise UsageError(
+            "shard='stride' needs a dataset that yields the same samples in every worker, but this rank's workers read "
+            "different ones; leave out the dataset's own split by get_worker_info(), or leave shard out and let the "
+            "dataset split itself by rank too."
         )
 
 

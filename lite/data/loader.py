@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
-from torch.utils.data.distributed import DistributedSampler
+from torch.utils.data import DataLoader, IterableDataset
 
-from lite.data.iterable import StridedStream, check_same_stream, identity, warn_if_same
-from lite.data.sampler import BatchWeight, Shard, ShardedSampler
+from lite.data.iterable import StridedStream, check_same_stream, check_unsplit, identity, warn_if_same
+from lite.data.sampler import BatchWeight, Shard, ShardedSampler, Share
+from lite.data.split import is_distributed, keep_order, samplers_of, split_samplers
 from lite.data.transfer import move_to_device
 from lite.disguise import disguise
 from lite.errors import ConfigError, UsageError
@@ -56,8 +56,7 @@ def setup_dataloader(
     if not isinstance(loader, DataLoader):
         raise ConfigError(
             f"setup_dataloaders got a {type(loader).__name__}, not a torch DataLoader; wrap it in one, or split it "
-            "yourself "
-            "by lite.global_rank and move its batches with lite.to_device."
+            "yourself by lite.global_rank and move its batches with lite.to_device."
         )
     if loader in _set_up:
         raise UsageError("this DataLoader is set up already; use the loader that the first call returned.")
@@ -71,9 +70,10 @@ def setup_dataloader(
     strided = None
     if stream and iterable_shard is not None and use_distributed_sampler:
         strided = _strided_loader(loader, shard)
-    elif split and not stream and not _check_distributed(loader, shard):
-        _split(ready, loader, shard, sync, interleaved=use_distributed_sampler == "interleaved")
-    if split and ready.num_workers > 0 and shard.rank > 0:
+    elif use_distributed_sampler and not stream and not is_distributed(loader, shard) and split:
+        split_samplers(ready, loader, shard, sync, interleaved=use_distributed_sampler == "interleaved")
+        keep_order(ready)
+    if ready.num_workers > 0 and shard.rank > 0:
         for one in (ready, strided):
             if one is not None:
                 one.__dict__["worker_init_fn"] = RankedWorkerInit(shard.rank, loader.worker_init_fn)
@@ -87,7 +87,7 @@ def setup_dataloader(
         rank=shard.rank,
         watch=split and stream and strided is None,
     )
-    _give_iteration(ready, iteration, plain=not split and strided is None and not moves)
+    _give_iteration(ready, iteration, shard, plain=not split and strided is None and not moves)
     _set_up.add(loader)
     _set_up.add(ready)
     return ready
@@ -115,16 +115,19 @@ class _Iteration:
         self._watch = watch
         self._sharded = next((s for s in (loader.batch_sampler, loader.sampler) if isinstance(s, ShardedSampler)), None)
         self.epoch = 0
-        self._epoch_samplers = [s for s in _samplers(loader) if callable(getattr(s, "set_epoch", None))]
+        self._epoch_samplers = [s for s in samplers_of(loader) if callable(getattr(s, "set_epoch", None))]
         self._last_epochs: list[Any] = []
+        self._begun: Any = None
 
     def begin(self) -> None:
         """Count the epoch, and tell it to samplers that want to know and weren't told by the user."""
+        self._weight.clear()
+        self._begun = None if self._sharded is None else self._sharded.ragged
         for i, sampler in enumerate(self._epoch_samplers):
-            told = self.epoch > 0 and getattr(sampler, "epoch", None) != self._last_epochs[i]
-            if self.epoch > 0 and not told:
-                sampler.set_epoch((getattr(sampler, "epoch", None) or self.epoch - 1) + 1)
-        self._last_epochs = [getattr(sampler, "epoch", None) for sampler in self._epoch_samplers]
+            if self.epoch > 0 and _epochs(sampler) == self._last_epochs[i]:
+                last = next((e for e in _epochs(sampler).values() if isinstance(e, int)), self.epoch - 1)
+                sampler.set_epoch(last + 1)
+        self._last_epochs = [_epochs(sampler) for sampler in self._epoch_samplers]
         self.epoch += 1
 
     def around(self, batches: Iterator[Any]) -> Iterator[Any]:
@@ -132,14 +135,20 @@ class _Iteration:
         if self.strided is not None:
             batches = self._unpack(batches)
         elif self._sharded is not None:
-            batches = self._weigh(batches, self._sharded.ragged)
+            batches = self._weigh(batches, self._sharded, self._sharded.ragged, self._begun)
         if self._watch and self.epoch == 1:
             batches = self._compare(batches)
         return batches if self._device is None else self._move(batches, self._device)
 
-    def _weigh(self, batches: Iterator[Any], ragged: dict[int, Any]) -> Iterator[Any]:
+    def _weigh(
+        self, batches: Iterator[Any], sharded: ShardedSampler, ragged: dict[int, Share], begun: dict[int, Share]
+    ) -> Iterator[Any]:
+        # Each iteration of the sampler has a table of its own. Where the user's class iterates in a generator, the
+        # sampler starts with the first batch only.
         weight = self._weight
         for number, batch in enumerate(batches):
+            if ragged is begun:
+                ragged = _table_of_started(sharded, begun)
             weight.clear()
             if number in ragged:
                 weight.set(ragged[number])
@@ -148,8 +157,11 @@ class _Iteration:
 
     def _unpack(self, batches: Iterator[Any]) -> Iterator[Any]:
         weight = self._weight
+        first = None
         for batch, share, fingerprint in batches:
             if fingerprint is not None:
+                first = fingerprint if first is None else first
+                check_unsplit(fingerprint, first)
                 check_same_stream(fingerprint, self._sync)
             weight.clear()
             if share is not None:
@@ -198,7 +210,23 @@ def _copy(loader: DataLoader[Any]) -> DataLoader[Any]:
     return twin
 
 
-def _give_iteration(loader: DataLoader[Any], iteration: _Iteration, *, plain: bool) -> None:
+def _table_of_started(sharded: ShardedSampler, begun: dict[int, Share]) -> dict[int, Share]:
+    """The newest iteration's table; a loader that gives out batches without starting its sampler is refused."""
+    if sharded.ragged is begun:
+        raise UsageError(
+            "the DataLoader's class gives out batches of an iterator that it made before lite.setup_dataloaders, so "
+            "they can't be split over the ranks; use a plain DataLoader (persistent_workers=True keeps its workers "
+            "alive)."
+        )
+    return sharded.ragged
+
+
+def _epochs(sampler: Any) -> dict[str, Any]:
+    """Where a sampler keeps its epoch, by name: `epoch`, `_epoch`, `current_epoch`."""
+    return {name: value for name, value in getattr(sampler, "__dict__", {}).items() if "epoch" in name}
+
+
+def _give_iteration(loader: DataLoader[Any], iteration: _Iteration, shard: Shard, *, plain: bool) -> None:
     """Put the iteration around the loader's own, by a subclass that looks like the user's class."""
     raw = type(loader)
     raw_iter = raw.__iter__
@@ -212,84 +240,16 @@ def _give_iteration(loader: DataLoader[Any], iteration: _Iteration, *, plain: bo
         source = iter(iteration.strided) if iteration.strided is not None else raw_iter(self)
         return iteration.around(source)
 
-    disguise(loader, {"__iter__": plain_iter if plain else routed_iter})
+    def strided_len(self: DataLoader[Any]) -> int:
+        assert self.batch_size is not None
+        size, dataset = self.batch_size * shard.world_size, self.dataset
+        count = len(dataset)  # type: ignore[arg-type]  # without a length: TypeError, as it is raw
+        return count // size if self.drop_last else -(-count // size)
 
-
-def _split(ready: DataLoader[Any], loader: DataLoader[Any], shard: Shard, sync: Sync, *, interleaved: bool) -> None:
-    """Let the copy sample this rank's slices."""
-    if interleaved:
-        ready.__dict__.update(_interleaved(loader, shard))
-        return
-    batch_sampler: Any = loader.batch_sampler
-    plain = type(batch_sampler) is BatchSampler
-    source: Any = loader.sampler if batch_sampler is None else batch_sampler.sampler if plain else batch_sampler
-    sharded = ShardedSampler(
-        source,
-        shard,
-        batch_size=batch_sampler.batch_size if plain else None,
-        single=batch_sampler is None,
-        drop_last=bool(batch_sampler.drop_last) if plain else False,
-        generators=_generators(loader),
-        sync=sync,
-    )
-    ready.__dict__["sampler" if batch_sampler is None else "batch_sampler"] = sharded
-
-
-def _interleaved(loader: DataLoader[Any], shard: Shard) -> dict[str, Any]:
-    """torch's DistributedSampler in the place of a plain sampler."""
-    if type(loader.sampler) not in (SequentialSampler, RandomSampler) or type(loader.batch_sampler) is not BatchSampler:
-        raise ConfigError(
-            f"use_distributed_sampler='interleaved' can't replace a {type(loader.sampler).__name__} or a custom "
-            "batch sampler; "
-            "use True, which keeps it."
-        )
-    sampler: DistributedSampler[Any] = DistributedSampler(
-        loader.dataset,
-        shard.world_size,
-        shard.rank,
-        shuffle=isinstance(loader.sampler, RandomSampler),
-        drop_last=loader.drop_last,
-    )
-    assert loader.batch_size is not None
-    return {"sampler": sampler, "batch_sampler": BatchSampler(sampler, loader.batch_size, loader.drop_last)}
-
-
-def _check_distributed(loader: DataLoader[Any], shard: Shard) -> bool:
-    """Whether the user's sampler is split by rank already; one for other ranks is refused."""
-    for sampler in _samplers(loader):
-        if isinstance(sampler, DistributedSampler):
-            if (sampler.num_replicas, sampler.rank) != (shard.world_size, shard.rank):
-                raise ConfigError(
-                    f"the loader's DistributedSampler has num_replicas={sampler.num_replicas}, rank={sampler.rank}, "
-                    "but this is "
-                    f"rank {shard.rank} of {shard.world_size}; leave the sampler out (use shuffle=True), lite splits "
-                    "the data."
-                )
-            return True
-    return False
-
-
-def _samplers(loader: DataLoader[Any]) -> list[Any]:
-    """The loader's sampler, its batch sampler, and a sampler within that, each once."""
-    found: list[Any] = []
-    pending = [loader.batch_sampler, loader.sampler]
-    while pending:
-        sampler: Any = pending.pop()
-        if sampler is None or any(sampler is s for s in found):
-            continue
-        found.append(sampler)
-        pending.append(getattr(sampler, "sampler", None))
-    return found
-
-
-def _generators(loader: DataLoader[Any]) -> list[torch.Generator]:
-    """The generators that the user gave, each once."""
-    candidates = [getattr(thing, "generator", None) for thing in (loader, *_samplers(loader))]
-    found: list[torch.Generator] = []
-    for candidate in candidates:
-        if isinstance(candidate, torch.Generator) and not any(candidate is g for g in found):
-            found.append(candidate)
-    return found
+    body: dict[str, Any] = {"__iter__": plain_iter if plain else routed_iter}
+    if iteration.strided is not None:
+        body["__len__"] = strided_len
+    disguise(loader, body)
 
 
 def _strided_loader(loader: DataLoader[Any], shard: Shard) -> DataLoader[Any]:
@@ -298,6 +258,11 @@ def _strided_loader(loader: DataLoader[Any], shard: Shard) -> DataLoader[Any]:
         raise ConfigError(
             "shard='stride' needs a batch_size: with batch_size=None the dataset makes the batches, so it must split "
             "them itself."
+        )
+    if type(loader).__iter__ is not DataLoader.__iter__:
+        raise ConfigError(
+            f"shard='stride' can't keep {type(loader).__name__}.__iter__; use a plain DataLoader, or split the dataset "
+            "by rank and worker yourself and leave shard out."
         )
     inner = _copy(loader)
     inner.__class__ = DataLoader

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -15,6 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler, SubsetRandomSampler, WeightedRandomSampler
+
+from lite.data.checksum import checksum
+from lite.errors import UsageError
 
 # These draw from a global generator at their first item only.
 _EAGER = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
@@ -63,9 +67,9 @@ class BatchWeight:
 
 @dataclass(frozen=True)
 class Share:
-    """This rank's part of a ragged global batch."""
+    """This rank's part of a ragged global batch; `num_real` is None where the dataset makes the batches."""
 
-    num_real: int
+    num_real: int | None
     weight: float
 
 
@@ -94,7 +98,7 @@ class ShardedSampler:
         single: `source` yields one index per batch (a loader with batch_size=None).
         drop_last: Leave out a last global batch that doesn't fill up.
         generators: The torch generators that the loader and its samplers were given.
-        sync: Returns rank 0's object on every rank; called at the first batch of an epoch when the order may be random.
+        sync: Returns rank 0's object on every rank. Collective: called as an epoch starts when the order may be random.
 
     Attributes:
         ragged: For the newest iteration, this rank's share of each batch that is not full, by the batch's number.
@@ -119,6 +123,8 @@ class ShardedSampler:
         self._single = single
         self._generators = generators
         self._sync = sync
+        # torch's BatchSampler starts the sampler within it at the first batch; any other source is started by iter().
+        self._starts_late = batch_size is not None
 
     def __len__(self) -> int:
         count = len(self.sampler)  # type: ignore[arg-type]  # without a length: TypeError, as it is raw
@@ -127,12 +133,13 @@ class ShardedSampler:
 
     def __iter__(self) -> Iterator[Any]:
         self.ragged = {}
-        return self._slices(self.ragged)
+        items = None if self._starts_late else self._start()
+        return self._slices(self.ragged, items)
 
-    def _slices(self, ragged: dict[int, Share]) -> Iterator[Any]:
+    def _slices(self, ragged: dict[int, Share], items: Iterator[Any] | None) -> Iterator[Any]:
         world = self._shard.world_size
         size = world * (self.batch_size or 1)
-        for number, group in enumerate(self._groups(size)):
+        for number, group in enumerate(self._groups(size, items)):
             if len(group) < size and self.drop_last:
                 return
             mine, share = self._take(group, full=len(group) == size)
@@ -149,48 +156,67 @@ class ShardedSampler:
         if self._single:
             if full:
                 return group[rank], None
-            return (group[rank], Share(1, world / len(group))) if rank < len(group) else (group[0], Share(0, 0.0))
+            return (group[rank], Share(None, world / len(group))) if rank < len(group) else (group[0], Share(0, 0.0))
         if full:
             total = sum(len(batch) for batch in group)
             return group[rank], Share(len(group[rank]), len(group[rank]) * world / total)
         return slice_evenly([index for batch in group for index in batch], self._shard)
 
-    def _groups(self, size: int) -> Iterator[list[Any]]:
-        """The global batches, drawn under rank 0's random state on every rank."""
+    def _start(self) -> Iterator[Any]:
+        """The source's iterator; what its `__iter__` draws at once is drawn under rank 0's random state."""
         if is_sequential(self.sampler):
-            items = iter(self.sampler)
-            while group := list(islice(items, size)):
-                yield group
-            return
+            return iter(self.sampler)
+        with drawing_under(self._agree()):
+            return iter(self.sampler)
+
+    def _agree(self) -> RandomState | None:
+        """Rank 0's random state, or None where this rank's own is the same. Collective."""
         mine = RandomState.capture(self._generators)
         shared: RandomState = self._sync(mine)
         shared.restore_generators(self._generators)
-        alike = shared == mine
-        if not alike:
-            shared.restore()
-        items = iter(self.sampler)
-        group = list(islice(items, size))
-        after = None if type(self.sampler) in _EAGER else RandomState.capture([])
-        if not alike:
-            mine.restore()
+        return None if shared == mine else shared
+
+    def _groups(self, size: int, items: Iterator[Any] | None) -> Iterator[list[Any]]:
+        """The global batches, drawn under rank 0's random state on every rank."""
+        if is_sequential(self.sampler):
+            items = iter(self.sampler) if items is None else items
+            while group := list(islice(items, size)):
+                yield group
+            return
+        with drawing_under(self._agree()):
+            items = iter(self.sampler) if items is None else items
+            group = list(islice(items, size))
+            state = RandomState.capture([])
+        if type(self.sampler) in _EAGER:
+            while group:
+                yield group
+                group = list(islice(items, size))
+            return
+        _check_same_order(group, self._sync)
         while group:
             yield group
-            if after is None:
-                group = list(islice(items, size))
-                continue
             # An unknown sampler may draw at any time: from here on it does so from a state that all ranks share.
-            before = RandomState.capture([])
-            after.restore()
-            group = list(islice(items, size))
-            after = RandomState.capture([])
-            before.restore()
+            with drawing_under(state):
+                group = list(islice(items, size))
+                state = RandomState.capture([])
+
+
+def _check_same_order(group: list[Any], sync: Callable[[Any], Any]) -> None:
+    """Refuse a sampler with a generator of its own that ranks have seeded differently. Collective."""
+    mine = checksum(group)
+    if sync(mine) != mine:
+        raise UsageError(
+            "the loader's sampler gives this rank other samples than rank 0, so that its slices would repeat some "
+            "and miss others; seed the sampler's own random generator alike on all ranks, or, if it splits the data by "
+            "rank itself, call setup_dataloaders(loader, use_distributed_sampler=False)."
+        )
 
 
 def is_sequential(sampler: Any) -> bool:
     """Whether the order is fixed, so that ranks need not agree on a random state."""
     if type(sampler) is BatchSampler:
         return is_sequential(sampler.sampler)
-    return type(sampler) is SequentialSampler
+    return type(sampler) in (SequentialSampler, list, tuple, range)
 
 
 @dataclass(eq=False)
@@ -223,6 +249,20 @@ class RandomState:
         return (
             torch.equal(self.torch_state, other.torch_state)
             and self.python_state == other.python_state
-            and self.numpy_state[2] == other.numpy_state[2]
+            and self.numpy_state[2:] == other.numpy_state[2:]
             and np.array_equal(self.numpy_state[1], other.numpy_state[1])
         )
+
+
+@contextmanager
+def drawing_under(state: RandomState | None) -> Iterator[None]:
+    """Within the block the global generators go on from `state`, afterwards from where they were; None leaves them."""
+    if state is None:
+        yield
+        return
+    mine = RandomState.capture([])
+    state.restore()
+    try:
+        yield
+    finally:
+        mine.restore()

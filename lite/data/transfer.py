@@ -29,16 +29,17 @@ def move_to_device(data: Any, device: torch.device) -> Any:
         return data.to(device, non_blocking=device.type == "cuda" and data.device.type == "cpu" and data.is_pinned())
     if data is None or isinstance(data, (str, bytes, int, float, bool)):
         return data
+    if type(data) not in (dict, list, tuple) and callable(getattr(data, "to", None)):
+        # Before the containers: a PackedSequence is a tuple of which one part must stay on the CPU.
+        return data.to(device)
     if isinstance(data, dict):
         moved = {key: move_to_device(value, device) for key, value in data.items()}
         return moved if type(data) is dict else _refill(data, moved)
     if isinstance(data, tuple):
         parts = [move_to_device(value, device) for value in data]
-        return type(data)(*parts) if hasattr(data, "_fields") else tuple(parts)
+        return data._make(parts) if hasattr(data, "_make") else tuple(parts)
     if isinstance(data, list):
         return [move_to_device(value, device) for value in data]
-    if callable(getattr(data, "to", None)):
-        return data.to(device)
     if dataclasses.is_dataclass(data) and not isinstance(data, type):
         twin: Any = copy.copy(data)
         for field in dataclasses.fields(data):

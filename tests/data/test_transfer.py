@@ -71,3 +71,11 @@ def test_pinned_memory_moves_without_blocking() -> None:
     """On a CUDA device."""
     t = torch.ones(2).pin_memory()
     assert move_to_device({"t": t}, torch.device("cuda", 0))["t"].device == torch.device("cuda", 0)
+
+
+def test_a_packed_sequence_moves_by_its_own_method() -> None:
+    """It is a tuple, of which the batch sizes must stay on the CPU."""
+    packed = torch.nn.utils.rnn.pack_sequence([torch.ones(3), torch.ones(2)])
+    moved = move_to_device([packed], META)[0]
+    assert moved.data.is_meta
+    assert moved.batch_sizes.device.type == "cpu"
