@@ -799,6 +799,7 @@ def _compose_backward(lite: Lite) -> Callable[..., None]:
         if lite._scale is not None:
             loss = lite._scale(loss)
         if weight.value != 1.0:
+            weight.owed = False
             loss = loss * weight.value
         plain(loss, *args, **kwargs)
 

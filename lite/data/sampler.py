@@ -7,6 +7,7 @@ This module knows indices and random states, not datasets or loaders.
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,23 +45,33 @@ class BatchWeight:
         value: What the mean loss is multiplied by: 1, or n * world_size / m where this rank has n of a ragged batch's m
             samples.
         num_real: Real samples in this rank's batch where it is ragged, else None.
+        owed: The current batch is ragged, for training, and no backward has weighed its loss yet.
         filler_pending: A batch without a real sample was given out for evaluation and not yet gathered for metrics.
     """
 
-    __slots__ = ("filler_pending", "num_real", "value")
+    __slots__ = ("filler_pending", "num_real", "owed", "value")
 
     def __init__(self) -> None:
+        self.filler_pending = self.owed = False
         self.clear()
-        self.filler_pending = False
 
     def clear(self) -> None:
-        """The current batch is full."""
+        """The current batch is full; a ragged one before it should have been weighed."""
+        if self.owed and torch.is_grad_enabled():
+            warnings.warn(
+                "the last, ragged batch of a loader was trained on without its weight, since no lite.backward came "
+                "before the next batch. Call lite.backward instead of loss.backward(), and torch.no_grad() in "
+                "evaluation; where one step draws from two loaders, use drop_last=True or lite.accumulate's weight.",
+                stacklevel=4,
+            )
+        self.owed = False
         self.value: float = 1.0
         self.num_real: int | None = None
 
     def set(self, share: Share) -> None:
         """The current batch is ragged."""
         self.value, self.num_real = share.weight, share.num_real
+        self.owed = share.weight != 1.0 and torch.is_grad_enabled()
         if share.num_real == 0 and not torch.is_grad_enabled():
             self.filler_pending = True
 

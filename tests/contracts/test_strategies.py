@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -135,6 +136,29 @@ def test_many_forwards_before_one_backward_stay_in_step() -> None:
     """A policy-gradient episode."""
     first, second = run_distributed(saved_outputs)
     assert first == second
+
+
+def unweighed() -> list[str]:
+    lite = Lite(accelerator="cpu")
+    model = lite.setup(MLP())
+    caught = []
+    for forget in ("raw backward", "two loaders", "right"):
+        first, second = (lite.setup_dataloaders(DataLoader(regression(n), batch_size=2)) for n in (5, 6))
+        with warnings.catch_warnings(record=True) as messages:
+            warnings.simplefilter("always")
+            for (x, y), _ in zip(first, second, strict=True) if forget == "two loaders" else ((b, 0) for b in first):
+                loss = (model(x) - y).pow(2).mean()
+                loss.backward() if forget == "raw backward" else lite.backward(loss)
+        caught.append(" ".join(str(m.message) for m in messages))
+    return caught
+
+
+def test_a_weight_that_is_not_used_is_told() -> None:
+    """loss.backward() on a ragged batch, or a second loader in the same step; silent where all is right."""
+    for raw_backward, two_loaders, right in run_distributed(unweighed):
+        assert "without its weight" in raw_backward
+        assert "without its weight" in two_loaders
+        assert right == ""
 
 
 @pytest.mark.gpu

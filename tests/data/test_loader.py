@@ -189,6 +189,7 @@ def test_a_strided_stream_is_one_stream_for_any_number_of_workers(n: int, num_wo
     assert [i for pair in zip(*parts, strict=True) for part in pair for i in part] == list(range(n))
 
 
+@torch.no_grad()
 def iterable_messages() -> list[str]:
     lite = Lite(accelerator="cpu")
     with warnings.catch_warnings(record=True) as caught:
