@@ -49,7 +49,7 @@ def wrap_module(module: nn.Module, *, engine: Engine | None, precision: Precisio
         call = _autocast_call(raw, route, route.autocast)
     body: dict[str, Any] = {"__call__": call, "_apply": _guarded_apply(raw, precision)}
     for name, method in own_methods(raw):
-        body[name] = _routed_forward(method, route) if name == "forward" else _routed_method(method, route)
+        body[name] = _routed_method(method, route, whole=name == "forward")
     try:
         disguise(module, body)
     except (TypeError, RuntimeError) as error:
@@ -174,22 +174,12 @@ def _autocast_call(raw: type[nn.Module], route: _Route, autocast: AbstractContex
     return __call__
 
 
-def _routed_forward(method: Callable[..., Any], route: _Route) -> Callable[..., Any]:
-    @functools.wraps(method)
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if route.inside:
-            return method(self, *args, **kwargs)
-        return route.run(functools.partial(method, self), args, kwargs, True)
-
-    return forward
-
-
-def _routed_method(method: Callable[..., Any], route: _Route) -> Callable[..., Any]:
+def _routed_method(method: Callable[..., Any], route: _Route, *, whole: bool) -> Callable[..., Any]:
     @functools.wraps(method)
     def routed(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if route.inside:
             return method(self, *args, **kwargs)
-        return route.run(functools.partial(method, self), args, kwargs, False)
+        return route.run(functools.partial(method, self), args, kwargs, whole)
 
     return routed
 
