@@ -6,6 +6,8 @@ precision: every method is the plain torch operation.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -13,6 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_is_leaf, tree_map
+
+_LEAVES = (type(None), bool, int, float, str)
 
 
 class Precision:
@@ -101,8 +106,11 @@ def cast_floating(data: Any, dtype: torch.dtype, only: tuple[torch.dtype, ...] |
     if isinstance(data, Tensor):
         wanted = data.is_floating_point() if only is None else data.dtype in only
         return data.to(dtype) if wanted and not isinstance(data, nn.Parameter) else data
-    if data is None or isinstance(data, (bool, int, float, str)):
+    if dataclasses.is_dataclass(data) and not isinstance(data, (type, dict)):
+        twin = copy.copy(data)
+        for field in dataclasses.fields(data):
+            object.__setattr__(twin, field.name, cast_floating(getattr(data, field.name), dtype, only))
+        return twin
+    if type(data) in _LEAVES or tree_is_leaf(data):
         return data
-    from torch.utils._pytree import tree_map_only
-
-    return tree_map_only(Tensor, lambda t: cast_floating(t, dtype, only), data)
+    return tree_map(lambda leaf: cast_floating(leaf, dtype, only), data)

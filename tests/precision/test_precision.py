@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -41,6 +43,35 @@ def test_what_computes_in_which_dtype(precision: str, param: torch.dtype, comput
     with lite.init_tensor():
         assert torch.ones(1).dtype == param
     assert torch.get_default_dtype() == torch.float32
+
+
+@dataclass
+class Output:
+    """What a model may return."""
+
+    logits: torch.Tensor
+    name: str
+
+
+class Returns(nn.Module):
+    """Returns its output in several wrappings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> dict[str, Any]:
+        out = self.layer(x)
+        return {"list": [out, None, 3], "data": Output(out, "n"), "tuple": (out, object())}
+
+
+def test_outputs_come_back_in_float32_whatever_holds_them() -> None:
+    """dict, list, tuple and dataclass; other leaves are left alone."""
+    model = Lite(accelerator="cpu", precision="bf16-mixed").setup(Returns())
+    out = model(torch.ones(2, 4))
+    assert out["list"][0].dtype == out["data"].logits.dtype == out["tuple"][0].dtype == torch.float32
+    assert out["list"][1:] == [None, 3]
+    assert out["data"].name == "n"
 
 
 def test_bf16_mixed_equals_raw_autocast_bit_for_bit() -> None:
