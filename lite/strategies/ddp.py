@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -21,6 +22,7 @@ from lite.strategies import provenance
 from lite.strategies.base import Engine, Strategy
 
 COMM_HOOKS = ("fp16", "bf16")
+_GLOO_DRAIN_S = 0.1
 
 
 class DDPStrategy(Strategy):
@@ -139,7 +141,12 @@ class DDPStrategy(Strategy):
 
     def close(self) -> None:
         if self._owns_group and dist.is_initialized():
+            gloo = "gloo" in dist.get_backend()
             dist.destroy_process_group()
+            if gloo:
+                # torch 2.13: once a DDP was built, gloo's threads outlive the group, and one that still drops the last
+                # collective's tensors while the interpreter shuts down aborts the process. This lets it finish.
+                time.sleep(_GLOO_DRAIN_S)
         self._owns_group = False
 
 

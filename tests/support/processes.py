@@ -47,7 +47,7 @@ class Pool:
         port = free_port()
         for pipe in self._pipes:
             pipe.send((fn, args, port))
-        answers = []
+        answers: list[Any] = []
         for rank, pipe in enumerate(self._pipes):
             if not pipe.poll(TIMEOUT_S):
                 self.close()
