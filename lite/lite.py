@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from lite import collectives, gradients
 from lite.accelerators import Accelerator, probe_devices
 from lite.checkpoint.file import load_file, save_file
-from lite.data import BatchWeight, Shard, move_to_device, setup_dataloader
+from lite.data import BatchWeight, Shard, move_to_device, release_dataloader, setup_dataloader
 from lite.environments import Environment, detect_environment
 from lite.errors import CheckpointError, ConfigError, UsageError
 from lite.loggers import Logger
@@ -100,6 +100,7 @@ class Lite:
         self._modules: dict[nn.Module, Engine | None] = {}
         self._optimizers: list[Optimizer] = []
         self._schedulers: list[LRScheduler] = []
+        self._loaders: list[DataLoader[Any]] = []
         self._facts: list[str] = []
         self._weight = BatchWeight()
         self._scale: Callable[[Tensor], Tensor] | None = None
@@ -386,6 +387,7 @@ class Lite:
             )
             for loader in loaders
         )
+        self._loaders.extend(loaders)
         self._facts.extend(_describe_loader(loader, parts, bool(use_distributed_sampler)) for loader in ready)
         return ready if len(ready) > 1 else ready[0]
 
@@ -402,7 +404,10 @@ class Lite:
         for scheduler in self._schedulers:
             unwrap_scheduler(scheduler)
             _set_up.discard(scheduler)
+        for loader in self._loaders:
+            release_dataloader(loader)
         self._modules.clear()
+        self._loaders.clear()
         self._optimizers.clear()
         self._schedulers.clear()
         self._facts.clear()

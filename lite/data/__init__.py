@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from lite.data.loader import setup_dataloader
+from lite.data.loader import release_dataloader, setup_dataloader
 from lite.data.sampler import BatchWeight, Shard
 from lite.data.transfer import move_to_device
 
-__all__ = ["BatchWeight", "Shard", "move_to_device", "setup_dataloader"]
+__all__ = ["BatchWeight", "Shard", "move_to_device", "release_dataloader", "setup_dataloader"]

@@ -93,6 +93,11 @@ def setup_dataloader(
     return ready
 
 
+def release_dataloader(loader: DataLoader[Any]) -> None:
+    """Let the user's own loader be set up once more."""
+    _set_up.discard(loader)
+
+
 class _Iteration:
     """What happens around the batches of one loader."""
 

@@ -99,6 +99,15 @@ def test_setting_up_twice_is_refused() -> None:
             prepare(loader)
 
 
+def test_teardown_releases_the_users_loader() -> None:
+    """Another Lite may set it up, also in one process."""
+    raw = DataLoader(range(4))
+    for precision in ("32-true", "64-true"):
+        lite = Lite(accelerator="cpu", precision=precision)
+        assert len(list(lite.setup_dataloaders(raw))) == 4
+        lite.teardown()
+
+
 def test_the_weight_is_told_with_the_batch_not_with_its_prefetch() -> None:
     """Workers run ahead; the ragged batch is the last one given out."""
     cell = BatchWeight()
