@@ -6,7 +6,7 @@ import atexit
 import os
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
@@ -20,7 +20,14 @@ from torch.utils.data import DataLoader
 from lite import collectives, gradients
 from lite.accelerators import Accelerator, probe_devices
 from lite.checkpoint.file import load_file, save_file
-from lite.data import BatchWeight, Shard, move_to_device, release_dataloader, setup_dataloader
+from lite.data import (
+    BatchWeight,
+    Shard,
+    describe_dataloader,
+    move_to_device,
+    release_dataloader,
+    setup_dataloader,
+)
 from lite.environments import Environment, detect_environment
 from lite.errors import CheckpointError, ConfigError, UsageError
 from lite.loggers import Logger
@@ -30,7 +37,13 @@ from lite.seed import seed_everything
 from lite.state import Filter, collect, restore
 from lite.strategies.base import Engine, Strategy
 from lite.wrapping.module import unwrap_module, wrap_module
-from lite.wrapping.optimizer import unwrap_optimizer, unwrap_scheduler, wrap_optimizer, wrap_scheduler
+from lite.wrapping.optimizer import (
+    move_optimizer_state,
+    unwrap_optimizer,
+    unwrap_scheduler,
+    wrap_optimizer,
+    wrap_scheduler,
+)
 
 T = TypeVar("T")
 
@@ -330,7 +343,7 @@ class Lite:
         self._check_objects(None, optimizers)
         self._check_parameters(None, optimizers)
         for optimizer in optimizers:
-            _move_state(optimizer)
+            move_optimizer_state(optimizer)
             wrap_optimizer(optimizer, self.precision)
             self._optimizers.append(optimizer)
             _set_up.add(optimizer)
@@ -388,7 +401,7 @@ class Lite:
             for loader in loaders
         )
         self._loaders.extend(loaders)
-        self._facts.extend(_describe_loader(loader, parts, bool(use_distributed_sampler)) for loader in ready)
+        self._facts.extend(describe_dataloader(loader, parts, bool(use_distributed_sampler)) for loader in ready)
         return ready if len(ready) > 1 else ready[0]
 
     def teardown(self) -> None:
@@ -839,32 +852,6 @@ def _after_step(callback: Any, strategy: Strategy) -> Callable[..., None]:
         callback.on_after_optimizer_step(strategy, optimizer)
 
     return after_step
-
-
-def _move_state(optimizer: Optimizer) -> None:
-    """Bring state that the optimizer already has to where its parameters are now."""
-    for parameter, state in optimizer.state.items():
-        for key, value in state.items():
-            if isinstance(value, Tensor) and value.ndim > 0 and value.device != parameter.device:
-                state[key] = value.to(parameter.device)
-
-
-def _describe_loader(loader: DataLoader[Any], parts: int, split: bool) -> str:
-    """One line for `explain`: global batch, steps per epoch, and what happens to the last samples."""
-    batch, dataset, sampler = loader.batch_size, loader.dataset, loader.sampler
-    if batch is None or not hasattr(dataset, "__len__"):
-        return f"loader of {type(dataset).__name__}: {'split over' if split else 'whole on'} {parts} rank(s)"
-    shared = batch * parts if split else batch
-    text = f"loader of {type(dataset).__name__}: global batch {batch * parts} ({batch} on each of {parts} rank(s))"
-    try:
-        steps = len(loader)
-    except TypeError:
-        return f"{text}; length unknown"
-    rest = len(sampler) % shared if isinstance(sampler, Sized) else 0
-    if not rest:
-        return f"{text}; {steps} steps per epoch, all batches full"
-    fate = "dropped" if loader.drop_last else "split evenly over the ranks in the last step, none padded"
-    return f"{text}; {steps} steps per epoch, the last {rest} samples {fate}"
 
 
 def _as_tuple(value: Any) -> tuple[Any, ...]:

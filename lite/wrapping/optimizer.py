@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -84,3 +85,11 @@ def unwrap_scheduler(scheduler: LRScheduler) -> None:
     raw, _ = _wrapped.pop(scheduler, (None, None))
     if raw is not None:
         scheduler.__class__ = raw
+
+
+def move_optimizer_state(optimizer: Optimizer) -> None:
+    """Bring state that the optimizer already has to where its parameters are now."""
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.ndim > 0 and value.device != parameter.device:
+                state[key] = value.to(parameter.device)
