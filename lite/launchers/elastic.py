@@ -92,7 +92,7 @@ class ElasticLauncher(Launcher):
             start_method=self.start_method,
         )
         try:
-            with _one_thread_each():
+            with _children_environment():
                 return dict(elastic_launch(config, entry)(*args))
         except ChildFailedError as error:
             raise LaunchError(_first_failure(folder) or _describe(error)) from None
@@ -144,16 +144,18 @@ def _describe(error: Any) -> str:
 
 
 @contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """One OpenMP thread per process unless the user chose a number, as torchrun does it."""
-    if "OMP_NUM_THREADS" in os.environ:
-        yield
-        return
-    os.environ["OMP_NUM_THREADS"] = "1"
+def _children_environment() -> Iterator[None]:
+    """One OpenMP thread per process unless the user chose a number, as torchrun does it; afterwards all is as before.
+
+    torch 2.13 leaves TORCHELASTIC_SIGNALS_TO_HANDLE in this process's environment.
+    """
+    before = dict(os.environ)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     try:
         yield
     finally:
-        del os.environ["OMP_NUM_THREADS"]
+        for name in set(os.environ) - set(before):
+            del os.environ[name]
 
 
 def _check_reachable(values: tuple[Any, ...]) -> None:
