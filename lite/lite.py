@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import atexit
 import os
-import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
-from lite import collectives, gradients
+from lite import collectives
 from lite.accelerators import Accelerator, probe_devices
-from lite.checkpoint.file import load_file, save_file
 from lite.data import (
     BatchWeight,
     Shard,
@@ -29,12 +26,15 @@ from lite.data import (
     setup_dataloader,
 )
 from lite.environments import Environment, detect_environment
-from lite.errors import CheckpointError, ConfigError, UsageError
+from lite.errors import ConfigError, UsageError
+from lite.facets.checkpoints import Checkpoints
+from lite.facets.ranks import BetweenRanks
+from lite.facets.records import Records
+from lite.facets.steps import Steps, compose_backward
 from lite.loggers import Logger
 from lite.plan import AUTO, FULL_PRECISION, ONE_NODE, Plan, given, resolve
 from lite.precision.base import Precision
 from lite.seed import seed_everything
-from lite.state import Filter, collect, restore
 from lite.strategies.base import Engine, Strategy
 from lite.wrapping.module import unwrap_module, wrap_module
 from lite.wrapping.optimizer import (
@@ -50,7 +50,7 @@ T = TypeVar("T")
 _set_up: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
-class Lite:
+class Lite(BetweenRanks, Steps, Checkpoints, Records):
     """Takes a raw PyTorch loop to any device, number of processes and precision.
 
     Under torchrun, srun or mpirun creating it joins the job (collective: create it on all ranks). Without one of them
@@ -126,86 +126,7 @@ class Lite:
         if "run" in cls.__dict__:
             cls.run = _launching(cls.__dict__["run"])  # type: ignore[attr-defined]
 
-    # ---- who and where
-    # -------------------------------------------------------------------------------------------------
-
-    @property
-    def device(self) -> torch.device:
-        """This rank's device."""
-        self._require_connected("device")
-        return self._device
-
-    @property
-    def global_rank(self) -> int:
-        """This process's number among all, from 0."""
-        return self._plan.environment.global_rank()
-
-    @property
-    def local_rank(self) -> int:
-        """This process's number on its machine, from 0."""
-        return self._plan.environment.local_rank()
-
-    @property
-    def node_rank(self) -> int:
-        """This machine's number, from 0."""
-        return self._plan.environment.node_rank()
-
-    @property
-    def world_size(self) -> int:
-        """Number of processes on all machines."""
-        return self._plan.world_size
-
-    @property
-    def is_global_zero(self) -> bool:
-        """Whether this is rank 0."""
-        return self.global_rank == 0
-
-    @property
-    def strategy(self) -> Strategy:
-        """The strategy in use."""
-        return self._plan.strategy
-
-    @property
-    def precision(self) -> Precision:
-        """The precision in use."""
-        return self._plan.precision
-
-    @property
-    def accelerator(self) -> Accelerator:
-        """The kind of device in use."""
-        return self._plan.accelerator
-
-    @property
-    def loggers(self) -> tuple[Logger, ...]:
-        """The loggers that `log` writes to."""
-        return self._loggers
-
-    @property
-    def logger(self) -> Logger:
-        """The first logger.
-
-        Raises:
-            UsageError: There is none.
-        """
-        if not self._loggers:
-            raise UsageError("this Lite has no logger; pass one: Lite(loggers=lite.loggers.CSVLogger('logs')).")
-        return self._loggers[0]
-
-    def explain(self) -> str:
-        """Every setting with where it came from, and, once they are set up, what was done to models and loaders."""
-        width = max(len(s.name) for s in self._plan.settings)
-        lines = []
-        for setting in self._plan.settings:
-            source = f"from {setting.source}" if setting.source.startswith("LITE_") else setting.source
-            lines.append(f"{setting.name:<{width}}  {setting.outcome}  ({source}: {setting.value!r})")
-        launcher = type(self._plan.launcher).__name__
-        lines.append(
-            f"{'processes':<{width}}  " + ("running" if self._plan.started else f"to be started by {launcher}")
-        )
-        return "\n".join([*lines, *self._facts])
-
     # ---- starting
-    # ------------------------------------------------------------------------------------------------------
 
     def launch(self, fn: Callable[..., T] | None = None, *args: Any, **kwargs: Any) -> T | None:
         """Run `fn(lite, *args, **kwargs)` on every device.
@@ -245,23 +166,13 @@ class Lite:
         self._store = plan.strategy.connect(plan.environment, self._device)
         self._first_rank = collectives.FirstRank(self._store) if self._store is not None else None
         self._connected = True
-        self._backward = _compose_backward(self)
+        self._backward = compose_backward(self)
         atexit.register(plan.strategy.close)
         for callback in self._callbacks:
             if hasattr(callback, "on_launch"):
                 callback.on_launch(self)
 
-    def _require_connected(self, call: str) -> None:
-        if not self._connected:
-            count = len(self._plan.devices)
-            raise UsageError(
-                f"{call} needs the {count} processes that this Lite asks for, and they don't run yet; put the loop "
-                "into a "
-                f"function and call lite.launch(fn), or start the script with torchrun --nproc-per-node={count}."
-            )
-
     # ---- setting up
-    # ----------------------------------------------------------------------------------------------------
 
     def setup(
         self,
@@ -427,210 +338,10 @@ class Lite:
         for logger in self._loggers:
             logger.flush()
 
-    # ---- the step
-    # ------------------------------------------------------------------------------------------------------
-
-    def backward(self, loss: Tensor, *args: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
-        """Compute gradients of `loss` instead of `loss.backward()`: scaled where the precision needs it, averaged over
-        the ranks.
-
-        The loss of a ragged last batch is weighed so that the averaged gradient is that of the undivided batch's mean.
-
-        Args:
-            loss: A tensor that comes from a set-up model's output.
-            *args: As for `Tensor.backward`.
-            model: The model that it is for, where a strategy has to know; unused otherwise.
-            **kwargs: As for `Tensor.backward`.
-
-        Raises:
-            UsageError: The gradients would not be synchronised over the ranks.
-        """
-        self._backward(loss, *args, **kwargs)
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        """A context that computes as a set-up model's forward does, for code outside it (a loss function, say)."""
-        return self.precision.autocast()
-
-    def no_backward_sync(self, model: nn.Module, enabled: bool = True) -> AbstractContextManager[None]:
-        """A context for forward and backward of `model` that leaves its gradients unsynchronised, to save
-        communication.
-
-        Raises:
-            UsageError: `model` is not set up.
-        """
-        if model not in self._modules:
-            raise UsageError(
-                f"no_backward_sync got a {type(model).__name__} that lite.setup has not prepared; pass its result."
-            )
-        return self.strategy.no_sync(self._modules[model], enabled)
-
-    def accumulate(self, *models: nn.Module, steps: int) -> gradients.Accumulation:
-        """Accumulate gradients over `steps` micro-batches before each optimizer step.
-
-        Use it as `with window(last=...): forward; lite.backward(loss)`, then step when `window.ready`. Inside it
-        `backward` divides the loss, so don't do it yourself.
-
-        Args:
-            *models: The set-up models that are trained.
-            steps: Micro-batches per optimizer step.
-
-        Returns:
-            The counter that is called for each micro-batch; see `lite.gradients.Accumulation`.
-        """
-        for model in models:
-            if model not in self._modules:
-                raise UsageError(
-                    f"accumulate got a {type(model).__name__} that lite.setup has not prepared; pass its result."
-                )
-        if not models:
-            raise ConfigError("accumulate() got no model; pass the models that are trained.")
-
-        @contextmanager
-        def no_sync(enabled: bool) -> Iterator[None]:
-            from contextlib import ExitStack
-
-            with ExitStack() as stack:
-                for model in models:
-                    stack.enter_context(self.no_backward_sync(model, enabled))
-                yield
-
-        return gradients.Accumulation(
-            steps,
-            lambda: (p for m in models for p in m.parameters()),
-            no_sync,
-            self._set_scale,
-            lambda: self._weight.value == 0.0,
-            self._device,
-        )
-
-    def clip_gradients(
-        self,
-        model: nn.Module | None = None,
-        optimizer: Optimizer | None = None,
-        *,
-        max_norm: float | None = None,
-        clip_val: float | None = None,
-        norm_type: float = 2.0,
-        error_if_nonfinite: bool | None = None,
-        nonfinite: str | None = None,
-    ) -> Tensor:
-        """Clip gradients by total norm or by value, at their true size (unscaled where a loss scale is used).
-
-        Args:
-            model: Whose gradients are clipped where no optimizer is given.
-            optimizer: Whose parameters are clipped. Needed with a loss scale.
-            max_norm: Largest total norm; either this or `clip_val`.
-            clip_val: Largest absolute value of an element.
-            norm_type: The p of the p-norm; may be infinity.
-            error_if_nonfinite: True stands for nonfinite="raise", False for "ignore", as in torch.
-            nonfinite: What to do when the norm is inf or NaN: "raise" (the default), "skip" (drop all gradients, so
-                that the step changes nothing, on all ranks alike), "zero" (step with zero gradients) or "ignore" (the
-                default with a loss scale, which skips such steps itself). All but "ignore" wait for the device.
-
-        Returns:
-            The total norm before clipping, 0-dim, on the device.
-
-        Raises:
-            NonFiniteError: The norm is inf or NaN and the policy is "raise".
-            ConfigError: An argument is wrong.
-        """
-        policy = gradients.check_clip_arguments(max_norm, clip_val, error_if_nonfinite, nonfinite)
-        if optimizer is None and self.precision.changes_step:
-            raise ConfigError(
-                f"clip_gradients needs optimizer= with precision={self.precision.name!r}, to unscale its gradients."
-            )
-        if optimizer is not None:
-            if not isinstance(optimizer, Optimizer):
-                raise ConfigError(f"optimizer={optimizer!r} is no torch optimizer.")
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        elif model is not None:
-            parameters = list(model.parameters())
-        else:
-            raise ConfigError("clip_gradients() got neither a model nor an optimizer; pass both, or one of them.")
-        return gradients.clip(
-            parameters,
-            optimizer,
-            self.strategy,
-            self.precision,
-            max_norm=max_norm,
-            clip_val=clip_val,
-            norm_type=norm_type,
-            nonfinite=policy,
-        )
-
-    def step_was_skipped(self, optimizer: Optimizer) -> bool:
-        """Whether the optimizer's last step was left out because a loss scale made gradients inf or NaN."""
-        return self.precision.step_was_skipped(optimizer)
-
     def to_device(self, data: T) -> T:
         """Move a module, in place, or nested data to this rank's device; what is there already stays as it is."""
         self._require_connected("to_device")
         return data.to(self._device) if isinstance(data, nn.Module) else move_to_device(data, self._device)
-
-    # ---- between ranks
-    # -------------------------------------------------------------------------------------------------
-
-    def print(self, *args: Any, **kwargs: Any) -> None:
-        """`print` on rank 0 alone."""
-        if self.is_global_zero:
-            print(*args, **kwargs)
-
-    def barrier(self) -> None:
-        """Wait until all ranks are here. Collective: call on all ranks."""
-        self._require_connected("barrier")
-        collectives.barrier()
-
-    def broadcast(self, obj: T, src: int = 0) -> T:
-        """Rank `src`'s object on every rank. Collective: call on all ranks. See `lite.collectives.broadcast`."""
-        self._require_connected("broadcast")
-        return collectives.broadcast(obj, src, device=self._device)  # type: ignore[no-any-return]
-
-    def all_gather(self, data: Any, *, cat: bool = False, sync_grads: bool = False) -> Any:
-        """Every rank's tensors, as `lite.collectives.all_gather` gives them. Collective: call on all ranks."""
-        self._require_connected("all_gather")
-        return collectives.all_gather(self._for_group(data), cat=cat, sync_grads=sync_grads)
-
-    def all_reduce(self, data: Any, op: str = "mean") -> Any:
-        """The reduction of tensors and numbers by `lite.collectives.all_reduce`. Collective: call on all ranks."""
-        self._require_connected("all_reduce")
-        self._check_filler()
-        return collectives.all_reduce(self._for_group(data), op)
-
-    def gather_for_metrics(self, data: Any) -> Any:
-        """Predictions and targets of the current batch from all ranks, every sample once, in the stream's order.
-
-        Collective: call on all ranks, for each batch of a set-up loader.
-
-        Args:
-            data: Tensors of shape (n, ...), lists of n objects, or a nested dict or tuple of them, for the rank's n
-                samples.
-
-        Returns:
-            The same nesting with all ranks' samples along the first dimension.
-        """
-        self._require_connected("gather_for_metrics")
-        self._weight.filler_pending = False
-        return collectives.gather_for_metrics(self._for_group(data), self._weight.num_real)
-
-    @contextmanager
-    def rank_zero_first(self, local: bool = False) -> Iterator[None]:
-        """Rank 0 runs the block first, the others after it, or not at all when it failed. Collective: enter on all
-        ranks.
-
-        Args:
-            local: The first rank of each machine goes first, instead of rank 0 of the job.
-        """
-        self._require_connected("rank_zero_first")
-        if self._first_rank is None or self.world_size == 1:
-            yield
-            return
-        first = self.local_rank == 0 if local else self.global_rank == 0
-        scope = f"node{self.node_rank}" if local else "job"
-        with self._first_rank.run(first, scope, f"rank 0{' of this machine' if local else ''}"):
-            yield
-
-    # ---- the rest of a script
-    # ------------------------------------------------------------------------------------------
 
     @staticmethod
     def seed_everything(seed: int, workers: bool = True) -> int:
@@ -654,89 +365,7 @@ class Lite:
         """Create tensors on the device and in the precision's dtype."""
         return self.init_module()
 
-    def save(self, path: str | os.PathLike[str], state: Mapping[str, Any], filter: Filter | None = None) -> None:
-        """Write a checkpoint to one file, whole or not at all. Collective: call on all ranks; rank 0 writes.
-
-        Args:
-            path: The file; folders are made. `torch.load(path, weights_only=True)` reads it without `lite`.
-            state: Names and modules, optimizers, schedulers, Stateful objects or plain values.
-            filter: For a name of `state`, a function of (key, value) that says which of its items are kept.
-
-        Raises:
-            CheckpointError: (on all ranks) The file can't be written, or a value can't be stored; it names the key.
-        """
-        self._require_connected("save")
-        problem: BaseException | None = None
-        try:
-            content = collect(state, filter)
-            if self.is_global_zero:
-                save_file(path, {**content, **_precision_entry(self.precision)})
-        except Exception as error:
-            problem = error
-        failed = collectives.broadcast(None if problem is None else str(problem))
-        if problem is not None:
-            raise problem
-        if failed is not None:
-            raise CheckpointError(f"rank 0 could not save: {failed}")
-
-    def load(
-        self, path: str | os.PathLike[str], state: dict[str, Any] | None = None, strict: bool = True
-    ) -> dict[str, Any]:
-        """Read a checkpoint into the objects of `state`, in place. Every rank reads the file.
-
-        Args:
-            path: A file that `save` wrote.
-            state: As for `save`; plain values are replaced in it. None returns everything.
-            strict: Whether names and model keys that are missing are errors.
-
-        Returns:
-            The entries that `state` doesn't ask for.
-
-        Raises:
-            CheckpointError: The file is missing, damaged or holds code, or doesn't fit the objects.
-        """
-        loaded = load_file(path)
-        precision = loaded.pop(_PRECISION_KEY, None)
-        if state is None:
-            return loaded
-        if precision is not None:
-            self.precision.load_state_dict(precision)
-        return restore(state, loaded, strict=strict)
-
-    def log(self, name: str, value: Any, step: int | None = None) -> None:
-        """Write one number to every logger, on rank 0."""
-        self.log_dict({name: value}, step)
-
-    def log_dict(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Write numbers to every logger, on rank 0. Values stay on the device until a logger writes them out.
-
-        Raises:
-            ConfigError: A value is neither a number nor a tensor with one element.
-        """
-        for name, value in metrics.items():
-            if isinstance(value, Tensor) and value.numel() != 1:
-                raise ConfigError(
-                    f"log: {name!r} has the shape {tuple(value.shape)}; log a number or a one-element tensor."
-                )
-            if not isinstance(value, (Tensor, bool, int, float)) and not hasattr(value, "__float__"):
-                raise ConfigError(f"log: {name!r} is a {type(value).__name__}; log a number or a one-element tensor.")
-        if self.is_global_zero:
-            values = {k: v.detach() if isinstance(v, Tensor) else v for k, v in metrics.items()}
-            for logger in self._loggers:
-                logger.log_metrics(values, step)
-
-    def call(self, hook: str, *args: Any, **kwargs: Any) -> None:
-        """Call the method `hook` of every callback that has it, in their order."""
-        for callback in self._callbacks:
-            method = getattr(callback, hook, None)
-            if method is None:
-                continue
-            if not callable(method):
-                raise ConfigError(f"call({hook!r}): {type(callback).__name__}.{hook} is not callable.")
-            method(*args, **kwargs)
-
     # ---- checks and pieces
-    # ---------------------------------------------------------------------------------------------
 
     def _check_objects(self, model: nn.Module | None, others: Sequence[Any]) -> None:
         if model is not None and not isinstance(model, nn.Module):
@@ -770,58 +399,12 @@ class Lite:
                     "lite.setup, after the last change of the model."
                 )
 
-    def _check_filler(self) -> None:
-        if self._weight.filler_pending:
-            self._weight.filler_pending = False
-            warnings.warn(
-                "this rank's last evaluation batch repeats one sample, to stay in step with the other ranks; a sum "
-                "or mean "
-                "over it counts that sample twice. Use lite.gather_for_metrics(predictions), which leaves it out.",
-                stacklevel=3,
-            )
-
-    def _set_scale(self, scale: Callable[[Tensor], Tensor] | None) -> None:
-        self._scale = scale
-
-    def _for_group(self, data: Any) -> Any:
-        """NCCL can't send what lies on the CPU."""
-        return move_to_device(data, self._device) if self._device.type == "cuda" and self.world_size > 1 else data
-
     def __getstate__(self) -> dict[str, Any]:
         if self._connected:
             raise UsageError(
                 "a Lite object that has joined its processes can't be pickled; create one in each process."
             )
         return self.__dict__
-
-
-_PRECISION_KEY = "lite_precision"
-
-
-def _precision_entry(precision: Precision) -> dict[str, Any]:
-    state = precision.state_dict()
-    return {_PRECISION_KEY: state} if state else {}
-
-
-def _compose_backward(lite: Lite) -> Callable[..., None]:
-    """The backward of this job, with nothing in it that it doesn't need."""
-    plain, check, weight = lite.precision.backward, lite.strategy.check_backward, lite._weight
-
-    def backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        if lite._scale is not None:
-            loss = lite._scale(loss)
-        plain(loss, *args, **kwargs)
-
-    def checked_backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        check(loss)
-        if lite._scale is not None:
-            loss = lite._scale(loss)
-        if weight.value != 1.0:
-            weight.owed = False
-            loss = loss * weight.value
-        plain(loss, *args, **kwargs)
-
-    return checked_backward if lite.world_size > 1 else backward
 
 
 def _run_in_process(lite: Lite, fn: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]) -> T:

@@ -19,6 +19,7 @@ LAYERS = [
     {"strategies", "wrapping"},
     {"gradients"},
     {"plan"},
+    {"facets"},
     {"lite"},
     {"trainer"},
     {"cli"},

@@ -1,0 +1,100 @@
+"""What every side of `Lite` stands on: the plan, who this process is, and whether it has joined its job."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from lite.accelerators import Accelerator
+from lite.data import BatchWeight, move_to_device
+from lite.errors import UsageError
+from lite.plan import Plan
+from lite.precision.base import Precision
+from lite.strategies.base import Engine, Strategy
+
+
+class Facet:
+    """Base of the sides of `Lite`. It owns these attributes, which `Lite.__init__` and `Lite._connect` fill."""
+
+    _plan: Plan
+    _device: torch.device
+    _store: Any
+    _connected: bool
+    _callbacks: tuple[Any, ...]
+    _modules: dict[nn.Module, Engine | None]
+    _weight: BatchWeight
+    _facts: list[str]
+
+    @property
+    def device(self) -> torch.device:
+        """This rank's device."""
+        self._require_connected("device")
+        return self._device
+
+    @property
+    def global_rank(self) -> int:
+        """This process's number among all, from 0."""
+        return self._plan.environment.global_rank()
+
+    @property
+    def local_rank(self) -> int:
+        """This process's number on its machine, from 0."""
+        return self._plan.environment.local_rank()
+
+    @property
+    def node_rank(self) -> int:
+        """This machine's number, from 0."""
+        return self._plan.environment.node_rank()
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes on all machines."""
+        return self._plan.world_size
+
+    @property
+    def is_global_zero(self) -> bool:
+        """Whether this is rank 0."""
+        return self.global_rank == 0
+
+    @property
+    def strategy(self) -> Strategy:
+        """The strategy in use."""
+        return self._plan.strategy
+
+    @property
+    def precision(self) -> Precision:
+        """The precision in use."""
+        return self._plan.precision
+
+    @property
+    def accelerator(self) -> Accelerator:
+        """The kind of device in use."""
+        return self._plan.accelerator
+
+    def explain(self) -> str:
+        """Every setting with where it came from, and, once they are set up, what was done to models and loaders."""
+        width = max(len(s.name) for s in self._plan.settings)
+        lines = []
+        for setting in self._plan.settings:
+            source = f"from {setting.source}" if setting.source.startswith("LITE_") else setting.source
+            lines.append(f"{setting.name:<{width}}  {setting.outcome}  ({source}: {setting.value!r})")
+        launcher = type(self._plan.launcher).__name__
+        lines.append(
+            f"{'processes':<{width}}  " + ("running" if self._plan.started else f"to be started by {launcher}")
+        )
+        return "\n".join([*lines, *self._facts])
+
+    def _require_connected(self, call: str) -> None:
+        if not self._connected:
+            count = len(self._plan.devices)
+            raise UsageError(
+                f"{call} needs the {count} processes that this Lite asks for, and they don't run yet; put the loop "
+                "into a "
+                f"function and call lite.launch(fn), or start the script with torchrun --nproc-per-node={count}."
+            )
+
+    def _for_group(self, data: Any) -> Any:
+        """NCCL can't send what lies on the CPU."""
+        return move_to_device(data, self._device) if self._device.type == "cuda" and self.world_size > 1 else data

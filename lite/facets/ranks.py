@@ -1,0 +1,88 @@
+"""What ranks say to each other, from the user's loop."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from lite import collectives
+from lite.facets.base import Facet
+
+T = TypeVar("T")
+
+
+class BetweenRanks(Facet):
+    """The side of `Lite` that communicates."""
+
+    _first_rank: collectives.FirstRank | None
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """`print` on rank 0 alone."""
+        if self.is_global_zero:
+            print(*args, **kwargs)
+
+    def barrier(self) -> None:
+        """Wait until all ranks are here. Collective: call on all ranks."""
+        self._require_connected("barrier")
+        collectives.barrier()
+
+    def broadcast(self, obj: T, src: int = 0) -> T:
+        """Rank `src`'s object on every rank. Collective: call on all ranks. See `lite.collectives.broadcast`."""
+        self._require_connected("broadcast")
+        return collectives.broadcast(obj, src, device=self._device)  # type: ignore[no-any-return]
+
+    def all_gather(self, data: Any, *, cat: bool = False, sync_grads: bool = False) -> Any:
+        """Every rank's tensors, as `lite.collectives.all_gather` gives them. Collective: call on all ranks."""
+        self._require_connected("all_gather")
+        return collectives.all_gather(self._for_group(data), cat=cat, sync_grads=sync_grads)
+
+    def all_reduce(self, data: Any, op: str = "mean") -> Any:
+        """The reduction of tensors and numbers by `lite.collectives.all_reduce`. Collective: call on all ranks."""
+        self._require_connected("all_reduce")
+        self._check_filler()
+        return collectives.all_reduce(self._for_group(data), op)
+
+    def gather_for_metrics(self, data: Any) -> Any:
+        """Predictions and targets of the current batch from all ranks, every sample once, in the stream's order.
+
+        Collective: call on all ranks, for each batch of a set-up loader.
+
+        Args:
+            data: Tensors of shape (n, ...), lists of n objects, or a nested dict or tuple of them, for the rank's n
+                samples.
+
+        Returns:
+            The same nesting with all ranks' samples along the first dimension.
+        """
+        self._require_connected("gather_for_metrics")
+        self._weight.filler_pending = False
+        return collectives.gather_for_metrics(self._for_group(data), self._weight.num_real)
+
+    @contextmanager
+    def rank_zero_first(self, local: bool = False) -> Iterator[None]:
+        """Rank 0 runs the block first, the others after it, or not at all when it failed. Collective: enter on all
+        ranks.
+
+        Args:
+            local: The first rank of each machine goes first, instead of rank 0 of the job.
+        """
+        self._require_connected("rank_zero_first")
+        if self._first_rank is None or self.world_size == 1:
+            yield
+            return
+        first = self.local_rank == 0 if local else self.global_rank == 0
+        scope = f"node{self.node_rank}" if local else "job"
+        with self._first_rank.run(first, scope, f"rank 0{' of this machine' if local else ''}"):
+            yield
+
+    def _check_filler(self) -> None:
+        if self._weight.filler_pending:
+            self._weight.filler_pending = False
+            warnings.warn(
+                "this rank's last evaluation batch repeats one sample, to stay in step with the other ranks; a sum "
+                "or mean "
+                "over it counts that sample twice. Use lite.gather_for_metrics(predictions), which leaves it out.",
+                stacklevel=3,
+            )

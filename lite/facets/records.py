@@ -1,0 +1,66 @@
+"""What is written down and who is told: loggers and callbacks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from lite.errors import ConfigError, UsageError
+from lite.facets.base import Facet
+from lite.loggers import Logger
+
+
+class Records(Facet):
+    """The side of `Lite` that logs and calls back."""
+
+    _loggers: tuple[Logger, ...]
+
+    @property
+    def loggers(self) -> tuple[Logger, ...]:
+        """The loggers that `log` writes to."""
+        return self._loggers
+
+    @property
+    def logger(self) -> Logger:
+        """The first logger.
+
+        Raises:
+            UsageError: There is none.
+        """
+        if not self._loggers:
+            raise UsageError("this Lite has no logger; pass one: Lite(loggers=lite.loggers.CSVLogger('logs')).")
+        return self._loggers[0]
+
+    def log(self, name: str, value: Any, step: int | None = None) -> None:
+        """Write one number to every logger, on rank 0."""
+        self.log_dict({name: value}, step)
+
+    def log_dict(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Write numbers to every logger, on rank 0. Values stay on the device until a logger writes them out.
+
+        Raises:
+            ConfigError: A value is neither a number nor a tensor with one element.
+        """
+        for name, value in metrics.items():
+            if isinstance(value, Tensor) and value.numel() != 1:
+                raise ConfigError(
+                    f"log: {name!r} has the shape {tuple(value.shape)}; log a number or a one-element tensor."
+                )
+            if not isinstance(value, (Tensor, bool, int, float)) and not hasattr(value, "__float__"):
+                raise ConfigError(f"log: {name!r} is a {type(value).__name__}; log a number or a one-element tensor.")
+        if self.is_global_zero:
+            values = {k: v.detach() if isinstance(v, Tensor) else v for k, v in metrics.items()}
+            for logger in self._loggers:
+                logger.log_metrics(values, step)
+
+    def call(self, hook: str, *args: Any, **kwargs: Any) -> None:
+        """Call the method `hook` of every callback that has it, in their order."""
+        for callback in self._callbacks:
+            method = getattr(callback, hook, None)
+            if method is None:
+                continue
+            if not callable(method):
+                raise ConfigError(f"call({hook!r}): {type(callback).__name__}.{hook} is not callable.")
+            method(*args, **kwargs)
