@@ -10,7 +10,8 @@ from typing import Any
 from torch.utils.data import IterableDataset, get_worker_info
 
 from lite.data.checksum import checksum
-from lite.data.sampler import Shard, Share, slice_evenly
+from lite.data.shares import Shard, Share, slice_evenly
+from lite.data.stream import is_stateful
 from lite.errors import UsageError
 
 
@@ -26,6 +27,9 @@ class StridedStream(IterableDataset[Any]):
         drop_last: Leave out a last global batch that doesn't fill up.
         collate: The loader's collate function.
         shard: This rank's part.
+
+    Attributes:
+        resume: Global batches to leave out in the next iteration, and the dataset's state after them or None.
     """
 
     def __init__(
@@ -36,30 +40,44 @@ class StridedStream(IterableDataset[Any]):
         self.drop_last = drop_last
         self.collate = collate
         self.shard = shard
+        self.resume: tuple[int, Any] | None = None
 
-    def __iter__(self) -> Iterator[tuple[Any, Share | None, int | None]]:
-        """Triples: the batch, its share where it is ragged, and once per process a fingerprint of the stream."""
+    def __iter__(self) -> Iterator[tuple[Any, Share | None, int | None, Any]]:
+        """The batch, its share where it is ragged, once per process a fingerprint of the stream, a worker's state."""
         worker = get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker is not None else (0, 1)
         size = self.batch_size * self.shard.world_size
-        items = iter(self.dataset)
+        (number, state), self.resume = self.resume or (0, None), None
+        items = self._open(number, state)
+        tells = worker is not None and is_stateful(self.dataset)
         fingerprint: int | None = None
         told = False
-        number = 0
+        first_number = number
         while group := list(islice(items, size)):
-            if number == 0:
+            if number == first_number:
                 fingerprint = checksum(group)
             if len(group) < size and self.drop_last:
                 return
-            if number % step == first:
+            if (number - first_number) % step == first:
                 if len(group) == size:
                     start = self.shard.rank * self.batch_size
                     mine, share = group[start : start + self.batch_size], None
                 else:
                     mine, share = slice_evenly(group, self.shard)
-                yield self.collate(mine), share, None if told else fingerprint
+                state = self.dataset.state_dict() if tells else None  # type: ignore[attr-defined]
+                yield self.collate(mine), share, None if told else fingerprint, state
                 told = True
             number += 1
+
+    def _open(self, number: int, state: Any) -> Iterator[Any]:
+        """The stream after `number` global batches."""
+        if state is not None:
+            self.dataset.load_state_dict(state)  # type: ignore[attr-defined]
+            return iter(self.dataset)
+        items = iter(self.dataset)
+        skip = number * self.batch_size * self.shard.world_size
+        next(islice(items, skip, skip), None)
+        return items
 
 
 def identity(value: Any) -> Any:

@@ -8,22 +8,23 @@ in what iteration does around each batch.
 from __future__ import annotations
 
 import random
+import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from lite.data.iterable import StridedStream, check_same_stream, check_unsplit, identity, warn_if_same
-from lite.data.sampler import BatchWeight, Shard, ShardedSampler, Share
-from lite.data.split import is_distributed, keep_order, samplers_of, split_samplers
-from lite.data.transfer import move_to_device
+from lite.data.iterable import StridedStream, identity
+from lite.data.iteration import Iteration, Sync
+from lite.data.sampler import ShardedSampler
+from lite.data.shares import BatchWeight, Shard
+from lite.data.split import interleave, is_distributed, keep_order, split_samplers
+from lite.data.stream import StreamTracker
 from lite.disguise import disguise
 from lite.errors import ConfigError, UsageError
-
-Sync = Callable[[Any], Any]
 
 _set_up: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -67,27 +68,49 @@ def setup_dataloader(
     ready = _copy(loader)
     split = shard.world_size > 1 and bool(use_distributed_sampler)
     stream = isinstance(loader.dataset, IterableDataset)
-    strided = None
+    own_state = hasattr(type(loader), "state_dict")
+    seed_rank = shard.rank if ready.num_workers > 0 and not own_state else None
+    strided: DataLoader[Any] | None = None
+    sampler: ShardedSampler | None = None
+    tracker: StreamTracker | None = None
     if stream and iterable_shard is not None and use_distributed_sampler:
         strided = _strided_loader(loader, shard)
-    elif use_distributed_sampler and not stream and not is_distributed(loader, shard) and split:
-        split_samplers(ready, loader, shard, sync, interleaved=use_distributed_sampler == "interleaved")
-        keep_order(ready)
+    elif stream:
+        tracker = None if own_state else StreamTracker(ready, seed_rank)
+    else:
+        # Asked on one process too: a sampler that is split for others would leave data out.
+        sliced = bool(use_distributed_sampler) and not is_distributed(loader, shard) and split
+        if sliced and use_distributed_sampler == "interleaved":
+            interleave(ready, loader, shard)
+            sliced = False
+        if sliced or not own_state:
+            part, agree = (shard, sync) if sliced else (Shard(0, 1), _itself)
+            sampler = split_samplers(ready, part, agree, seed_rank=seed_rank)
+        if sliced:
+            keep_order(ready)
+    if own_state and split:
+        warnings.warn(
+            f"{type(loader).__name__} keeps its position by its own state_dict, which need not be exact on several "
+            "processes; a plain DataLoader's is, after setup_dataloaders.",
+            stacklevel=3,
+        )
     if ready.num_workers > 0 and shard.rank > 0:
         for one in (ready, strided):
             if one is not None:
-                one.__dict__["worker_init_fn"] = RankedWorkerInit(shard.rank, loader.worker_init_fn)
+                one.__dict__["worker_init_fn"] = RankedWorkerInit(shard.rank, one.worker_init_fn)
     moves = device is not None and device.type != "cpu"
-    iteration = _Iteration(
+    iteration = Iteration(
         ready,
-        strided,
-        weight,
-        device if moves else None,
-        sync,
-        rank=shard.rank,
-        watch=split and stream and strided is None,
+        sampler=sampler,
+        tracker=tracker,
+        strided=strided,
+        weight=weight,
+        device=device if moves else None,
+        sync=sync,
+        shard=shard,
+        split=split,
     )
-    _give_iteration(ready, iteration, shard, plain=not split and strided is None and not moves)
+    _give_iteration(ready, iteration, shard, own_state=own_state)
     _set_up.add(loader)
     _set_up.add(ready)
     return ready
@@ -96,94 +119,6 @@ def setup_dataloader(
 def release_dataloader(loader: DataLoader[Any]) -> None:
     """Let the user's own loader be set up once more."""
     _set_up.discard(loader)
-
-
-class _Iteration:
-    """What happens around the batches of one loader."""
-
-    def __init__(
-        self,
-        loader: DataLoader[Any],
-        strided: DataLoader[Any] | None,
-        weight: BatchWeight,
-        device: torch.device | None,
-        sync: Sync,
-        *,
-        rank: int,
-        watch: bool,
-    ) -> None:
-        self.strided = strided
-        self._weight = weight
-        self._device = device
-        self._sync = sync
-        self._rank = rank
-        self._watch = watch
-        self._sharded = next((s for s in (loader.batch_sampler, loader.sampler) if isinstance(s, ShardedSampler)), None)
-        self.epoch = 0
-        self._epoch_samplers = [s for s in samplers_of(loader) if callable(getattr(s, "set_epoch", None))]
-        self._last_epochs: list[Any] = []
-        self._begun: Any = None
-
-    def begin(self) -> None:
-        """Count the epoch, and tell it to samplers that want to know and weren't told by the user."""
-        self._weight.clear()
-        self._begun = None if self._sharded is None else self._sharded.ragged
-        for i, sampler in enumerate(self._epoch_samplers):
-            if self.epoch > 0 and _epochs(sampler) == self._last_epochs[i]:
-                last = next((e for e in _epochs(sampler).values() if isinstance(e, int)), self.epoch - 1)
-                sampler.set_epoch(last + 1)
-        self._last_epochs = [_epochs(sampler) for sampler in self._epoch_samplers]
-        self.epoch += 1
-
-    def around(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """Give out batches in place, with their weights told."""
-        if self.strided is not None:
-            batches = self._unpack(batches)
-        elif self._sharded is not None:
-            batches = self._weigh(batches, self._sharded, self._sharded.ragged, self._begun)
-        if self._watch and self.epoch == 1:
-            batches = self._compare(batches)
-        return batches if self._device is None else self._move(batches, self._device)
-
-    def _weigh(
-        self, batches: Iterator[Any], sharded: ShardedSampler, ragged: dict[int, Share], begun: dict[int, Share]
-    ) -> Iterator[Any]:
-        # Each iteration of the sampler has a table of its own. Where the user's class iterates in a generator, the
-        # sampler starts with the first batch only.
-        weight = self._weight
-        for number, batch in enumerate(batches):
-            if ragged is begun:
-                ragged = _table_of_started(sharded, begun)
-            weight.clear()
-            if number in ragged:
-                weight.set(ragged[number])
-            yield batch
-        weight.clear()
-
-    def _unpack(self, batches: Iterator[Any]) -> Iterator[Any]:
-        weight = self._weight
-        first = None
-        for batch, share, fingerprint in batches:
-            if fingerprint is not None:
-                first = fingerprint if first is None else first
-                check_unsplit(fingerprint, first)
-                check_same_stream(fingerprint, self._sync)
-            weight.clear()
-            if share is not None:
-                weight.set(share)
-            yield batch
-        weight.clear()
-
-    def _compare(self, batches: Iterator[Any]) -> Iterator[Any]:
-        first = next(batches, None)
-        warn_if_same(first, self._rank, self._sync)
-        if first is not None:
-            yield first
-            yield from batches
-
-    def _move(self, batches: Iterator[Any], device: torch.device) -> Iterator[Any]:
-        for batch in batches:
-            yield move_to_device(batch, device)
 
 
 class RankedWorkerInit:
@@ -207,6 +142,11 @@ class RankedWorkerInit:
             self.then(worker_id)
 
 
+def _itself(obj: Any) -> Any:
+    """The `sync` of a loader that is not split: every rank goes its own way."""
+    return obj
+
+
 def _copy(loader: DataLoader[Any]) -> DataLoader[Any]:
     """The same loader once more; what it was given is shared, a running iterator is not."""
     twin = object.__new__(type(loader))
@@ -215,35 +155,20 @@ def _copy(loader: DataLoader[Any]) -> DataLoader[Any]:
     return twin
 
 
-def _table_of_started(sharded: ShardedSampler, begun: dict[int, Share]) -> dict[int, Share]:
-    """The newest iteration's table; a loader that gives out batches without starting its sampler is refused."""
-    if sharded.ragged is begun:
-        raise UsageError(
-            "the DataLoader's class gives out batches of an iterator that it made before lite.setup_dataloaders, so "
-            "they can't be split over the ranks; use a plain DataLoader (persistent_workers=True keeps its workers "
-            "alive)."
-        )
-    return sharded.ragged
-
-
-def _epochs(sampler: Any) -> dict[str, Any]:
-    """Where a sampler keeps its epoch, by name: `epoch`, `_epoch`, `current_epoch`."""
-    return {name: value for name, value in getattr(sampler, "__dict__", {}).items() if "epoch" in name}
-
-
-def _give_iteration(loader: DataLoader[Any], iteration: _Iteration, shard: Shard, *, plain: bool) -> None:
+def _give_iteration(loader: DataLoader[Any], iteration: Iteration, shard: Shard, *, own_state: bool) -> None:
     """Put the iteration around the loader's own, by a subclass that looks like the user's class."""
     raw = type(loader)
-    raw_iter = raw.__iter__
-
-    def plain_iter(self: DataLoader[Any]) -> Any:
-        iteration.begin()
-        return raw_iter(self)
+    raw_iter, raw_get_iterator = raw.__iter__, raw._get_iterator
 
     def routed_iter(self: DataLoader[Any]) -> Any:
-        iteration.begin()
-        source = iter(iteration.strided) if iteration.strided is not None else raw_iter(self)
-        return iteration.around(source)
+        current = iteration.begin()
+        source = iteration.open_strided(current) if iteration.strided is not None else raw_iter(self)
+        return iteration.around(source, current)
+
+    # torch 2.13 makes the workers, and draws their base seed, in this method.
+    def _get_iterator(self: DataLoader[Any]) -> Any:
+        with iteration.making_workers():
+            return raw_get_iterator(self)
 
     def strided_len(self: DataLoader[Any]) -> int:
         assert self.batch_size is not None
@@ -251,9 +176,24 @@ def _give_iteration(loader: DataLoader[Any], iteration: _Iteration, shard: Shard
         count = len(dataset)  # type: ignore[arg-type]  # without a length: TypeError, as it is raw
         return count // size if self.drop_last else -(-count // size)
 
-    body: dict[str, Any] = {"__iter__": plain_iter if plain else routed_iter}
+    def state_dict(self: DataLoader[Any]) -> dict[str, Any]:
+        """How far the user's loop has come, counted in batches that it was given; see `Lite.setup_dataloaders`."""
+        return iteration.state_dict()
+
+    def load_state_dict(self: DataLoader[Any], state: dict[str, Any]) -> None:
+        """Let the next iteration go on from there."""
+        iteration.load_state_dict(state)
+        for one in (self, iteration.strided):
+            if one is not None:
+                one._iterator = None  # workers that run already have prefetched something else
+
+    body: dict[str, Any] = {"__iter__": routed_iter, "_get_iterator": _get_iterator}
     if iteration.strided is not None:
         body["__len__"] = strided_len
+    if own_state:
+        body["state_is_per_rank"] = shard.world_size > 1
+    else:
+        body.update(state_dict=state_dict, load_state_dict=load_state_dict, state_is_per_rank=iteration.per_rank)
     disguise(loader, body)
 
 

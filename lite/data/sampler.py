@@ -1,4 +1,4 @@
-"""One global stream of batches, of which each rank takes its slices.
+"""One global stream of batches, of which each rank takes its slices, from its beginning or from where it was left.
 
 The stream is what one process with the global batch (batch size x world size) would draw from the user's own sampler.
 This module knows indices and random states, not datasets or loaders.
@@ -6,97 +6,24 @@ This module knows indices and random states, not datasets or loaders.
 
 from __future__ import annotations
 
-import random
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
-import numpy as np
-import torch
 from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler, SubsetRandomSampler, WeightedRandomSampler
+from torch.utils.data.distributed import DistributedSampler
 
 from lite.data.checksum import checksum
+from lite.data.position import Pass, items_crc
+from lite.data.seeded import Seeded
+from lite.data.shares import Shard, Share, slice_evenly
 from lite.errors import UsageError
+from lite.seed import Generator, RandomState, drawing_under, mix
 
-# These draw from a global generator at their first item only.
-_EAGER = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
-
-
-@dataclass(frozen=True)
-class Shard:
-    """Which part of every global batch this rank takes.
-
-    Args:
-        rank: The part's number, from 0.
-        world_size: Number of parts.
-    """
-
-    rank: int
-    world_size: int
-
-
-class BatchWeight:
-    """What the current batch of this rank counts, shared by loaders, which write it, and `Lite`, which reads it.
-
-    Attributes:
-        value: What the mean loss is multiplied by: 1, or n * world_size / m where this rank has n of a ragged batch's m
-            samples.
-        num_real: Real samples in this rank's batch where it is ragged, else None.
-        owed: The current batch is ragged, for training, and no backward has weighed its loss yet.
-        filler_pending: A batch without a real sample was given out for evaluation and not yet gathered for metrics.
-    """
-
-    __slots__ = ("filler_pending", "num_real", "owed", "value")
-
-    def __init__(self) -> None:
-        self.filler_pending = self.owed = False
-        self.clear()
-
-    def clear(self) -> None:
-        """The current batch is full; a ragged one before it should have been weighed."""
-        if self.owed and torch.is_grad_enabled():
-            warnings.warn(
-                "the last, ragged batch of a loader was trained on without its weight, since no lite.backward came "
-                "before the next batch. Call lite.backward instead of loss.backward(), and torch.no_grad() in "
-                "evaluation; where one step draws from two loaders, use drop_last=True or lite.accumulate's weight.",
-                stacklevel=4,
-            )
-        self.owed = False
-        self.value: float = 1.0
-        self.num_real: int | None = None
-
-    def set(self, share: Share) -> None:
-        """The current batch is ragged."""
-        self.value, self.num_real = share.weight, share.num_real
-        self.owed = share.weight != 1.0 and torch.is_grad_enabled()
-        if share.num_real == 0 and not torch.is_grad_enabled():
-            self.filler_pending = True
-
-
-@dataclass(frozen=True)
-class Share:
-    """This rank's part of a ragged global batch; `num_real` is None where the dataset makes the batches."""
-
-    num_real: int | None
-    weight: float
-
-
-def slice_evenly(items: list[Any], shard: Shard) -> tuple[list[Any], Share]:
-    """This rank's slice of a ragged batch; sizes differ by at most one, and a rank without a sample gets the first.
-
-    Example:
-        >>> [slice_evenly([7, 8, 9], Shard(rank, 2))[0] for rank in (0, 1)]
-        [[7, 8], [9]]
-    """
-    total, world = len(items), shard.world_size
-    each, rest = divmod(total, world)
-    count = each + (shard.rank < rest)
-    start = shard.rank * each + min(shard.rank, rest)
-    mine = items[start : start + count] or items[:1]
-    return mine, Share(count, count * world / total)
+# These draw from a global generator at their first item only, and from torch's alone.
+_EAGER = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler, DistributedSampler)
+# An iterator over something that is there already can't draw.
+_READY: tuple[type, ...] = (type(iter([])), type(iter(())), type(iter(range(0))))
 
 
 class ShardedSampler:
@@ -108,11 +35,13 @@ class ShardedSampler:
         batch_size: Samples per rank; None where `source` yields ready batches.
         single: `source` yields one index per batch (a loader with batch_size=None).
         drop_last: Leave out a last global batch that doesn't fill up.
-        generators: The torch generators that the loader and its samplers were given.
+        generators: The generators that the loader and its samplers were given.
         sync: Returns rank 0's object on every rank. Collective: called as an epoch starts when the order may be random.
+        seed_rank: Whose batches these are, where workers are seeded for each; None without workers.
 
     Attributes:
-        ragged: For the newest iteration, this rank's share of each batch that is not full, by the batch's number.
+        upcoming: The pass that an iteration makes now; a fresh one where there is none. A DataLoader with workers
+            calls `__iter__` twice for one pass (torch 2.13).
     """
 
     def __init__(
@@ -123,97 +52,151 @@ class ShardedSampler:
         batch_size: int | None,
         single: bool,
         drop_last: bool,
-        generators: list[torch.Generator],
+        generators: Sequence[Generator],
         sync: Callable[[Any], Any],
+        seed_rank: int | None = None,
     ) -> None:
         self.sampler = source
         self.batch_size = batch_size
         self.drop_last = drop_last
-        self.ragged: dict[int, Share] = {}
-        self._shard = shard
+        self.group_size = shard.world_size * (batch_size or 1)
+        self.upcoming: Pass | None = None
+        self.shard = shard
         self._single = single
         self._generators = generators
         self._sync = sync
+        self._seed_rank = seed_rank
         # torch's BatchSampler starts the sampler within it at the first batch; any other source is started by iter().
         self._starts_late = batch_size is not None
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["sampler"], name)  # what else the user's own has: set_epoch, say
+
     def __len__(self) -> int:
         count = len(self.sampler)  # type: ignore[arg-type]  # without a length: TypeError, as it is raw
-        group = self._shard.world_size * (self.batch_size or 1)
-        return count // group if self.drop_last else -(-count // group)
+        return count // self.group_size if self.drop_last else -(-count // self.group_size)
 
     def __iter__(self) -> Iterator[Any]:
-        self.ragged = {}
-        items = None if self._starts_late else self._start()
-        return self._slices(self.ragged, items)
+        current = self.upcoming or Pass()
+        current.taken = True
+        items = None if self._starts_late else self._open(current)
+        return self._slices(current, items)
 
-    def _slices(self, ragged: dict[int, Share], items: Iterator[Any] | None) -> Iterator[Any]:
-        world = self._shard.world_size
-        size = world * (self.batch_size or 1)
-        for number, group in enumerate(self._groups(size, items)):
-            if len(group) < size and self.drop_last:
-                return
-            mine, share = self._take(group, full=len(group) == size)
+    def _slices(self, current: Pass, items: Iterator[Any] | None) -> Iterator[Any]:
+        for number, group in enumerate(self._groups(current, items)):
+            full = len(group) == self.group_size
+            if not full and self.drop_last:
+                break
+            mine, share = self._take(group, full)
             if share is not None and share.weight != 1.0:
-                ragged[number] = share
-            yield mine
+                current.ragged[number] = share
+            current.given += 1
+            if self._seed_rank is None:
+                yield mine
+            else:
+                yield Seeded(mine, current.seed, current.first + number, self._seed_rank)
+        current.drained = True
 
     def _take(self, group: list[Any], full: bool) -> tuple[Any, Share | None]:
-        rank, world = self._shard.rank, self._shard.world_size
+        rank, world = self.shard.rank, self.shard.world_size
         if self.batch_size is not None:
             if full:
-                return group[rank * self.batch_size : (rank + 1) * self.batch_size], None
-            return slice_evenly(group, self._shard)
+                return (group if world == 1 else group[rank * self.batch_size : (rank + 1) * self.batch_size]), None
+            return slice_evenly(group, self.shard)
         if self._single:
             if full:
                 return group[rank], None
             return (group[rank], Share(None, world / len(group))) if rank < len(group) else (group[0], Share(0, 0.0))
         if full:
             total = sum(len(batch) for batch in group)
-            return group[rank], Share(len(group[rank]), len(group[rank]) * world / total)
-        return slice_evenly([index for batch in group for index in batch], self._shard)
+            return group[rank], Share(len(group[rank]), len(group[rank]) * world / total) if world > 1 else None
+        return slice_evenly([index for batch in group for index in batch], self.shard)
 
-    def _start(self) -> Iterator[Any]:
+    def _open(self, current: Pass) -> Iterator[Any]:
         """The source's iterator; what its `__iter__` draws at once is drawn under rank 0's random state."""
         if is_sequential(self.sampler):
             return iter(self.sampler)
-        with drawing_under(self._agree()):
+        if not current.resumed:
+            current.start.opened = self._capture()
+        with drawing_under(self._agree(current, "opened")):
             return iter(self.sampler)
 
-    def _agree(self) -> RandomState | None:
-        """Rank 0's random state, or None where this rank's own is the same. Collective."""
-        mine = RandomState.capture(self._generators)
-        shared: RandomState = self._sync(mine)
-        shared.restore_generators(self._generators)
-        return None if shared == mine else shared
-
-    def _groups(self, size: int, items: Iterator[Any] | None) -> Iterator[list[Any]]:
-        """The global batches, drawn under rank 0's random state on every rank."""
+    def _groups(self, current: Pass, items: Iterator[Any] | None) -> Iterator[list[Any]]:
+        """The global batches that are still to come, drawn under rank 0's random state on every rank."""
+        size = self.group_size
         if is_sequential(self.sampler):
+            if self._seed_rank is not None and not current.resumed:
+                current.seed = mix(self._sync(current.start.before).digest(), current.epoch)
             items = iter(self.sampler) if items is None else items
+            _skip(items, current.skip)
             while group := list(islice(items, size)):
                 yield group
             return
-        with drawing_under(self._agree()):
+        if not current.resumed:
+            current.start.drawn = self._capture()
+        with drawing_under(self._agree(current, "drawn")):
             items = iter(self.sampler) if items is None else items
+            if type(self.sampler) in _EAGER:
+                _skip(items, current.skip)
+            else:
+                self._check_skipped(items, current)
             group = list(islice(items, size))
-            state = RandomState.capture([])
+            state = RandomState.capture()
         if type(self.sampler) in _EAGER:
             while group:
                 yield group
                 group = list(islice(items, size))
             return
         _check_same_order(group, self._sync)
+        can_draw = type(items) not in _READY
         while group:
+            current.note(group)
             yield group
-            # An unknown sampler may draw at any time: from here on it does so from a state that all ranks share.
+            if not can_draw:
+                group = list(islice(items, size))
+                continue
+            # An unknown sampler may draw at any time: from here on it does so from a state that all ranks share, and
+            # that what else draws in between does not change.
             with drawing_under(state):
                 group = list(islice(items, size))
-                state = RandomState.capture([])
+                state = RandomState.capture()
+
+    def _capture(self) -> RandomState:
+        return RandomState.capture(self._generators, torch_only=type(self.sampler) in _EAGER)
+
+    def _agree(self, current: Pass, moment: str) -> RandomState | None:
+        """Go on from rank 0's random state, or from that of an interrupted pass.
+
+        Returns:
+            The state under which the global generators are drawn from; None where they stand there already. Collective.
+        """
+        mine: RandomState = getattr(current.start, moment)
+        if current.resumed:
+            mine.restore_generators(self._generators)
+            return mine
+        shared: RandomState = self._sync(mine)
+        setattr(current.start, moment, shared)
+        shared.restore_generators(self._generators)
+        if moment == "drawn" and self._seed_rank is not None:
+            current.seed = mix(shared.digest(), current.epoch)
+        return None if shared is mine or shared.same_globals(mine) else shared
+
+    def _check_skipped(self, items: Iterator[Any], current: Pass) -> None:
+        """Skip in a sampler of the user's, and make sure that it yields what it yielded before the interruption."""
+        if items_crc(islice(items, current.skip)) != current.crc:
+            raise UsageError(
+                f"{type(self.sampler).__name__} gives other samples than before the interruption, so that some would "
+                "be repeated and others missed; let it draw from a generator that is an attribute of it, from torch's, "
+                "Python's or numpy's global one, or by its set_epoch, or give it state_dict and load_state_dict."
+            )
+
+
+def _skip(items: Iterator[Any], count: int) -> None:
+    next(islice(items, count, count), None)
 
 
 def _check_same_order(group: list[Any], sync: Callable[[Any], Any]) -> None:
-    """Refuse a sampler with a generator of its own that ranks have seeded differently. Collective."""
+    """Refuse a sampler with a hidden generator that ranks have seeded differently. Collective."""
     mine = checksum(group)
     if sync(mine) != mine:
         raise UsageError(
@@ -228,52 +211,3 @@ def is_sequential(sampler: Any) -> bool:
     if type(sampler) is BatchSampler:
         return is_sequential(sampler.sampler)
     return type(sampler) in (SequentialSampler, list, tuple, range)
-
-
-@dataclass(eq=False)
-class RandomState:
-    """The states of the random generators that a sampler may draw from."""
-
-    torch_state: torch.Tensor
-    python_state: Any
-    numpy_state: Any
-    generator_states: list[torch.Tensor]
-
-    @classmethod
-    def capture(cls, generators: list[torch.Generator]) -> RandomState:
-        return cls(torch.get_rng_state(), random.getstate(), np.random.get_state(), [g.get_state() for g in generators])
-
-    def restore(self) -> None:
-        """Put the global generators back."""
-        torch.set_rng_state(self.torch_state)
-        random.setstate(self.python_state)
-        np.random.set_state(self.numpy_state)
-
-    def restore_generators(self, generators: list[torch.Generator]) -> None:
-        """Put the generators that belong to the loader back."""
-        for generator, state in zip(generators, self.generator_states, strict=True):
-            generator.set_state(state)
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, RandomState):
-            return NotImplemented
-        return (
-            torch.equal(self.torch_state, other.torch_state)
-            and self.python_state == other.python_state
-            and self.numpy_state[2:] == other.numpy_state[2:]
-            and np.array_equal(self.numpy_state[1], other.numpy_state[1])
-        )
-
-
-@contextmanager
-def drawing_under(state: RandomState | None) -> Iterator[None]:
-    """Within the block the global generators go on from `state`, afterwards from where they were; None leaves them."""
-    if state is None:
-        yield
-        return
-    mine = RandomState.capture([])
-    state.restore()
-    try:
-        yield
-    finally:
-        mine.restore()

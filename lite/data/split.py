@@ -6,26 +6,29 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 from torch.utils.data.distributed import DistributedSampler
 
-from lite.data.sampler import Shard, ShardedSampler
+from lite.data.sampler import ShardedSampler
+from lite.data.shares import Shard
 from lite.errors import ConfigError
+from lite.seed import Generator
 
 Sync = Callable[[Any], Any]
 
 
-def split_samplers(
-    ready: DataLoader[Any], loader: DataLoader[Any], shard: Shard, sync: Sync, *, interleaved: bool
-) -> None:
-    """Let the copy sample this rank's slices."""
-    if interleaved:
-        ready.__dict__.update(_interleaved(loader, shard))
-        return
+def split_samplers(ready: DataLoader[Any], shard: Shard, sync: Sync, *, seed_rank: int | None) -> ShardedSampler:
+    """Let the copy sample this rank's slices, and return what does it.
+
+    Args:
+        ready: The copy of the user's loader.
+        shard: This rank's part of each global batch; the only one where the loader is not split.
+        sync: Returns rank 0's object on every rank; the same object where the loader is not split.
+        seed_rank: This rank, where it has workers.
+    """
     # With batch_size=None the sampler itself may be a BatchSampler, for a dataset that takes lists of indices.
-    automatic = loader.batch_sampler is not None
-    batch_sampler: Any = loader.batch_sampler if automatic else loader.sampler
+    automatic = ready.batch_sampler is not None
+    batch_sampler: Any = ready.batch_sampler if automatic else ready.sampler
     plain = type(batch_sampler) is BatchSampler
     source: Any = batch_sampler.sampler if plain else batch_sampler
     sharded = ShardedSampler(
@@ -34,14 +37,16 @@ def split_samplers(
         batch_size=batch_sampler.batch_size if plain else None,
         single=not automatic and not plain,
         drop_last=bool(batch_sampler.drop_last) if plain else False,
-        generators=_generators(loader),
+        generators=generators_of(ready),
         sync=sync,
+        seed_rank=seed_rank,
     )
     ready.__dict__["batch_sampler" if automatic else "sampler"] = sharded
+    return sharded
 
 
-def _interleaved(loader: DataLoader[Any], shard: Shard) -> dict[str, Any]:
-    """torch's DistributedSampler in the place of a plain sampler."""
+def interleave(ready: DataLoader[Any], loader: DataLoader[Any], shard: Shard) -> None:
+    """Put torch's DistributedSampler in the place of a plain sampler."""
     if type(loader.sampler) not in (SequentialSampler, RandomSampler) or type(loader.batch_sampler) is not BatchSampler:
         raise ConfigError(
             f"use_distributed_sampler='interleaved' can't replace a {type(loader.sampler).__name__} or a custom "
@@ -55,7 +60,8 @@ def _interleaved(loader: DataLoader[Any], shard: Shard) -> dict[str, Any]:
         drop_last=loader.drop_last,
     )
     assert loader.batch_size is not None
-    return {"sampler": sampler, "batch_sampler": BatchSampler(sampler, loader.batch_size, loader.drop_last)}
+    batch_sampler = BatchSampler(sampler, loader.batch_size, loader.drop_last)
+    ready.__dict__.update(sampler=sampler, batch_sampler=batch_sampler)
 
 
 def is_distributed(loader: DataLoader[Any], shard: Shard) -> bool:
@@ -85,13 +91,12 @@ def samplers_of(loader: DataLoader[Any]) -> list[Any]:
     return found
 
 
-def _generators(loader: DataLoader[Any]) -> list[torch.Generator]:
-    """The generators that the user gave, each once."""
-    candidates = [getattr(thing, "generator", None) for thing in (loader, *samplers_of(loader))]
-    found: list[torch.Generator] = []
-    for candidate in candidates:
-        if isinstance(candidate, torch.Generator) and not any(candidate is g for g in found):
-            found.append(candidate)
+def generators_of(loader: DataLoader[Any]) -> list[Generator]:
+    """The generators that the user gave to the loader or keeps in a sampler, each once."""
+    found: list[Generator] = []
+    for thing in (loader, *samplers_of(loader)):
+        values = [loader.generator] if thing is loader else getattr(thing, "__dict__", {}).values()
+        found.extend(v for v in values if isinstance(v, Generator) and not any(v is g for g in found))
     return found
 
 

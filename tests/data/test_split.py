@@ -108,21 +108,31 @@ def test_custom_batch_samplers_draw_when_the_raw_loader_would(batches: Any, draw
     assert [batch for pair in zip(*parts, strict=True) for batch in pair] == raw
 
 
-def test_a_samplers_own_generator_must_be_alike_on_all_ranks() -> None:
-    """An unseeded generator would give ranks slices of different streams."""
+class OwnGenerator:
+    """Draws from a numpy generator of its own, an attribute or hidden in a closure."""
 
-    class Unseeded:
-        def __init__(self, seed: int) -> None:
-            self.generator = np.random.default_rng(seed)
+    def __init__(self, seed: int, hidden: bool) -> None:
+        generator = np.random.default_rng(seed)
+        self.draw = lambda: generator.permutation(50).tolist()
+        self.generator = None if hidden else generator
 
-        def __iter__(self) -> Iterator[int]:
-            return iter(self.generator.permutation(50).tolist())
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.draw())
 
+
+def test_a_samplers_own_generator_is_rank_zeros() -> None:
+    """However each rank seeded it; one that can't be found must be seeded alike."""
+    for hidden, seed in ((False, 0), (False, 1), (True, 0)):
+        zero, parts = RankZero(), []
+        for rank in range(2):
+            sampler = OwnGenerator(rank * seed, hidden)
+            loader = prepare(DataLoader(range(50), sampler=sampler), rank, sync=zero.sync(rank))
+            parts.append([batch.item() for _ in range(2) for batch in loader])
+        assert sorted(parts[0] + parts[1]) == sorted([*range(50)] * 2)
     zero = RankZero()
-    list(prepare(DataLoader(range(50), sampler=Unseeded(0)), 0, sync=zero.sync(0)))
-    list(prepare(DataLoader(range(50), sampler=Unseeded(0)), 1, sync=zero.sync(1)))
+    list(prepare(DataLoader(range(50), sampler=OwnGenerator(0, True)), 0, sync=zero.sync(0)))
     with pytest.raises(UsageError, match="seed the sampler's own"):
-        list(prepare(DataLoader(range(50), sampler=Unseeded(1)), 1, sync=zero.sync(1)))
+        list(prepare(DataLoader(range(50), sampler=OwnGenerator(1, True)), 1, sync=zero.sync(1)))
 
 
 def test_a_list_of_indices_needs_no_broadcast() -> None:

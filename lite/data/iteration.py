@@ -1,0 +1,306 @@
+"""What happens around the batches of one loader: counting, weighing, moving them, and the state of it all."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sized
+from contextlib import contextmanager
+from itertools import chain, islice
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from lite.data.iterable import check_same_stream, check_unsplit, warn_if_same
+from lite.data.position import Pass, Start
+from lite.data.sampler import ShardedSampler
+from lite.data.shares import BatchWeight, Shard
+from lite.data.split import generators_of, samplers_of
+from lite.data.stream import StreamTracker, is_stateful, warn_of_reading_again
+from lite.data.transfer import move_to_device
+from lite.errors import CheckpointError, UsageError
+from lite.seed import RandomState, drawing_under
+
+Sync = Callable[[Any], Any]
+_VERSION = 1
+
+
+class Iteration:
+    """The passes over one loader.
+
+    Args:
+        loader: The copy of the user's loader.
+        sampler: What slices its sampler's stream; None for an IterableDataset.
+        tracker: What knows how far an IterableDataset was read; None for others.
+        strided: The loader over one stream that all ranks read, where that is how it is split.
+        weight: Told what each batch counts, as it is given out.
+        device: Where batches are moved; None leaves them.
+        sync: Returns rank 0's object on every rank.
+        shard: This rank's part.
+        split: Whether ranks are meant to get different batches.
+    """
+
+    def __init__(
+        self,
+        loader: DataLoader[Any],
+        *,
+        sampler: ShardedSampler | None,
+        tracker: StreamTracker | None,
+        strided: DataLoader[Any] | None,
+        weight: BatchWeight,
+        device: torch.device | None,
+        sync: Sync,
+        shard: Shard,
+        split: bool,
+    ) -> None:
+        self.strided = strided
+        self._sampler = sampler
+        self._tracker = tracker
+        self._weight = weight
+        self._device = device
+        self._sync = sync
+        self._shard = shard
+        self._dataset: Any = loader.dataset
+        self._watch = split and tracker is not None
+        self._sliced = sampler is not None and sampler.shard.world_size > 1
+        self.per_rank = shard.world_size > 1 and strided is None and not self._sliced
+        samplers = [] if sampler is None else [s for s in samplers_of(loader) if s is not sampler]
+        self._generators = generators_of(loader)
+        self._epoch_samplers = [s for s in samplers if callable(getattr(s, "set_epoch", None))]
+        self._stateful_samplers = [s for s in samplers if is_stateful(s)]
+        self._last_epochs: list[Any] = []
+        self._next: Pass | None = None  # the pass that a loaded state asks for
+        self._pass: Pass | None = None  # the newest one
+        self._one_to_one = True
+        self.epoch = 0
+
+    # ---- a pass
+
+    def begin(self) -> Pass:
+        """Start a pass: count the epoch, and tell it to samplers that want to know and weren't told by the user."""
+        self._weight.clear()
+        current, self._next = self._next or self._fresh_pass(), None
+        self.epoch = current.epoch + 1
+        self._last_epochs = [_epochs(sampler) for sampler in self._epoch_samplers]
+        self._pass = current
+        if self._sampler is not None:
+            self._sampler.upcoming = current
+        if self._tracker is not None:
+            self._tracker.open(current)
+        return current
+
+    def _fresh_pass(self) -> Pass:
+        for i, sampler in enumerate(self._epoch_samplers):
+            if self.epoch > 0 and self._last_epochs and _epochs(sampler) == self._last_epochs[i]:
+                sampler.set_epoch(_epoch_of(sampler, self.epoch - 1) + 1)
+        before = self._capture()
+        samplers = [sampler.state_dict() for sampler in self._stateful_samplers]
+        epochs = [_epoch_of(sampler, None) for sampler in self._epoch_samplers]
+        return Pass(self.epoch, Start(before, samplers=samplers, epochs=epochs))
+
+    def _capture(self) -> RandomState:
+        # A sampler's draws are captured by themselves; an IterableDataset's may be of any kind.
+        return RandomState.capture(self._generators, torch_only=self._tracker is None and self.strided is None)
+
+    @contextmanager
+    def making_workers(self) -> Iterator[None]:
+        """The block makes the loader's iterator and draws its workers' base seed: in a resumed pass, the same again."""
+        current = self._pass
+        if current is None or not current.resumed:
+            if current is not None:
+                current.start.before = self._capture()
+            yield
+            return
+        current.start.before.restore_generators(self._generators)
+        with drawing_under(current.start.before):
+            yield
+            if self._tracker is not None:
+                self._tracker.opened = RandomState.capture()
+
+    def around(self, batches: Iterator[Any], current: Pass) -> Iterator[Any]:
+        """Give out batches in place, with their weights told, and count them."""
+        if self.strided is not None:
+            batches = self._unpack(batches, current)
+        elif self._tracker is not None:
+            batches = self._tracker.around(batches, current)
+        if self._watch and current.epoch == 0 and not current.resumed:
+            batches = self._compare(batches)
+        if self._device is not None:
+            batches = self._move(batches, self._device)
+        return self._weigh(batches, current) if self._sliced else self._count(batches, current)
+
+    def _started(self, batches: Iterator[Any], current: Pass) -> Iterator[Any]:
+        """The same batches; a class that iterates in a generator starts its sampler only as the first is asked for."""
+        if self._sampler is None:
+            return batches
+        self._sampler.upcoming = None if current.taken else current
+        first = list(islice(batches, 1))
+        self._sampler.upcoming = None
+        return chain(first, batches)
+
+    def _count(self, batches: Iterator[Any], current: Pass) -> Iterator[Any]:
+        for batch in self._started(batches, current):
+            current.consumed += 1
+            yield batch
+        self._finish(current)
+
+    def _weigh(self, batches: Iterator[Any], current: Pass) -> Iterator[Any]:
+        weight, ragged = self._weight, current.ragged
+        for number, batch in enumerate(self._started(batches, current)):
+            if not current.taken:
+                raise UsageError(
+                    "the DataLoader's class gives out batches of an iterator that it made before "
+                    "lite.setup_dataloaders, so they can't be split over the ranks; use a plain DataLoader "
+                    "(persistent_workers=True keeps its workers alive)."
+                )
+            weight.clear()
+            if number in ragged:
+                weight.set(ragged[number])
+            current.consumed += 1
+            yield batch
+        weight.clear()
+        self._finish(current)
+
+    def _finish(self, current: Pass) -> None:
+        current.finished = True
+        if current.drained and current.given != current.consumed:
+            self._one_to_one = False
+
+    def _unpack(self, batches: Iterator[Any], current: Pass) -> Iterator[Any]:
+        weight = self._weight
+        first = None
+        for batch, share, fingerprint, state in batches:
+            if fingerprint is not None:
+                first = fingerprint if first is None else first
+                check_unsplit(fingerprint, first)
+                check_same_stream(fingerprint, self._sync)
+            weight.clear()
+            if share is not None:
+                weight.set(share)
+            current.stream = state
+            yield batch
+        weight.clear()
+
+    def _compare(self, batches: Iterator[Any]) -> Iterator[Any]:
+        first = next(batches, None)
+        warn_if_same(first, self._shard.rank, self._sync)
+        if first is not None:
+            yield first
+            yield from batches
+
+    def _move(self, batches: Iterator[Any], device: torch.device) -> Iterator[Any]:
+        for batch in batches:
+            yield move_to_device(batch, device)
+
+    # ---- its state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values: how far the user's loop has come; the same on all ranks unless `per_rank`."""
+        current = self._next or self._pass
+        size = 1 if self._sampler is None else self._sampler.group_size
+        state = {"version": _VERSION, "epoch": self.epoch, "size": size, "length": _length(self._dataset)}
+        if current is None or current.finished:
+            return state
+        if not self._one_to_one:
+            raise UsageError(
+                "the position of this DataLoader can't be stored: its class gives out more or fewer batches than it "
+                "reads, so a batch's number doesn't tell what was read. Store it at the end of an epoch, or give the "
+                "class state_dict and load_state_dict."
+            )
+        items = current.skip + current.consumed * size
+        length = None if self._sampler is None else _length(self._sampler.sampler)
+        return {
+            **state,
+            "epoch": current.epoch,
+            "batches": current.first + current.consumed,
+            "items": items if length is None else min(items, length),
+            "seed": current.seed,
+            "crc": current.consumed_crc(),
+            "start": current.start.state_dict(),
+            "stream": self._stream_state(current),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Let the next pass go on from there.
+
+        Raises:
+            CheckpointError: The state is of another dataset or of a newer version.
+        """
+        if state.get("version") != _VERSION:
+            raise CheckpointError(
+                f"the loader's state has version {state.get('version')!r}, and this lite reads {_VERSION}; resume "
+                "with the lite that wrote it."
+            )
+        length = _length(self._dataset)
+        if state["length"] != length:
+            raise CheckpointError(
+                f"the loader's state is of a dataset with {state['length']} samples, but this one has {length}; its "
+                "position means nothing here. Leave the loader out of what is loaded to begin the data anew."
+            )
+        self._pass = None
+        self.epoch = state["epoch"]
+        if "items" not in state:
+            self._next = None
+            return
+        size = 1 if self._sampler is None else self._sampler.group_size
+        if size != state["size"]:
+            warnings.warn(
+                f"the loader's global batch was {state['size']} before the interruption and is {size} now: the epoch "
+                "goes on with the same samples in the same order, in other batches. Change batch_size to keep it.",
+                stacklevel=4,
+            )
+        current = Pass(
+            state["epoch"],
+            Start.from_state_dict(state["start"]),
+            seed=state["seed"],
+            skip=state["items"],
+            resumed=True,
+            first=state["batches"] if size == state["size"] else -(-state["items"] // size),
+            crc=state["crc"],
+            stream=state["stream"],
+        )
+        for sampler, epoch in zip(self._epoch_samplers, current.start.epochs, strict=True):
+            if epoch is not None:
+                sampler.set_epoch(epoch)
+        for sampler, saved in zip(self._stateful_samplers, current.start.samplers, strict=True):
+            sampler.load_state_dict(saved)
+        self._next = current
+
+    def open_strided(self, current: Pass) -> Iterator[Any]:
+        """The iterator of the loader over the one stream."""
+        assert self.strided is not None
+        stream: Any = self.strided.dataset
+        if current.resumed:
+            if current.stream is None and current.first:
+                warn_of_reading_again(stream.dataset, current.first)
+            stream.resume = (current.first, current.stream)
+        with self.making_workers():
+            batches = iter(self.strided)
+        if self.strided.num_workers > 0:
+            stream.resume = None  # the workers have it; those of the next epoch begin at the beginning
+        return batches
+
+    def _stream_state(self, current: Pass) -> Any:
+        if self._tracker is not None:
+            return self._tracker.state(current)
+        if self.strided is not None and self.strided.num_workers == 0 and is_stateful(self._dataset):
+            return self._dataset.state_dict()
+        return current.stream
+
+
+def _epochs(sampler: Any) -> dict[str, Any]:
+    """Where a sampler keeps its epoch, by name: `epoch`, `_epoch`, `current_epoch`."""
+    return {name: value for name, value in getattr(sampler, "__dict__", {}).items() if "epoch" in name}
+
+
+def _epoch_of(sampler: Any, default: Any) -> Any:
+    return next((e for e in _epochs(sampler).values() if isinstance(e, int)), default)
+
+
+def _length(value: Any) -> int | None:
+    if not isinstance(value, Sized):
+        return None
+    try:
+        return len(value)
+    except (TypeError, NotImplementedError):
+        return None

@@ -1,0 +1,101 @@
+"""Where a loader's epoch began and how far it has come: the state that makes a resumed epoch go on exactly.
+
+It knows numbers and random states, not loaders. Samples are counted over all ranks, so that a position means the same
+for any number of them.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from lite.data.shares import Share
+from lite.seed import RandomState
+
+
+@dataclass
+class Start:
+    """The random states from which an epoch's order was drawn.
+
+    Args:
+        before: As the loader's iterator was made, which draws its workers' base seed.
+        opened: As the sampler's `__iter__` was called, where that may draw; None otherwise.
+        drawn: As the sampler was asked for its first item; None where the order is fixed.
+        samplers: What samplers with a `state_dict` returned then.
+        epochs: The epoch of each sampler that counts epochs.
+    """
+
+    before: RandomState = field(default_factory=lambda: RandomState.capture(torch_only=True))
+    opened: RandomState | None = None
+    drawn: RandomState | None = None
+    samplers: list[Any] = field(default_factory=list)
+    epochs: list[Any] = field(default_factory=list)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        states = {"before": self.before, "opened": self.opened, "drawn": self.drawn}
+        plain = {name: state.state_dict() for name, state in states.items() if state is not None}
+        return {**plain, "samplers": self.samplers, "epochs": self.epochs}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> Start:
+        """What `state_dict` returned, as an object again."""
+        states = {n: RandomState.from_state_dict(state[n]) for n in ("before", "opened", "drawn") if n in state}
+        return cls(**states, samplers=state["samplers"], epochs=state["epochs"])
+
+
+@dataclass
+class Pass:
+    """One iteration over a loader and its sampler.
+
+    Args:
+        epoch: Passes over this loader before this one.
+        start: The random states that it began from.
+        seed: From which the seeds of its workers' batches are made.
+        skip: Items of the user's sampler that were consumed before an interruption.
+        resumed: Whether this pass goes on with an interrupted one, so that `start` is given instead of recorded.
+        first: The number of its first batch in the epoch.
+        crc: The checksum of the skipped items, of a sampler that might yield others the next time.
+        stream: The position in an IterableDataset.
+
+    Attributes:
+        ragged: This rank's share of each batch that is not full, counted from the first of this pass.
+        taken: A sampler is making this pass.
+        drained: The sampler has come to its end.
+        given: Batches that the sampler has yielded.
+        consumed: Batches that the user's loop has been given.
+        finished: The user's loop has come to the end.
+    """
+
+    epoch: int = 0
+    start: Start = field(default_factory=Start)
+    seed: int = 0
+    skip: int = 0
+    resumed: bool = False
+    first: int = 0
+    crc: int = 0
+    stream: Any = None
+    ragged: dict[int, Share] = field(default_factory=dict)
+    taken: bool = False
+    drained: bool = False
+    given: int = 0
+    consumed: int = 0
+    finished: bool = False
+    _crcs: list[int] = field(default_factory=list)
+
+    def note(self, group: list[Any]) -> None:
+        """The sampler has drawn the next group, of items that it might not yield again."""
+        self._crcs.append(items_crc(group, self._crcs[-1] if self._crcs else self.crc))
+
+    def consumed_crc(self) -> int:
+        """The checksum of all items that the user's loop has been given."""
+        return self._crcs[self.consumed - 1] if self._crcs and self.consumed else self.crc
+
+
+def items_crc(items: Iterable[Any], crc: int = 0) -> int:
+    """A running checksum of a sampler's items."""
+    for item in items:
+        crc = zlib.crc32(repr(item).encode(), crc)
+    return crc

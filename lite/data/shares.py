@@ -1,0 +1,83 @@
+"""Which part of a global batch a rank takes, and what that part counts."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Which part of every global batch this rank takes.
+
+    Args:
+        rank: The part's number, from 0.
+        world_size: Number of parts.
+    """
+
+    rank: int
+    world_size: int
+
+
+class BatchWeight:
+    """What the current batch of this rank counts, shared by loaders, which write it, and `Lite`, which reads it.
+
+    Attributes:
+        value: What the mean loss is multiplied by: 1, or n * world_size / m where this rank has n of a ragged batch's m
+            samples.
+        num_real: Real samples in this rank's batch where it is ragged, else None.
+        owed: The current batch is ragged, for training, and no backward has weighed its loss yet.
+        filler_pending: A batch without a real sample was given out for evaluation and not yet gathered for metrics.
+    """
+
+    __slots__ = ("filler_pending", "num_real", "owed", "value")
+
+    def __init__(self) -> None:
+        self.filler_pending = self.owed = False
+        self.clear()
+
+    def clear(self) -> None:
+        """The current batch is full; a ragged one before it should have been weighed."""
+        if self.owed and torch.is_grad_enabled():
+            warnings.warn(
+                "the last, ragged batch of a loader was trained on without its weight, since no lite.backward came "
+                "before the next batch. Call lite.backward instead of loss.backward(), and torch.no_grad() in "
+                "evaluation; where one step draws from two loaders, use drop_last=True or lite.accumulate's weight.",
+                stacklevel=4,
+            )
+        self.owed = False
+        self.value: float = 1.0
+        self.num_real: int | None = None
+
+    def set(self, share: Share) -> None:
+        """The current batch is ragged."""
+        self.value, self.num_real = share.weight, share.num_real
+        self.owed = share.weight != 1.0 and torch.is_grad_enabled()
+        if share.num_real == 0 and not torch.is_grad_enabled():
+            self.filler_pending = True
+
+
+@dataclass(frozen=True)
+class Share:
+    """This rank's part of a ragged global batch; `num_real` is None where the dataset makes the batches."""
+
+    num_real: int | None
+    weight: float
+
+
+def slice_evenly(items: list[Any], shard: Shard) -> tuple[list[Any], Share]:
+    """This rank's slice of a ragged batch; sizes differ by at most one, and a rank without a sample gets the first.
+
+    Example:
+        >>> [slice_evenly([7, 8, 9], Shard(rank, 2))[0] for rank in (0, 1)]
+        [[7, 8], [9]]
+    """
+    total, world = len(items), shard.world_size
+    each, rest = divmod(total, world)
+    count = each + (shard.rank < rest)
+    start = shard.rank * each + min(shard.rank, rest)
+    mine = items[start : start + count] or items[:1]
+    return mine, Share(count, count * world / total)
