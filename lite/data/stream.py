@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any, NamedTuple
@@ -28,7 +29,7 @@ class StreamTracker:
     """
 
     def __init__(self, loader: DataLoader[Any], seed_rank: int | None) -> None:
-        self._loader = loader
+        self._loader: DataLoader[Any] = weakref.proxy(loader)  # which holds this, and must end its workers when dropped
         self._dataset: Any = loader.dataset
         self._stateful = is_stateful(loader.dataset)
         self._requests: SeededRequests | None = None
