@@ -149,6 +149,16 @@ def remove_save(storage: Storage, folder: str, save_id: str) -> None:
             storage.remove(storage.join(folder, name))
 
 
+def dump_manifest(manifest: dict[str, Any]) -> bytes:
+    """The manifest as JSON, with its own checksum in it."""
+    return json.dumps({**manifest, "crc32": _crc32(manifest)}, indent=1).encode()
+
+
+def _crc32(manifest: dict[str, Any]) -> int:
+    own = {key: value for key, value in manifest.items() if key != "crc32"}
+    return zlib.crc32(json.dumps(own, sort_keys=True).encode())
+
+
 def _read_manifest(storage: Storage, path: str) -> dict[str, Any]:
     if storage.kind(path) != "file":
         raise CheckpointError(f"path={path!r}, the checkpoint's manifest, is missing.")
@@ -166,6 +176,8 @@ def _read_manifest(storage: Storage, path: str) -> dict[str, Any]:
             f"path={path!r} has format {manifest['format']}, written by lite {manifest.get('lite')}; this version "
             f"reads up to format {FORMAT}. Update lite."
         )
+    if manifest.get("crc32") != _crc32(manifest):
+        raise CheckpointError(f"path={path!r} is damaged: it has another checksum than when it was written.")
     return dict(manifest)
 
 

@@ -6,7 +6,6 @@ the index. `torch.distributed.checkpoint.load` reads the tensors where lite is n
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import zlib
@@ -168,7 +167,7 @@ class _Writer(StorageWriter):
             "index": {"bytes": len(index), "crc32": zlib.crc32(index)},
             "files": files,
         }
-        self._write(names.manifest_name(self._id), json.dumps(manifest, indent=1).encode())
+        self._write(names.manifest_name(self._id), names.dump_manifest(manifest))
         beside = f"{names.INDEX}.{self._id}.tmp"
         self._write(beside, index)
         self._storage.sync(self._folder)
