@@ -213,6 +213,15 @@ def gather_for_metrics(data: Any, num_real: int | None = None, *, group: Any = N
     return [item for part in gathered for item in part]
 
 
+def all_gather_objects(obj: Any, *, group: Any = None) -> list[Any]:
+    """Every rank's object, which must pickle, in rank order. Collective: call on all ranks."""
+    if world_size(group) == 1:
+        return [obj]
+    gathered: list[Any] = [None] * world_size(group)
+    dist.all_gather_object(gathered, obj, group=group)
+    return gathered
+
+
 def any_rank(flag: bool, *, group: Any = None) -> bool:
     """Whether `flag` is true on at least one rank. Collective: call on all ranks."""
     return bool(all_reduce(int(flag), "max", group=group)) if world_size(group) > 1 else flag

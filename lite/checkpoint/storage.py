@@ -9,6 +9,7 @@ import errno
 import mmap
 import os
 import re
+import shutil
 import time
 import uuid
 from collections.abc import Iterator
@@ -47,6 +48,16 @@ class Storage:
         """Remove a file, if it is there."""
         with suppress(FileNotFoundError):
             os.unlink(path)
+
+    def remove_tree(self, path: str) -> None:
+        """Remove a file, or a folder with all that is in it, which loses its name first, so that nobody reads half."""
+        if not os.path.isdir(path):
+            self.remove(path)
+            return
+        folder, name = self.split(path)
+        nameless = self.join(folder, f".{name}.{uuid.uuid4().hex}.tmp")
+        os.replace(path, nameless)
+        shutil.rmtree(nameless)
 
     def size(self, path: str) -> int:
         return os.path.getsize(path)
@@ -180,6 +191,9 @@ class UrlStorage(Storage):
     def remove(self, path: str) -> None:
         with suppress(FileNotFoundError):
             self._fs.rm_file(path)
+
+    def remove_tree(self, path: str) -> None:
+        self._fs.rm(path, recursive=True)
 
     def size(self, path: str) -> int:
         return int(self._fs.size(path))
