@@ -47,6 +47,7 @@ class Resumable:
         steps: Steps so far, those before the interruption included.
         epoch: The epoch that `epochs` is in.
         resumed_from: The checkpoint that this run began from, or None.
+        signals: The signal handlers that `close` puts back, or None.
     """
 
     def __init__(
@@ -56,7 +57,6 @@ class Resumable:
         folder: str,
         *,
         agreement: StopAgreement,
-        signals: StopSignals | None,
         every_steps: int | None = None,
         every_seconds: float | None = None,
         keep_last: int = 2,
@@ -81,7 +81,8 @@ class Resumable:
         self._run, self._state = run, state
         self._storage, self._folder, _ = locate(folder)
         self._shown = folder.rstrip("/")
-        self._agreement, self._signals = agreement, signals
+        self.signals: StopSignals | None = None
+        self._agreement = agreement
         self._every_steps, self._every_seconds = every_steps, every_seconds
         self._keep_last, self._keep_every = keep_last, keep_every
         self._async_save, self._sharded = async_save, sharded
@@ -138,8 +139,8 @@ class Resumable:
         """Wait for the last save and put the signal handlers back that were there before."""
         self._run.wait_for_save()
         self._prune()
-        if self._signals is not None:
-            self._signals.close()
+        if self.signals is not None:
+            self.signals.close()
 
     # ---- saving
 
