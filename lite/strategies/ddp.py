@@ -94,9 +94,11 @@ class DDPStrategy(Strategy):
         rank = environment.global_rank()
         store, _, _ = next(rendezvous(environment.init_method() or "env://", rank, self._world_size))
         store.set_timeout(self.timeout or timedelta(minutes=30))
+        # torch 2.13: torchrun's store keeps the addresses of the processes that it restarted, and gloo would try them.
+        life = f"lite/{environment.num_restarts()}"
         dist.init_process_group(
             backend,
-            store=PrefixStore("lite", store),
+            store=PrefixStore(life, store),
             rank=rank,
             world_size=self._world_size,
             timeout=self.timeout,
