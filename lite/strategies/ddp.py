@@ -208,6 +208,7 @@ class DDPEngine(Engine):
         self.ddp = nn.parallel.DistributedDataParallel(adapter, **options)
         if comm_hook is not None:
             self.ddp.register_comm_hook(None, _comm_hook(comm_hook))
+        self.syncs_buffers = bool(self.ddp.broadcast_buffers)
         self.backwards = 0
         self._module = weakref.ref(module)
         self._frozen = tuple((n, p) for n, p in module.named_parameters() if not p.requires_grad)
