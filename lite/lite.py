@@ -28,6 +28,7 @@ from lite.data import (
 from lite.environments import Environment, detect_environment
 from lite.errors import ConfigError, UsageError
 from lite.facets.checkpoints import Checkpoints
+from lite.facets.guards import Guards
 from lite.facets.ranks import BetweenRanks
 from lite.facets.records import Records
 from lite.facets.steps import Steps, compose_backward
@@ -50,7 +51,7 @@ T = TypeVar("T")
 _set_up: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
-class Lite(BetweenRanks, Steps, Checkpoints, Records):
+class Lite(BetweenRanks, Steps, Checkpoints, Guards, Records):
     """Takes a raw PyTorch loop to any device, number of processes and precision.
 
     Under torchrun, srun or mpirun creating it joins the job (collective: create it on all ranks). Without one of them
@@ -70,7 +71,8 @@ class Lite(BetweenRanks, Steps, Checkpoints, Records):
         loggers: One or several Loggers that `log` writes to.
 
     The first five fall back to LITE_ACCELERATOR, LITE_STRATEGY, LITE_DEVICES, LITE_NUM_NODES and LITE_PRECISION: an
-    argument outranks the environment, which outranks the default.
+    argument outranks the environment, which outranks the default. LITE_DEBUG=1 compares each collective over the ranks
+    before it runs, so that one that doesn't match on all of them is named instead of hanging; it is slow.
 
     Raises:
         ConfigError: A setting is wrong, unavailable, or contradicts another one or the job.
@@ -163,11 +165,14 @@ class Lite(BetweenRanks, Steps, Checkpoints, Records):
         local = plan.environment.local_rank()
         self._device = plan.accelerator.device(plan.devices[local])
         plan.accelerator.activate(self._device)
+        if os.environ.get("LITE_DEBUG", "").lower() not in ("", "0", "false"):
+            collectives.name_mismatches()
         self._store = plan.strategy.connect(plan.environment, self._device)
         self._first_rank = collectives.FirstRank(self._store) if self._store is not None else None
         self._connected = True
         self._backward = compose_backward(self)
         atexit.register(plan.strategy.close)
+        self._guard_job()
         for callback in self._callbacks:
             if hasattr(callback, "on_launch"):
                 callback.on_launch(self)
@@ -234,7 +239,7 @@ class Lite(BetweenRanks, Steps, Checkpoints, Records):
         self.precision.convert_module(model)
         if move_to_device:
             model.to(self._device)
-        engine = self.strategy.wrap(model, self._device)
+        engine = collectives.explained(self.strategy.wrap)(model, self._device)
         wrap_module(model, engine=engine, precision=self.precision, device=self._device)
         self._modules[model] = engine
         _set_up.add(model)
@@ -415,7 +420,11 @@ def _run_in_process(lite: Lite, fn: Callable[..., T], args: tuple[Any, ...], kwa
     """What a started process does: join as itself, then run."""
     lite._plan = lite._plan.joined(detect_environment(os.environ))
     lite._connect()
-    return fn(lite, *args, **kwargs)
+    try:
+        return fn(lite, *args, **kwargs)
+    except BaseException as error:
+        lite._tell_of_failure(error)
+        raise
 
 
 def _call_run(lite: Any, *args: Any, **kwargs: Any) -> Any:

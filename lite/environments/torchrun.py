@@ -45,5 +45,8 @@ class TorchrunEnvironment(Environment):
     def num_nodes(self) -> int | None:
         return self._optional("GROUP_WORLD_SIZE")
 
+    def num_restarts(self) -> int:
+        return self._optional("TORCHELASTIC_RESTART_COUNT") or 0
+
     def init_method(self) -> str | None:
         return "env://"  # uses the agent's own store, where torchrun made one

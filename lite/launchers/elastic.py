@@ -17,7 +17,7 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 
-from lite.errors import ConfigError, LaunchError, choose
+from lite.errors import ConfigError, LaunchError, PeerError, choose
 from lite.launchers.base import Launcher
 
 T = TypeVar("T")
@@ -125,8 +125,9 @@ def _work(folder: str, start_method: str, fn: Callable[..., Any], args: Any, kwa
             raise ConfigError(
                 f"what {_name(fn)} returns on rank 0 must pickle, but is a {type(value).__name__}: {error}"
             ) from error
-    except BaseException:
-        note = Path(folder) / f"{time.time_ns()}-{rank}"
+    except BaseException as error:
+        # Notes are read in the order of their names: one that tells of another rank's failure comes after all others.
+        note = Path(folder) / f"{int(isinstance(error, PeerError))}-{time.time_ns()}-{rank}"
         note.write_text(f"rank {rank} failed:\n\n{traceback.format_exc()}")
         raise
 
