@@ -75,7 +75,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(monkeypatch: pytest.MonkeyPatch, 
         return super(MemoryFile, self).write(data)
 
     monkeypatch.setattr(MemoryFile, "write", write, raising=False)
-    with pytest.raises(CheckpointError, match="No space left.*unharmed"):
+    with pytest.raises(CheckpointError, match=r"No space left.*unharmed"):
         lite.save(f"memory://{name}", {"w": torch.zeros(500)})
     monkeypatch.undo()
     assert lite.load(f"memory://{name}")["w"].sum() == 500
