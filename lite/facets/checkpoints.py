@@ -214,7 +214,7 @@ class Checkpoints(Facet):
 
     def _prepare(self, path: Path, state: Mapping[str, Any], filter: Filter | None) -> tuple[bool, dict[str, Any]]:
         from lite.checkpoint import manifest
-        from lite.checkpoint.file import check_is_no_folder
+        from lite.checkpoint.file import check_has_no_shards, check_is_no_folder
         from lite.checkpoint.storage import locate
 
         is_folder = locate(path)[2]
@@ -222,6 +222,8 @@ class Checkpoints(Facet):
             check_is_no_folder(path)
         content = collect(state, filter)
         manifest.check_names(content)
+        if not is_folder:
+            check_has_no_shards(content)
         entries = sanitise(self._manifest_entries(), manifest.KEY)
         return is_folder, {**content, manifest.KEY: manifest.compose(self.world_size, entries)}
 
