@@ -54,7 +54,9 @@ class Net(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(8, 256), nn.ReLU(), nn.Dropout(0.2), nn.Linear(256, 256), nn.Linear(256, 1))
+        self.layers = nn.Sequential(
+            nn.Linear(8, 256), nn.ReLU(), nn.Dropout(0.2), nn.Linear(256, 256), nn.Linear(256, 1)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)
@@ -179,7 +181,9 @@ class Life:
             time.sleep(0.01)
 
 
-def drill(folder: Path, num_processes: int, launcher: str, kind: str | None, seed: int, kills: int = 3) -> dict[str, Any]:
+def drill(
+    folder: Path, num_processes: int, launcher: str, kind: str | None, seed: int, kills: int = 3
+) -> dict[str, Any]:
     """One round: the run with up to `kills` kills of a kind (None: none), and what came out of it."""
     chance = random.Random(seed)
     folder.mkdir(parents=True)

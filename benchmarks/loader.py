@@ -1,6 +1,6 @@
 """What an exact position costs per batch: a plain DataLoader and the same one set up by lite, on the tiniest dataset.
 
-    python -m benchmarks.loader
+python -m benchmarks.loader
 """
 
 from __future__ import annotations

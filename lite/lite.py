@@ -78,6 +78,7 @@ class Lite(BetweenRanks, Steps, Checkpoints, Guards, Records):
         ConfigError: A setting is wrong, unavailable, or contradicts another one or the job.
 
     Example:
+        >>> import torch
         >>> lite = Lite(accelerator="cpu")
         >>> model, optimizer = lite.setup(model := torch.nn.Linear(2, 1), torch.optim.SGD(model.parameters(), lr=0.1))
         >>> lite.backward(model(torch.ones(4, 2)).mean())

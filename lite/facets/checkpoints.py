@@ -223,7 +223,7 @@ class Checkpoints(Facet):
         return manifest.compose(self.world_size, {k: sanitise(v, manifest.KEY) for k, v in entries.items() if v})
 
     def _prepare(self, path: Path, state: Mapping[str, Any], filter: Filter | None) -> tuple[bool, dict[str, Any]]:
-        from lite.checkpoint.file import check_is_no_folder
+        from lite.checkpoint.file import check_has_no_shards, check_is_no_folder
         from lite.checkpoint.storage import locate
 
         is_folder = locate(path)[2]
@@ -231,6 +231,8 @@ class Checkpoints(Facet):
             check_is_no_folder(path)
         content = collect(state, filter)
         manifest.check_names(content)
+        if not is_folder:
+            check_has_no_shards(content)
         return is_folder, content
 
     def _stage(self, content: dict[str, Any], is_folder: bool) -> dict[str, Any]:
