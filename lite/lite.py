@@ -27,10 +27,8 @@ from lite.data import (
 )
 from lite.environments import Environment, detect_environment
 from lite.errors import ConfigError, UsageError
-from lite.facets.checkpoints import Checkpoints
-from lite.facets.guards import Guards
-from lite.facets.ranks import BetweenRanks
 from lite.facets.records import Records
+from lite.facets.resuming import Resuming
 from lite.facets.steps import Steps, compose_backward
 from lite.loggers import Logger
 from lite.plan import AUTO, FULL_PRECISION, ONE_NODE, Plan, given, resolve
@@ -51,7 +49,7 @@ T = TypeVar("T")
 _set_up: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
-class Lite(BetweenRanks, Steps, Checkpoints, Guards, Records):
+class Lite(Resuming, Steps, Records):
     """Takes a raw PyTorch loop to any device, number of processes and precision.
 
     Under torchrun, srun or mpirun creating it joins the job (collective: create it on all ranks). Without one of them

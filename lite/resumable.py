@@ -212,6 +212,7 @@ class Resumable:
         request = self._agreement.agreed
         assert request is not None
         self.close()
+        collectives.barrier()  # a rank that ended while others still save would look like a failure to them
         if not request.signal:
             return
         if self._requeue:

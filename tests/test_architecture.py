@@ -18,7 +18,7 @@ LAYERS = [
     {"launchers", "environments", "accelerators", "precision", "checkpoint", "loggers", "data"},
     {"strategies", "wrapping"},
     {"gradients", "guards"},
-    {"plan"},
+    {"plan", "resumable"},
     {"facets"},
     {"lite"},
     {"trainer"},

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from lite.facets.checkpoints import Checkpoints
 from lite.facets.guards import Guards
+from lite.facets.ranks import BetweenRanks
 
 if TYPE_CHECKING:
     from lite.resumable import Resumable
 
 
-class Resuming(Checkpoints, Guards):
+class Resuming(BetweenRanks, Checkpoints, Guards):
     """The side of `Lite` that goes on where a run was interrupted."""
 
     def resumable(

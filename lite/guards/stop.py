@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -37,10 +38,11 @@ class Request:
 
 @dataclass(frozen=True)
 class _Word:
-    """What rank 0 announces for one poll point: stop there or not, and where the following one lies."""
+    """What rank 0 announces for one poll point: stop there or not, where the following one lies, whether it is time."""
 
     following: int
     request: Request | None
+    due: bool = False
 
 
 class StopAgreement:
@@ -57,6 +59,7 @@ class StopAgreement:
     Attributes:
         count: Calls of `step` so far.
         agreed: The stop that all ranks have agreed on, or None.
+        due: The clock of `watch_clock` has struck, on all ranks at the same step. Whoever acts on it sets it back.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class StopAgreement:
     ) -> None:
         self.count = 0
         self.agreed: Request | None = None
+        self.due = False
         self._alone = store is None or world_size == 1
         self._store: Any = store
         self._name, self._rank, self._world_size, self._watch = name, rank, world_size, watch
@@ -78,6 +82,7 @@ class StopAgreement:
         self._wanted: Request | None = None
         self._published = False
         self._deadline: tuple[float, Request] | None = None
+        self._clock: Callable[[], bool] | None = None
         self._next = 0 if self._alone else 1  # every boundary, where asking costs nothing
         self._polled_at, self._polled_count, self._window = time.monotonic(), 0, 1
         self._word = _Word(2, None)
@@ -108,6 +113,10 @@ class StopAgreement:
             with suppress(RuntimeError):  # the next poll point tries again
                 self._publish()
 
+    def watch_clock(self, strikes: Callable[[], bool]) -> None:
+        """Let rank 0 ask `strikes()` at its poll points, and all ranks find `due` true at the same step afterwards."""
+        self._clock = strikes
+
     def progress(self) -> str:
         """For people: how many steps this rank has counted."""
         return f"{self.count} steps counted by should_stop"
@@ -118,7 +127,7 @@ class StopAgreement:
         if self._deadline is not None and time.monotonic() >= self._deadline[0]:
             self._wanted = self._wanted or self._deadline[1]
         if self._alone:
-            self.agreed = self._wanted
+            self.agreed, self.due = self._wanted, self._strikes()
             return self.agreed is not None
         self._publish()
         here = self.count
@@ -126,11 +135,15 @@ class StopAgreement:
         if word.request is not None:
             self.agreed, self._next = word.request, 0
             return True
-        self._next = word.following
+        self._next, self.due = word.following, word.due
         if self._rank == 0:
-            self._word = _Word(word.following + self._choose_window(), self._find_request())
+            self._word = _Word(word.following + self._choose_window(), self._find_request(), self._strikes())
             self._announce(word.following, self._word)
         return False
+
+    def _strikes(self) -> bool:
+        # What has struck already is not asked again before somebody has acted on it.
+        return not self.due and self._clock is not None and self._clock()
 
     def _choose_window(self) -> int:
         """Steps between poll points such that they are `interval_s` apart at the pace of the last window."""
@@ -167,7 +180,7 @@ class StopAgreement:
             self._store.delete_key(key)
             self._store.delete_key(f"{key}/read")
         request = content["request"]
-        return _Word(content["following"], Request(**request) if request else None)
+        return _Word(content["following"], Request(**request) if request else None, content["due"])
 
     def _wait(self, key: str) -> None:
         """Rank 0 is a window behind: wait as a collective would, but not for a rank that has failed or ended."""
