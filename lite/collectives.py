@@ -218,6 +218,11 @@ def any_rank(flag: bool, *, group: Any = None) -> bool:
     return bool(all_reduce(int(flag), "max", group=group)) if world_size(group) > 1 else flag
 
 
+def new_cpu_group() -> Any:
+    """A gloo group of all ranks, for what runs beside training. Collective: call on all ranks."""
+    return dist.new_group(backend="gloo")
+
+
 class FirstRank:
     """Lets one rank of each `scope` run a block before the others, through the process group's store."""
 

@@ -270,10 +270,14 @@ class Lite(BetweenRanks, Steps, Checkpoints, Records):
         return tuple(ready) if len(ready) > 1 else ready[0]
 
     def teardown(self) -> None:
-        """Give the user's own models, optimizers and schedulers back, without a hook or patch; flush the loggers."""
+        """Give the user's own models, optimizers and schedulers back, without a hook or patch.
+
+        The loggers are flushed, and a background save is waited for; if it failed, that is raised at the end.
+        """
         self._prepared.release()
         for logger in self._loggers:
             logger.flush()
+        self._finish_saves()
 
     def to_device(self, data: T) -> T:
         """Move a module, in place, or nested data to this rank's device; what is there already stays as it is."""

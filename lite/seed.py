@@ -15,7 +15,8 @@ import torch
 from lite.errors import ConfigError
 
 MAX_SEED = 2**32 - 1
-Generator = torch.Generator | np.random.Generator | np.random.RandomState | random.Random
+# numpy loads its random module at first use only, which takes a while; so it is looked at within functions alone.
+Generator = Any
 _WORD = 2**64 - 1
 
 
@@ -167,6 +168,15 @@ class RandomState:
             tuple(state.get("generators", ())),
             state.get("cuda"),
         )
+
+
+def is_generator(value: Any) -> bool:
+    """Whether it is a random number generator of torch, Python or numpy."""
+    if isinstance(value, (torch.Generator, random.Random)):
+        return True
+    return type(value).__module__.startswith("numpy.random") and isinstance(
+        value, (np.random.Generator, np.random.RandomState)
+    )
 
 
 def _get_state(generator: Generator) -> Any:

@@ -5,7 +5,12 @@ It knows no file and no process group.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import datetime
+import sys
+import types
+from collections import deque
 from collections.abc import Callable, Mapping, MutableMapping
 from enum import Enum
 from pathlib import PurePath
@@ -31,6 +36,23 @@ class Stateful(Protocol):
     def load_state_dict(self, state_dict: dict[str, Any]) -> Any:
         """Take over a state that `state_dict` returned."""
         ...
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadReport:
+    """What a load with strict=False left as it was, or left aside.
+
+    Attributes:
+        missing: Names and model keys that the checkpoint doesn't have.
+        unexpected: Model keys of the checkpoint that the model doesn't have.
+    """
+
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        parts = {"missing": self.missing, "unexpected": self.unexpected}
+        return "; ".join(f"{name}: {', '.join(keys)}" for name, keys in parts.items() if keys) or "everything fitted"
 
 
 def collect(state: Mapping[str, Any], filter: Filter | None = None) -> dict[str, Any]:
@@ -65,19 +87,21 @@ def collect(state: Mapping[str, Any], filter: Filter | None = None) -> dict[str,
     return collected
 
 
-def restore(state: MutableMapping[str, Any], loaded: Mapping[str, Any], *, strict: bool = True) -> dict[str, Any]:
+def restore(
+    state: MutableMapping[str, Any], loaded: Mapping[str, Any], *, strict: bool = True
+) -> tuple[dict[str, Any], LoadReport]:
     """Give a loaded dict back to the objects of `state`; plain values are replaced in `state` itself.
 
     Args:
         state: As it was for `collect`.
         loaded: What `collect` returned, out of a file.
-        strict: Whether names and model keys that are missing are errors.
+        strict: Whether names and model keys that are missing or unexpected are errors.
 
     Returns:
-        The entries of `loaded` that `state` doesn't ask for.
+        The entries of `loaded` that `state` doesn't ask for, and what didn't fit.
 
     Raises:
-        CheckpointError: A name is missing, or a model's keys or shapes don't fit.
+        CheckpointError: A name is missing, or what is stored doesn't fit an object.
     """
     missing = [name for name in state if name not in loaded]
     if missing and strict:
@@ -86,16 +110,37 @@ def restore(state: MutableMapping[str, Any], loaded: Mapping[str, Any], *, stric
             "the name "
             "out of state, or pass strict=False."
         )
+    unexpected: list[str] = []
     for name, target in state.items():
         if name not in loaded:
             continue
-        if isinstance(target, nn.Module):
-            load_module(target, loaded[name], name, strict=strict)
-        elif _stateful(target):
-            target.load_state_dict(loaded[name])
+        if isinstance(target, nn.Module) or _stateful(target):
+            report = restore_object(target, loaded[name], name, strict=strict)
+            missing.extend(report.missing)
+            unexpected.extend(report.unexpected)
         else:
             state[name] = loaded[name]
-    return {name: value for name, value in loaded.items() if name not in state}
+    rest = {name: value for name, value in loaded.items() if name not in state}
+    return rest, LoadReport(tuple(missing), tuple(unexpected))
+
+
+def restore_object(target: Any, loaded: Any, name: str, *, strict: bool) -> LoadReport:
+    """Load one object's stored state; errors say which object and, of a model, which keys.
+
+    Raises:
+        CheckpointError: It doesn't fit.
+    """
+    try:
+        if isinstance(target, nn.Module):
+            return load_module(target, loaded, name, strict=strict)
+        target.load_state_dict(loaded)
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"the checkpoint's {name!r} does not fit {type(target).__name__}: {type(error).__name__}: {error}"
+        ) from error
+    return LoadReport()
 
 
 def module_state(module: nn.Module) -> dict[str, Any]:
@@ -103,18 +148,37 @@ def module_state(module: nn.Module) -> dict[str, Any]:
     return {key.replace("_orig_mod.", ""): value for key, value in module.state_dict().items()}
 
 
-def load_module(module: nn.Module, loaded: Mapping[str, Any], name: str, *, strict: bool) -> None:
-    """Load a state dict with raw keys; errors name the keys."""
+def load_module(module: nn.Module, loaded: Mapping[str, Any], name: str, *, strict: bool) -> LoadReport:
+    """Load a state dict with raw keys; the report's keys begin with `name`."""
+    if not isinstance(loaded, Mapping):
+        raise CheckpointError(
+            f"the checkpoint's {name!r} is a {type(loaded).__name__} and no state dict of {type(module).__name__}."
+        )
     keys = {key.replace("_orig_mod.", ""): key for key in module.state_dict()}
-    try:
-        module.load_state_dict({keys.get(key, key): value for key, value in loaded.items()}, strict=strict)
-    except RuntimeError as error:
-        raise CheckpointError(f"the checkpoint's {name!r} does not fit {type(module).__name__}: {error}") from error
+    # A new dict: modules may change the one that they are given.
+    result = module.load_state_dict({keys.get(key, key): value for key, value in loaded.items()}, strict=strict)
+    if result is None:  # the module has a load_state_dict of its own
+        return LoadReport()
+    missing, unexpected = (
+        tuple(f"{name}.{key.replace('_orig_mod.', '')}" for key in side)
+        for side in (result.missing_keys, result.unexpected_keys)
+    )
+    return LoadReport(missing, unexpected)
 
 
 def sanitise(value: Any, where: str) -> Any:
-    """Turn a value into types that `torch.load(weights_only=True)` reads, or refuse it by its key `where`."""
-    if value is None or isinstance(value, (torch.Tensor, torch.dtype, torch.device, torch.Size)):
+    """Turn a value into types that `torch.load(weights_only=True)` reads, or refuse it by its key `where`.
+
+    numpy's scalars become numbers and its arrays tensors; enums their values; paths strings; dates ISO strings and
+    time differences seconds; dataclasses, namespaces and OmegaConf dicts; every mapping a dict; deques lists; named
+    tuples tuples.
+
+    Raises:
+        CheckpointError: It can't; the message has `where`.
+    """
+    if isinstance(value, torch.Tensor):
+        return _plain_tensor(value, where)
+    if value is None or isinstance(value, (torch.dtype, torch.device, torch.Size)):
         return value
     if isinstance(value, Enum):
         return sanitise(value.value, where)
@@ -122,26 +186,56 @@ def sanitise(value: Any, where: str) -> Any:
         return value.item()
     if type(value) in (bool, int, float, complex, str, bytes):
         return value
-    if isinstance(value, (bool, int, float, str)):
-        return next(t for t in (bool, int, float, str) if isinstance(value, t))(value)
+    builtins: tuple[Any, ...] = (int, float, complex, str, bytes)
+    for builtin in builtins:
+        if isinstance(value, builtin):
+            return builtin(value)
     if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
-        return torch.from_numpy(value.copy())
+        return _from_numpy(value, where)
     if isinstance(value, PurePath):
         return str(value)
+    if isinstance(value, (datetime.date, datetime.time)):
+        return value.isoformat()
+    if isinstance(value, datetime.timedelta):
+        return value.total_seconds()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: sanitise(getattr(value, f.name), f"{where}.{f.name}") for f in dataclasses.fields(value)}
+    if isinstance(value, (argparse.Namespace, types.SimpleNamespace)):
+        return sanitise(vars(value), where)
+    omegaconf = sys.modules.get("omegaconf")  # nothing of it can be here unless someone has imported it
+    if omegaconf is not None and omegaconf.OmegaConf.is_config(value):
+        return sanitise(omegaconf.OmegaConf.to_container(value, resolve=True), where)
     if isinstance(value, Mapping):
-        return {sanitise(k, where): sanitise(v, f"{where}.{k}") for k, v in value.items()}
+        return {sanitise(k, f"{where}'s key {k!r}"): sanitise(v, f"{where}.{k}") for k, v in value.items()}
     if isinstance(value, tuple):
         return tuple(sanitise(v, f"{where}[{i}]") for i, v in enumerate(value))
-    if isinstance(value, (list, set, frozenset)):
+    if isinstance(value, (list, deque, set, frozenset)):
         items = [sanitise(v, f"{where}[{i}]") for i, v in enumerate(value)]
         return set(items) if isinstance(value, (set, frozenset)) else items
+    hint = {"Generator": "; store its get_state()"}.get(type(value).__name__, "")
+    if isinstance(value, (nn.Module, Stateful)):
+        hint = "; give it a name of its own in state"
     raise CheckpointError(
         f"{where} is a {type(value).__name__}, which a checkpoint that is read without running code can't hold; "
         "store its plain "
-        "values, or give it state_dict and load_state_dict."
+        f"values, or give it state_dict and load_state_dict{hint}."
     )
+
+
+def _plain_tensor(value: torch.Tensor, where: str) -> torch.Tensor:
+    if value.is_meta:
+        raise CheckpointError(f"{where} is a tensor on the meta device, without values; materialise it before saving.")
+    if type(value).__module__.split(".")[0] == "torch":
+        return value
+    # A subclass of the user's would need its class to be loaded.
+    return value.detach().as_subclass(torch.Tensor)
+
+
+def _from_numpy(value: np.ndarray[Any, Any], where: str) -> torch.Tensor:
+    try:
+        return torch.from_numpy(value.astype(value.dtype.newbyteorder("="), order="C", copy=True))
+    except TypeError as error:
+        raise CheckpointError(f"{where} is an array that torch has no type for: {error}") from error
 
 
 def _stateful(value: Any) -> bool:

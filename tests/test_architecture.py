@@ -23,6 +23,7 @@ LAYERS = [
     {"lite"},
     {"trainer"},
     {"cli"},
+    {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FILES = sorted(LITE.rglob("*.py"))

@@ -1,16 +1,25 @@
-"""One-file checkpoints: written whole or not at all, read without running code. It knows paths and data, not models."""
+"""One-file checkpoints: written whole or not at all, checked and read without running code. It knows data, not models.
+
+The file is torch.save's: `torch.load(path, weights_only=True)` reads it where lite is not installed.
+"""
 
 from __future__ import annotations
 
+import io
+import logging
 import os
 import pickle
-import uuid
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from lite.checkpoint.checksum import damage_in_zip
+from lite.checkpoint.storage import Storage, locate
 from lite.errors import CheckpointError
+
+_log = logging.getLogger("lite")
 
 
 def save_file(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
@@ -21,58 +30,103 @@ def save_file(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
     Raises:
         CheckpointError: The folder can't be written, the disk is full, or `path` is a folder.
     """
-    target = Path(path)
-    if target.is_dir():
-        raise CheckpointError(
-            f"path={str(path)!r} is a folder; give the name of a file in it, e.g. {target / 'last.ckpt'}."
-        )
-    beside = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    storage, target, _ = locate(path)
+    check_is_no_folder(path)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with open(beside, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, target)
-        _sync_folder(target.parent)
-    except (OSError, RuntimeError) as error:
-        beside.unlink(missing_ok=True)
+        # A local file gets a path: torch's own writer then needs no interpreter lock while it writes.
+        with storage.replace(target) as sink, _checksums():
+            torch.save(content, sink)
+    except Exception as error:
         raise CheckpointError(
-            f"path={str(path)!r} could not be written: {error}; what it held before is unharmed."
+            f"path={str(path)!r} could not be written: {reason(error)}; what it held before is unharmed."
         ) from error
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
 
 
-def load_file(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read what `save_file` (or any `torch.save` of plain data) wrote, onto the CPU, without running code from it.
+def check_is_no_folder(path: str | os.PathLike[str]) -> None:
+    """Refuse to write a file over a folder.
+
+    Raises:
+        CheckpointError: `path` is a folder.
+    """
+    storage, target, _ = locate(path)
+    if storage.kind(target) == "folder":
+        raise CheckpointError(
+            f"path={str(path)!r} is a folder; give the name of a file in it, e.g. {storage.join(target, 'last.ckpt')}, "
+            "or a name without a suffix for a sharded checkpoint."
+        )
+
+
+def load_file(path: str | os.PathLike[str], *, verify: bool = True, weights_only: bool = True) -> dict[str, Any]:
+    """Read what `save_file` (or any `torch.save` of a dict) wrote, onto the CPU.
+
+    Args:
+        path: The file.
+        verify: Whether every record's checksum is compared first, before anything is unpickled.
+        weights_only: False runs whatever code the file brings; it is logged.
 
     Raises:
         CheckpointError: There is no such file, it is damaged, or it holds objects that only code could rebuild.
     """
-    target = Path(path)
-    if not target.is_file():
-        there = sorted(p.name for p in target.parent.glob("*") if p.is_file()) if target.parent.is_dir() else []
-        beside = f"; beside it are {', '.join(there[:5])}" if there else ""
-        raise CheckpointError(f"path={str(path)!r} does not exist or is no file{beside}.")
+    storage, target, _ = locate(path)
+    if storage.kind(target) != "file":
+        raise CheckpointError(f"path={str(path)!r} does not exist or is no file{_beside(storage, target)}.")
+    if not weights_only:
+        _log.warning("loading path=%r with weights_only=False: code in it is run", str(path))
     try:
-        content = torch.load(target, map_location="cpu", weights_only=True)
+        if type(storage) is not Storage:
+            with storage.view(target) as view:
+                damage = damage_in_zip(view) if verify else None
+                content = None if damage else _unpickle(io.BytesIO(view), weights_only)
+        else:
+            damage = damage_in_file(storage, target) if verify else None
+            content = None if damage else _unpickle(target, weights_only)
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"path={str(path)!r} holds more than plain data, or is damaged: {error}") from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise CheckpointError(f"path={str(path)!r} is damaged or is no checkpoint: {error}") from error
+    except Exception as error:
+        raise CheckpointError(f"path={str(path)!r} is damaged or is no checkpoint: {reason(error)}") from error
+    if damage:
+        raise CheckpointError(f"path={str(path)!r} is damaged: {damage}. Nothing was read from it.")
     if not isinstance(content, dict):
         raise CheckpointError(f"path={str(path)!r} holds a {type(content).__name__} instead of a dict.")
     return content
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make the rename itself durable, where the system can."""
-    if os.name != "posix":
+def damage_in_file(storage: Storage, target: str) -> str | None:
+    """What is wrong with a checkpoint file, or None."""
+    with storage.view(target) as view:
+        # torch.save's format before zip archives has no checksums.
+        return None if bytes(view[:2]) == b"\x80\x02" else damage_in_zip(view)
+
+
+def reason(error: BaseException) -> str:
+    """The operating system's word where there is one: torch's writer reports a failed write by its own, later error."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError):
+            return str(seen)
+        seen = seen.__cause__ or seen.__context__
+    return str(error) or type(error).__name__
+
+
+def _unpickle(source: Any, weights_only: bool) -> Any:
+    return torch.load(source, map_location="cpu", weights_only=weights_only)
+
+
+def _beside(storage: Storage, target: str) -> str:
+    folder, _ = storage.split(target)
+    there = [name for name in storage.names(folder) if not name.startswith(".")]
+    return f"; beside it are {', '.join(there[:5])}" if there else ""
+
+
+@contextmanager
+def _checksums() -> Iterator[None]:
+    """torch can be told to leave the records' checksums out; a checkpoint needs them."""
+    serialization: Any = torch.serialization
+    if not hasattr(serialization, "get_crc32_options") or serialization.get_crc32_options():
+        yield
         return
-    descriptor = os.open(folder, os.O_RDONLY)
+    serialization.set_crc32_options(True)
     try:
-        os.fsync(descriptor)
+        yield
     finally:
-        os.close(descriptor)
+        serialization.set_crc32_options(False)

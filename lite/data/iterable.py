@@ -57,7 +57,7 @@ class StridedStream(IterableDataset[Any]):
             if number == first_number:
                 fingerprint = checksum(group)
             if len(group) < size and self.drop_last:
-                return
+                break
             if (number - first_number) % step == first:
                 if len(group) == size:
                     start = self.shard.rank * self.batch_size
@@ -68,6 +68,8 @@ class StridedStream(IterableDataset[Any]):
                 yield self.collate(mine), share, None if told else fingerprint, state
                 told = True
             number += 1
+        if not told:
+            yield None, None, fingerprint or 0, None  # nothing for this worker, which still tells what it has read
 
     def _open(self, number: int, state: Any) -> Iterator[Any]:
         """The stream after `number` global batches."""

@@ -18,6 +18,7 @@ from lite.data.shares import BatchWeight, Shard
 from lite.data.split import generators_of, samplers_of
 from lite.data.stream import StreamTracker, is_stateful, warn_of_reading_again
 from lite.data.transfer import move_to_device
+from lite.disguise import disguise
 from lite.errors import CheckpointError, UsageError
 from lite.seed import RandomState, drawing_under
 
@@ -38,6 +39,7 @@ class Iteration:
         sync: Returns rank 0's object on every rank.
         shard: This rank's part.
         split: Whether ranks are meant to get different batches.
+        own_iter: Whether the loader's class iterates in a way of its own, around the batches that are read.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Iteration:
         sync: Sync,
         shard: Shard,
         split: bool,
+        own_iter: bool,
     ) -> None:
         self.strided = strided
         self._sampler = sampler
@@ -61,6 +64,7 @@ class Iteration:
         self._sync = sync
         self._shard = shard
         self._dataset: Any = loader.dataset
+        self._own_iter = own_iter
         self._watch = split and tracker is not None
         self._sliced = sampler is not None and sampler.shard.world_size > 1
         self.per_rank = shard.world_size > 1 and strided is None and not self._sliced
@@ -71,15 +75,16 @@ class Iteration:
         self._last_epochs: list[Any] = []
         self._next: Pass | None = None  # the pass that a loaded state asks for
         self._pass: Pass | None = None  # the newest one
-        self._one_to_one = True
         self.epoch = 0
 
     # ---- a pass
 
     def begin(self) -> Pass:
         """Start a pass: count the epoch, and tell it to samplers that want to know and weren't told by the user."""
-        self._weight.clear()
+        if self._weight.outer() is None:
+            self._weight.clear()
         current, self._next = self._next or self._fresh_pass(), None
+        current.uses = current.began = self._weight.uses
         self.epoch = current.epoch + 1
         self._last_epochs = [_epochs(sampler) for sampler in self._epoch_samplers]
         self._pass = current
@@ -117,17 +122,37 @@ class Iteration:
             if self._tracker is not None:
                 self._tracker.opened = RandomState.capture()
 
+    def watch(self, batches: Any) -> Any:
+        """The iterator that reads the batches, where the user's class stands between it and the user's loop."""
+        if not self._own_iter:
+            return batches
+        raw_next = type(batches).__next__
+
+        def __next__(iterator: Any) -> Any:
+            batch = raw_next(iterator)
+            current = self._pass
+            if current is not None:
+                if self._sliced:
+                    self._tell(current, current.read)
+                current.read += 1
+            return batch
+
+        disguise(batches, {"__next__": __next__})
+        return batches
+
     def around(self, batches: Iterator[Any], current: Pass) -> Iterator[Any]:
         """Give out batches in place, with their weights told, and count them."""
         if self.strided is not None:
-            batches = self._unpack(batches, current)
+            batches = self._unpack(batches)
         elif self._tracker is not None:
             batches = self._tracker.around(batches, current)
         if self._watch and current.epoch == 0 and not current.resumed:
             batches = self._compare(batches)
         if self._device is not None:
             batches = self._move(batches, self._device)
-        return self._weigh(batches, current) if self._sliced else self._count(batches, current)
+        if self._sliced or self.strided is not None:
+            return self._weigh(batches, current)
+        return self._count(batches, current)
 
     def _started(self, batches: Iterator[Any], current: Pass) -> Iterator[Any]:
         """The same batches; a class that iterates in a generator starts its sampler only as the first is asked for."""
@@ -136,50 +161,73 @@ class Iteration:
         self._sampler.upcoming = None if current.taken else current
         first = list(islice(batches, 1))
         self._sampler.upcoming = None
+        if first and self._sliced and not current.taken:
+            raise UsageError(
+                "the DataLoader's class gives out batches of an iterator that it made before "
+                "lite.setup_dataloaders, so they can't be split over the ranks; use a plain DataLoader "
+                "(persistent_workers=True keeps its workers alive)."
+            )
         return chain(first, batches)
 
     def _count(self, batches: Iterator[Any], current: Pass) -> Iterator[Any]:
         for batch in self._started(batches, current):
             current.consumed += 1
             yield batch
-        self._finish(current)
+        current.finished = True
 
     def _weigh(self, batches: Iterator[Any], current: Pass) -> Iterator[Any]:
-        weight, ragged = self._weight, current.ragged
-        for number, batch in enumerate(self._started(batches, current)):
-            if not current.taken:
-                raise UsageError(
-                    "the DataLoader's class gives out batches of an iterator that it made before "
-                    "lite.setup_dataloaders, so they can't be split over the ranks; use a plain DataLoader "
-                    "(persistent_workers=True keeps its workers alive)."
-                )
-            weight.clear()
-            if number in ragged:
-                weight.set(ragged[number])
-            current.consumed += 1
-            yield batch
-        weight.clear()
-        self._finish(current)
-
-    def _finish(self, current: Pass) -> None:
+        weight, tell = self._weight, self._sliced and not self._own_iter
+        outer = weight.outer()
+        try:
+            for number, batch in enumerate(self._started(batches, current)):
+                if tell:
+                    self._tell(current, number)
+                current.consumed += 1
+                yield batch
+        except GeneratorExit:
+            weight.leave()
+            raise
+        weight.end(bool(current.ragged))
+        if outer is not None:
+            weight.back_to(outer)
         current.finished = True
-        if current.drained and current.given != current.consumed:
-            self._one_to_one = False
 
-    def _unpack(self, batches: Iterator[Any], current: Pass) -> Iterator[Any]:
+    def _tell(self, current: Pass, number: int) -> None:
+        """The batch with that number is the current one."""
         weight = self._weight
+        if number and weight.uses == current.uses:
+            current.ahead = True
+        current.uses, before = weight.uses, current.uses
+        weight.clear()
+        share = current.ragged.get(number)
+        if share is None:
+            return
+        weight.set(share)
+        if current.ahead and before != current.began:
+            warnings.warn(
+                "the loop took a batch from the loader before it had used the one before it, and the last batch is "
+                "ragged: its weight may go to the wrong one. Where the loop looks one batch ahead, use drop_last=True, "
+                "lite.accumulate's weight, or len(loader) to know the last batch.",
+                stacklevel=4,
+            )
+
+    def _unpack(self, batches: Iterator[Any]) -> Iterator[Any]:
+        weight, current = self._weight, self._pass
+        assert current is not None
         first = None
         for batch, share, fingerprint, state in batches:
             if fingerprint is not None:
                 first = fingerprint if first is None else first
                 check_unsplit(fingerprint, first)
                 check_same_stream(fingerprint, self._sync)
+            if batch is None:
+                continue
             weight.clear()
             if share is not None:
+                current.ragged[current.consumed] = share
                 weight.set(share)
             current.stream = state
             yield batch
-        weight.clear()
 
     def _compare(self, batches: Iterator[Any]) -> Iterator[Any]:
         first = next(batches, None)
@@ -201,11 +249,11 @@ class Iteration:
         state = {"version": _VERSION, "epoch": self.epoch, "size": size, "length": _length(self._dataset)}
         if current is None or current.finished:
             return state
-        if not self._one_to_one:
+        if self._own_iter and current.read != current.consumed:
             raise UsageError(
-                "the position of this DataLoader can't be stored: its class gives out more or fewer batches than it "
-                "reads, so a batch's number doesn't tell what was read. Store it at the end of an epoch, or give the "
-                "class state_dict and load_state_dict."
+                f"the position of this loader can't be stored: its class has read {current.read} batches and "
+                f"given out {current.consumed}, so they don't tell how far the loop has come. Store it at the end of "
+                "an epoch, or give the class state_dict and load_state_dict."
             )
         items = current.skip + current.consumed * size
         length = None if self._sampler is None else _length(self._sampler.sampler)

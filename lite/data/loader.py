@@ -95,9 +95,8 @@ def setup_dataloader(
             stacklevel=3,
         )
     if ready.num_workers > 0 and shard.rank > 0:
-        for one in (ready, strided):
-            if one is not None:
-                one.__dict__["worker_init_fn"] = RankedWorkerInit(shard.rank, one.worker_init_fn)
+        # Not for a strided stream, which all ranks must read alike.
+        ready.__dict__["worker_init_fn"] = RankedWorkerInit(shard.rank, ready.worker_init_fn)
     moves = device is not None and device.type != "cpu"
     iteration = Iteration(
         ready,
@@ -109,6 +108,7 @@ def setup_dataloader(
         sync=sync,
         shard=shard,
         split=split,
+        own_iter=type(loader).__iter__ is not DataLoader.__iter__,
     )
     _give_iteration(ready, iteration, shard, own_state=own_state)
     _set_up.add(loader)
@@ -168,7 +168,7 @@ def _give_iteration(loader: DataLoader[Any], iteration: Iteration, shard: Shard,
     # torch 2.13 makes the workers, and draws their base seed, in this method.
     def _get_iterator(self: DataLoader[Any]) -> Any:
         with iteration.making_workers():
-            return raw_get_iterator(self)
+            return iteration.watch(raw_get_iterator(self))
 
     def strided_len(self: DataLoader[Any]) -> int:
         assert self.batch_size is not None

@@ -63,9 +63,11 @@ class Pass:
     Attributes:
         ragged: This rank's share of each batch that is not full, counted from the first of this pass.
         taken: A sampler is making this pass.
-        drained: The sampler has come to its end.
-        given: Batches that the sampler has yielded.
+        read: Batches that were read for a class that iterates in a way of its own.
         consumed: Batches that the user's loop has been given.
+        began: The number of backwards and gatherings as it began.
+        uses: The same as the newest batch was given out.
+        ahead: The loop has taken a batch before it had used the one before.
         finished: The user's loop has come to the end.
     """
 
@@ -79,9 +81,11 @@ class Pass:
     stream: Any = None
     ragged: dict[int, Share] = field(default_factory=dict)
     taken: bool = False
-    drained: bool = False
-    given: int = 0
+    read: int = 0
     consumed: int = 0
+    began: int = 0
+    uses: int = 0
+    ahead: bool = False
     finished: bool = False
     _crcs: list[int] = field(default_factory=list)
 

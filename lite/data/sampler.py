@@ -90,12 +90,10 @@ class ShardedSampler:
             mine, share = self._take(group, full)
             if share is not None and share.weight != 1.0:
                 current.ragged[number] = share
-            current.given += 1
             if self._seed_rank is None:
                 yield mine
             else:
                 yield Seeded(mine, current.seed, current.first + number, self._seed_rank)
-        current.drained = True
 
     def _take(self, group: list[Any], full: bool) -> tuple[Any, Share | None]:
         rank, world = self.shard.rank, self.shard.world_size

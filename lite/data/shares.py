@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -31,12 +32,16 @@ class BatchWeight:
         num_real: Real samples in this rank's batch where it is ragged, else None.
         owed: The current batch is ragged, for training, and no backward has weighed its loss yet.
         filler_pending: A batch without a real sample was given out for evaluation and not yet gathered for metrics.
+        uses: Backwards and gatherings so far, by which loaders notice a loop that runs ahead of them.
+        after_end: A loader with a ragged batch has come to its end, and no batch was given out since.
+        once: The ragged batch's loop was left before its loss was weighed: the weight holds for one backward.
     """
 
-    __slots__ = ("filler_pending", "num_real", "owed", "value")
+    __slots__ = ("after_end", "filler_pending", "num_real", "once", "owed", "uses", "value")
 
     def __init__(self) -> None:
         self.filler_pending = self.owed = False
+        self.uses = 0
         self.clear()
 
     def clear(self) -> None:
@@ -48,7 +53,7 @@ class BatchWeight:
                 "evaluation; where one step draws from two loaders, use drop_last=True or lite.accumulate's weight.",
                 stacklevel=4,
             )
-        self.owed = False
+        self.owed = self.after_end = self.once = False
         self.value: float = 1.0
         self.num_real: int | None = None
 
@@ -58,6 +63,47 @@ class BatchWeight:
         self.owed = share.weight != 1.0 and torch.is_grad_enabled()
         if share.num_real == 0 and not torch.is_grad_enabled():
             self.filler_pending = True
+
+    def end(self, ragged: bool) -> None:
+        """A loader has come to its end."""
+        self.clear()
+        self.after_end = ragged and torch.is_grad_enabled()
+        if self.after_end:
+            self.value = math.nan  # so that `use` is asked; it tells the user
+
+    def leave(self) -> None:
+        """The loop over a loader was left at its current batch."""
+        if self.owed:
+            self.once = True
+        else:
+            self.clear()
+
+    def use(self) -> float:
+        """What a loss is multiplied by whose backward comes now; asked where `value` is not 1."""
+        self.owed = False
+        if self.after_end:
+            self.clear()
+            warnings.warn(
+                "a lite.backward came after its loader had ended with a ragged batch. Where the loop looks one batch "
+                "ahead, or keeps batches (itertools.cycle), the ragged batch's weight goes to the wrong one: use "
+                "drop_last=True, lite.accumulate's weight, or len(loader) to know the last batch.",
+                stacklevel=4,
+            )
+            return 1.0
+        value = self.value
+        if self.once:
+            self.clear()
+        return value
+
+    def outer(self) -> tuple[float, int | None] | None:
+        """The ragged batch whose loss is still to be weighed, as another loop begins."""
+        return (self.value, self.num_real) if self.owed and not self.once else None
+
+    def back_to(self, outer: tuple[float, int | None]) -> None:
+        """The inner loop has ended: the outer one's batch is the current one again."""
+        self.clear()
+        self.value, self.num_real = outer
+        self.owed = True
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch.utils.data.distributed import DistributedSampler
 from lite.data.sampler import ShardedSampler
 from lite.data.shares import Shard
 from lite.errors import ConfigError
-from lite.seed import Generator
+from lite.seed import Generator, is_generator
 
 Sync = Callable[[Any], Any]
 
@@ -96,7 +96,7 @@ def generators_of(loader: DataLoader[Any]) -> list[Generator]:
     found: list[Generator] = []
     for thing in (loader, *samplers_of(loader)):
         values = [loader.generator] if thing is loader else getattr(thing, "__dict__", {}).values()
-        found.extend(v for v in values if isinstance(v, Generator) and not any(v is g for g in found))
+        found.extend(v for v in values if is_generator(v) and not any(v is g for g in found))
     return found
 
 

@@ -3,73 +3,286 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch import nn
+
 from lite import collectives
-from lite.checkpoint.file import load_file, save_file
-from lite.errors import CheckpointError
+from lite.checkpoint.background import Background
+from lite.errors import CheckpointError, ConfigError, choose
 from lite.facets.base import Facet
-from lite.precision.base import Precision
-from lite.state import Filter, collect, restore
+from lite.state import Filter, LoadReport, collect, restore, restore_object, sanitise
+
+Path = str | os.PathLike[str]
 
 
 class Checkpoints(Facet):
     """The side of `Lite` that keeps what was reached."""
 
-    def save(self, path: str | os.PathLike[str], state: Mapping[str, Any], filter: Filter | None = None) -> None:
-        """Write a checkpoint to one file, whole or not at all. Collective: call on all ranks; rank 0 writes.
+    _background: Background | None = None
+    _load_report = LoadReport()
+
+    # ---- saving
+
+    def save(
+        self,
+        path: Path,
+        state: Mapping[str, Any],
+        filter: Filter | None = None,
+        *,
+        async_save: bool = False,
+        busy: str = "wait",
+    ) -> bool:
+        """Write a checkpoint, whole or not at all. Collective: call on all ranks.
+
+        A path with a suffix ("last.ckpt") is one file, which rank 0 writes and `torch.load(path, weights_only=True)`
+        reads without `lite`. A path without one ("last", or "last/") is a directory, of which every rank writes its
+        part and `torch.distributed.checkpoint` reads the tensors. URLs ("s3://...") go through fsspec. What was there
+        before stays whole until the new checkpoint is.
 
         Args:
-            path: The file; folders are made. `torch.load(path, weights_only=True)` reads it without `lite`.
+            path: The file or directory; folders are made.
             state: Names and modules, optimizers, schedulers, Stateful objects or plain values.
             filter: For a name of `state`, a function of (key, value) that says which of its items are kept.
+            async_save: Return when the state is copied, and write in the background. If that fails, the next `save`,
+                `load`, `wait_for_save` or `teardown` raises it; Python ends only when the write has, and with exit code
+                1 if nobody has been told of a failure.
+            busy: What to do when the background save before this one is still writing: "wait" for it, or "skip" this
+                one.
+
+        Returns:
+            Whether it was (or with `async_save`: is being) saved; False when it was skipped. The same on all ranks.
 
         Raises:
-            CheckpointError: (on all ranks) The file can't be written, or a value can't be stored; it names the key.
+            CheckpointError: (on all ranks) The checkpoint can't be written, or a value can't be stored; it names the
+                key. Or the background save before this one has failed.
         """
         self._require_connected("save")
-        problem: BaseException | None = None
+        busy = choose("busy", busy, ["wait", "skip"])
+        before, content, problem = self._background, None, None
+        is_busy = False
+        if before is not None:
+            before.wait() if busy == "wait" else None
+            is_busy = before.is_busy
+            problem = before.take_error()
+        is_folder = False
+        if problem is None and not is_busy:
+            try:
+                is_folder, content = self._prepare(path, state, filter)
+                if async_save:
+                    content = self._stage(content, is_folder)
+            except Exception as error:
+                problem = error
+        if self._agree(problem, is_busy):
+            return False
+        assert content is not None
+        write = self._writer(path, content, is_folder, async_save)
+        if async_save:
+            self._in_background().start(write)
+            return True
         try:
-            content = collect(state, filter)
-            if self.is_global_zero:
-                save_file(path, {**content, **_precision_entry(self.precision)})
+            write()
         except Exception as error:
             problem = error
-        failed = collectives.broadcast(None if problem is None else str(problem))
-        if problem is not None:
+        if not is_folder:  # torch.distributed.checkpoint tells all ranks itself
+            self._agree(problem, False)
+        elif problem is not None:
             raise problem
-        if failed is not None:
-            raise CheckpointError(f"rank 0 could not save: {failed}")
+        return True
+
+    def wait_for_save(self) -> None:
+        """Wait until the background save has been written. Collective: call on all ranks.
+
+        Raises:
+            CheckpointError: (on all ranks) It has failed.
+        """
+        self._require_connected("wait_for_save")
+        if self._background is not None:
+            self._background.wait()
+            self._agree(self._background.take_error(), False)
+
+    # ---- loading
+
+    @property
+    def load_report(self) -> LoadReport:
+        """What did not fit in the last `load` or `load_raw` with strict=False: `.missing` and `.unexpected` keys."""
+        return self._load_report
 
     def load(
-        self, path: str | os.PathLike[str], state: dict[str, Any] | None = None, strict: bool = True
+        self,
+        path: Path,
+        state: dict[str, Any] | None = None,
+        strict: bool = True,
+        *,
+        verify: bool = True,
+        weights_only: bool = True,
     ) -> dict[str, Any]:
-        """Read a checkpoint into the objects of `state`, in place. Every rank reads the file.
+        """Read a checkpoint, file or directory, into the objects of `state`, in place. Every rank reads it.
+
+        After a background save it waits for that: call it on all ranks then.
 
         Args:
-            path: A file that `save` wrote.
+            path: What `save` wrote, on any number of processes.
             state: As for `save`; plain values are replaced in it. None returns everything.
-            strict: Whether names and model keys that are missing are errors.
+            strict: Whether names and model keys that are missing or unexpected are errors. With False they are warned
+                of, and kept in `load_report`.
+            verify: Whether checksums are compared before anything is read.
+            weights_only: False lets the checkpoint run code, so do it only with one that you trust; it is logged.
 
         Returns:
             The entries that `state` doesn't ask for.
 
         Raises:
-            CheckpointError: The file is missing, damaged or holds code, or doesn't fit the objects.
+            CheckpointError: It is missing, damaged or holds code, or doesn't fit the objects.
         """
-        loaded = load_file(path)
-        precision = loaded.pop(_PRECISION_KEY, None)
+        loaded, manifest = self._read(path, verify, weights_only)
         if state is None:
             return loaded
-        if precision is not None:
-            self.precision.load_state_dict(precision)
-        return restore(state, loaded, strict=strict)
+        self._restore_manifest(manifest)
+        rest, report = restore(state, loaded, strict=strict)
+        self._report(path, report)
+        return rest
 
+    def load_raw(
+        self, path: Path, obj: Any, strict: bool = True, *, verify: bool = True, weights_only: bool = True
+    ) -> None:
+        """Read a plain state dict, such as `torch.save(model.state_dict(), path)` writes, into one object.
 
-_PRECISION_KEY = "lite_precision"
+        Args:
+            path: The file, or a directory of torch.distributed.checkpoint.
+            obj: A module, raw or set up, or anything else with `load_state_dict`.
+            strict: As for `load`.
+            verify: As for `load`.
+            weights_only: As for `load`.
 
+        Raises:
+            CheckpointError: It can't be read, or doesn't fit.
+        """
+        if not hasattr(obj, "load_state_dict"):
+            raise ConfigError(f"load_raw got a {type(obj).__name__}, which has no load_state_dict; pass a module, say.")
+        loaded, manifest = self._read(path, verify, weights_only)
+        if manifest:
+            raise CheckpointError(
+                f"path={str(path)!r} is a checkpoint of several objects ({', '.join(map(repr, loaded))}); use "
+                "lite.load(path, {'name': object}, strict=False)."
+            )
+        self._report(path, restore_object(obj, loaded, type(obj).__name__, strict=strict))
 
-def _precision_entry(precision: Precision) -> dict[str, Any]:
-    state = precision.state_dict()
-    return {_PRECISION_KEY: state} if state else {}
+    # ---- handing on
+
+    def export(self, model: nn.Module, path: Path, *, max_shard_size: int | str = "5GB") -> None:
+        """Write a model's weights as safetensors, in shards with an index as Hugging Face's are.
+
+        Collective: call on all ranks; rank 0 writes. Needs the extra: pip install lite[safetensors].
+
+        Args:
+            model: A module, raw or set up.
+            path: A directory, which gets `model.safetensors`, or shards `model-00001-of-0000N.safetensors` and
+                `model.safetensors.index.json`; or one file that ends in ".safetensors".
+            max_shard_size: Bytes per shard, as a number or "500MB", "5GB".
+
+        Raises:
+            MissingExtraError: (on all ranks) safetensors is not installed.
+            CheckpointError: (on all ranks) It can't be written.
+        """
+        from lite.checkpoint.export import export_safetensors
+        from lite.state import module_state
+
+        self._require_connected("export")
+        problem: Exception | None = None
+        try:
+            weights = module_state(model)
+            if self.is_global_zero:
+                export_safetensors(weights, path, max_shard_size=max_shard_size)
+        except Exception as error:
+            problem = error
+        self._agree(problem, False)
+
+    # ---- pieces
+
+    def _manifest_entries(self) -> dict[str, Any]:
+        """What a checkpoint holds besides the user's state. Collective: called on all ranks by every save."""
+        precision = self.precision.state_dict()
+        return {"precision": precision} if precision else {}
+
+    def _restore_manifest(self, manifest: Mapping[str, Any]) -> None:
+        """Take back what `_manifest_entries` gave."""
+        if "precision" in manifest:
+            self.precision.load_state_dict(manifest["precision"])
+
+    def _prepare(self, path: Path, state: Mapping[str, Any], filter: Filter | None) -> tuple[bool, dict[str, Any]]:
+        from lite.checkpoint import manifest
+        from lite.checkpoint.file import check_is_no_folder
+        from lite.checkpoint.storage import locate
+
+        is_folder = locate(path)[2]
+        if not is_folder:
+            check_is_no_folder(path)
+        content = collect(state, filter)
+        manifest.check_names(content)
+        entries = sanitise(self._manifest_entries(), manifest.KEY)
+        return is_folder, {**content, manifest.KEY: manifest.compose(self.world_size, entries)}
+
+    def _stage(self, content: dict[str, Any], is_folder: bool) -> dict[str, Any]:
+        from lite.checkpoint.staging import Staging
+
+        if not is_folder and not self.is_global_zero:
+            return {}
+        staging = self._in_background().keep.setdefault("staging", Staging())
+        staged: dict[str, Any] = staging.stage(content)
+        return staged
+
+    def _writer(self, path: Path, content: dict[str, Any], is_folder: bool, async_save: bool) -> Callable[[], None]:
+        if not is_folder:
+            from lite.checkpoint.file import save_file
+
+            return (lambda: save_file(path, content)) if self.is_global_zero else (lambda: None)
+        from lite.checkpoint.directory_save import save_directory
+
+        group = None
+        if async_save and self.world_size > 1:
+            # Training's own group is busy with gradients meanwhile.
+            keep = self._in_background().keep
+            if "group" not in keep:
+                keep["group"] = collectives.new_cpu_group()
+            group = keep["group"]
+        return lambda: save_directory(path, content, group=group)
+
+    def _in_background(self) -> Background:
+        if self._background is None:
+            self._background = Background()
+        return self._background
+
+    def _agree(self, problem: BaseException | None, is_busy: bool) -> bool:
+        """Raise on all ranks what is wrong on one; return whether one is busy. Collective."""
+        said = None if problem is None else f"{type(problem).__name__}: {problem}"
+        answers = collectives.gather_for_metrics([(said, is_busy)])
+        if problem is not None:
+            raise problem
+        for rank, (text, _) in enumerate(answers):
+            if text is not None:
+                raise CheckpointError(f"rank {rank} failed: {text}")
+        return any(busy for _, busy in answers)
+
+    def _read(self, path: Path, verify: bool, weights_only: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+        from lite.checkpoint.reading import read
+
+        if self._background is not None:
+            self.wait_for_save()
+        return read(path, verify=verify, weights_only=weights_only)
+
+    def _report(self, path: Path, report: LoadReport) -> None:
+        self._load_report = report
+        if report.missing or report.unexpected:
+            warnings.warn(f"not everything in path={str(path)!r} was loaded: {report}", stacklevel=3)
+
+    def _finish_saves(self) -> None:
+        """Wait for this rank's background save and raise its error; what `teardown` does."""
+        if self._background is not None:
+            self._background.wait()
+            error = self._background.take_error()
+            self._background = None
+            if error is not None:
+                raise error

@@ -58,6 +58,7 @@ class BetweenRanks(Facet):
         """
         self._require_connected("gather_for_metrics")
         self._weight.filler_pending = False
+        self._weight.uses += 1
         return collectives.gather_for_metrics(self._for_group(data), self._weight.num_real)
 
     @contextmanager

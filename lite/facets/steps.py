@@ -167,9 +167,9 @@ def compose_backward(lite: Steps) -> Callable[..., None]:
         check(loss)
         if lite._scale is not None:
             loss = lite._scale(loss)
+        weight.uses += 1
         if weight.value != 1.0:
-            weight.owed = False
-            loss = loss * weight.value
+            loss = loss * weight.use()
         plain(loss, *args, **kwargs)
 
     return checked_backward if lite.world_size > 1 else backward

@@ -59,6 +59,8 @@ def test_a_dataset_that_splits_itself_by_worker_is_refused() -> None:
     """Split twice, it would lose samples; with one worker nothing is lost."""
     with pytest.raises(UsageError, match="get_worker_info"):
         list(prepare(DataLoader(SplitByWorker(), batch_size=2, num_workers=2)))
+    with pytest.raises(UsageError, match="get_worker_info"):  # one worker's part is too short for a batch
+        list(prepare(DataLoader(SplitByWorker(), batch_size=4, num_workers=2)))
     assert len(list(prepare(DataLoader(SplitByWorker(), batch_size=2, num_workers=1)))) == 4
 
 

@@ -208,14 +208,112 @@ def test_two_iterators_of_one_loader_have_their_own_weights() -> None:
     assert seen == [1.0, 1.0, pytest.approx(2 / 3), pytest.approx(2 / 3)]
 
 
-def test_a_weight_left_by_a_loop_that_broke_off_ends_with_the_next_loop() -> None:
-    """Even where the next loader is not split."""
+def weights(loader: Any, cell: BatchWeight, use: Any) -> list[tuple[list[int], float]]:
+    """What each batch's loss is multiplied by in the loop `use`, on rank 1 of 2, whose last batch of 7 is ragged."""
+    seen = []
+
+    def backward(batch: Any) -> None:
+        cell.uses += 1
+        seen.append((batch.tolist(), 1.0 if cell.value == 1.0 else cell.use()))
+
+    with torch.enable_grad():
+        use(loader, backward)
+    return seen
+
+
+def plainly(loader: Any, backward: Any) -> None:
+    for batch in loader:
+        backward(batch)
+
+
+RIGHT = [([2, 3], 1.0), ([6], pytest.approx(2 / 3))]
+
+
+def ragged(kind: Any = DataLoader) -> tuple[Any, BatchWeight]:
     cell = BatchWeight()
-    for _ in prepare(DataLoader(range(3), batch_size=2), 1, weight=cell):
+    return prepare(kind(range(7), batch_size=2), 1, weight=cell), cell
+
+
+def test_a_weight_left_by_a_loop_that_broke_off_is_used_once() -> None:
+    """It belongs to the batch that was given out last, and to nothing that comes later."""
+
+    def first_alone(loader: Any, backward: Any) -> None:
+        backward(next(iter(loader)))
+        backward(torch.tensor([9]))
+
+    cell = BatchWeight()
+    loader = prepare(DataLoader(range(3), batch_size=2), 1, weight=cell)
+    assert weights(loader, cell, first_alone) == [([2], pytest.approx(2 / 3)), ([9], 1.0)]
+    for _ in loader:  # in evaluation nothing is owed
         break
-    assert cell.value == pytest.approx(2 / 3)
-    for _ in prepare(DataLoader(range(3)), 1, weight=cell, use_distributed_sampler=False):
-        assert (cell.value, cell.num_real) == (1.0, None)
+    assert (cell.value, cell.num_real) == (1.0, None)
+
+
+def test_a_validation_loop_within_a_step_does_not_lose_the_weight() -> None:
+    """Between the ragged batch and its backward."""
+    loader, cell = ragged()
+    other = prepare(DataLoader(range(9), batch_size=2), 1, weight=cell)
+
+    def validating(loader: Any, backward: Any) -> None:
+        for batch in loader:
+            with torch.no_grad():
+                for _ in other:
+                    pass
+            backward(batch)
+
+    assert weights(loader, cell, validating) == RIGHT
+    assert weights(loader, cell, plainly) == RIGHT
+
+
+def test_loops_in_which_the_weight_goes_astray_are_told() -> None:
+    """Looking one batch ahead, keeping batches for later."""
+
+    def ahead(loader: Any, backward: Any) -> None:
+        batches = iter(loader)
+        current = next(batches)
+        for batch in batches:
+            backward(current)
+            current = batch
+        backward(current)
+
+    def keeping(loader: Any, backward: Any) -> None:
+        kept = []
+        for batch in loader:
+            backward(batch)
+            kept.append(batch)
+        backward(kept[-1])
+
+    cell = BatchWeight()
+    with pytest.warns(UserWarning, match="looks one batch ahead"):
+        weights(prepare(DataLoader(range(11), batch_size=2), 1, weight=cell), cell, ahead)
+    loader, cell = ragged()
+    with pytest.warns(UserWarning, match="keeps batches"):
+        weights(loader, cell, keeping)
+
+
+class Skipping(DataLoader):
+    """Leaves its first batch out."""
+
+    def __iter__(self) -> Iterator[Any]:
+        batches = super().__iter__()
+        next(batches)
+        yield from batches
+
+
+class Doubling(DataLoader):
+    """Gives out each batch twice."""
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in super().__iter__():
+            yield batch
+            yield batch
+
+
+def test_weights_follow_the_batches_that_are_read_not_those_that_a_class_makes_of_them() -> None:
+    """Left out or repeated."""
+    for kind, right in ((Skipping, RIGHT[1:]), (Doubling, [RIGHT[0], RIGHT[0], RIGHT[1], RIGHT[1]])):
+        loader, cell = ragged(kind)
+        assert weights(loader, cell, plainly) == right
 
 
 class Endless(DataLoader):

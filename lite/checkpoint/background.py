@@ -1,0 +1,80 @@
+"""One write at a time beside training, whose failure is told at the next occasion, at the latest when Python ends."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+_untold: list[Background] = []
+
+
+class Background:
+    """Runs one function at a time in a thread. Python doesn't end before it has.
+
+    Attributes:
+        keep: What the writes need from one to the next (buffers, a process group); dropped with this object.
+    """
+
+    def __init__(self) -> None:
+        self.keep: dict[str, Any] = {}
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a write is under way."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def start(self, write: Callable[[], None]) -> None:
+        """Run `write` in a thread; wait for the one before it first."""
+        self.wait()
+        # Not a daemon: the interpreter waits for it.
+        self._thread = threading.Thread(target=self._run, args=(write,), name="lite.save", daemon=False)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait until nothing is under way."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def take_error(self) -> BaseException | None:
+        """The error of the last write, once."""
+        if self.is_busy:
+            return None
+        error, self._error = self._error, None
+        if self in _untold:
+            _untold.remove(self)
+        return error
+
+    def _run(self, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except BaseException as error:
+            self._error = error
+            _untold.append(self)
+
+
+def _tell_at_exit() -> None:
+    """Print the errors that nobody was there to hear, and end with exit code 1."""
+    if not _untold:
+        return
+    for background in _untold:
+        print("lite: a checkpoint that was being saved in the background was not written:", file=sys.stderr)
+        error = background._error
+        assert error is not None
+        traceback.print_exception(type(error), error, error.__traceback__, file=sys.stderr)
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)  # an exception here would not change the exit code
+
+
+# Registered when lite is imported, so that it runs after most other functions of this kind.
+atexit.register(_tell_at_exit)

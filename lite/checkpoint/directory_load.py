@@ -1,0 +1,128 @@
+"""Reading sharded checkpoints, lite's and torch.distributed.checkpoint's own: checked, and without running code."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
+from torch.distributed.checkpoint.utils import _create_file_view
+
+from lite.checkpoint import directory_format as names
+from lite.checkpoint import manifest as about
+from lite.checkpoint import tree
+from lite.checkpoint.storage import Storage, locate
+from lite.errors import CheckpointError
+
+
+def load_directory(path: str | os.PathLike[str], *, verify: bool = True, weights_only: bool = True) -> dict[str, Any]:
+    """Read a sharded checkpoint, lite's or torch.distributed.checkpoint's own, whole and onto the CPU.
+
+    Args:
+        path: The directory.
+        verify: Whether every file's checksum is compared first; only lite's own have them.
+        weights_only: False runs whatever code the checkpoint brings.
+
+    Raises:
+        CheckpointError: It is missing, damaged, or holds objects that only code could rebuild.
+    """
+    storage, folder, _ = locate(path)
+    where = storage.join(folder, names.INDEX)
+    while True:
+        before = storage.read(where) if storage.kind(where) == "file" else b""
+        try:
+            return _load(storage, folder, verify, weights_only)
+        except CheckpointError:
+            # Another process may have put a new checkpoint there meanwhile, and removed the old one's files.
+            if not before or storage.read(where) == before:
+                raise
+
+
+def _load(storage: Storage, folder: str, verify: bool, weights_only: bool) -> dict[str, Any]:
+    index = names.read_index(storage, folder, verify=verify)
+    damage = names.damage_in_files(storage, folder, index) if verify else None
+    if damage:
+        raise CheckpointError(f"{damage}. Nothing was read from the checkpoint {folder!r}.")
+    tensors = read_tensors(storage, folder, index, weights_only=weights_only)
+    if index.save_id is None:
+        keys = index.metadata.planner_data or {}
+        return _unflatten(tensors, keys)
+    plain_path = storage.join(folder, names.plain_name(index.save_id))
+    try:
+        with storage.open(plain_path) as file:
+            plain = torch.load(file, map_location="cpu", weights_only=weights_only)
+        content = tree.join(plain["rest"], tensors, plain["places"])
+        return {**content, about.KEY: plain[about.KEY]}
+    except Exception as error:
+        raise CheckpointError(f"path={plain_path!r} is damaged or holds more than plain data: {error}") from error
+
+
+def read_tensors(storage: Storage, folder: str, index: names.Index, *, weights_only: bool = True) -> dict[str, Any]:
+    """Every tensor of the checkpoint, whole and on the CPU, by the name it has there.
+
+    Targets that are sharded themselves are to be read in place, part by part, from the same index.
+    """
+    tensors: dict[str, Any] = {}
+    with ExitStack() as stack:
+        files: dict[str, Any] = {}
+
+        def part(key: MetadataIndex) -> Any:
+            info = index.metadata.storage_data[key]
+            name = info.relative_path
+            if name not in files:
+                files[name] = stack.enter_context(storage.open(storage.join(folder, name)))
+            view: Any = _create_file_view(files[name], info.offset, info.length)
+            try:
+                return torch.load(view, map_location="cpu", weights_only=weights_only)
+            except pickle.UnpicklingError as error:
+                raise CheckpointError(
+                    f"path={storage.join(folder, name)!r} holds more than plain data for {key.fqn!r}, or is damaged: "
+                    f"{error}"
+                ) from error
+
+        for name, stored in index.metadata.state_dict_metadata.items():
+            try:
+                tensors[name] = _assemble(name, stored, part)
+            except CheckpointError:
+                raise
+            except Exception as error:
+                raise CheckpointError(f"path={folder!r} is damaged at {name!r}: {error}") from error
+    return tensors
+
+
+def _assemble(name: str, stored: Any, part: Callable[[Any], Any]) -> Any:
+    if isinstance(stored, BytesStorageMetadata):
+        return part(MetadataIndex(name))
+    whole: Tensor | None = None
+    for number, chunk in enumerate(stored.chunks):
+        piece = part(MetadataIndex(name, chunk.offsets, number))
+        if not isinstance(piece, Tensor) or piece.shape != chunk.sizes:
+            raise ValueError("a part has another shape than the index says")
+        if chunk.sizes == stored.size:
+            return piece
+        if whole is None:
+            whole = torch.empty(stored.size, dtype=stored.properties.dtype)
+        target = whole
+        for dim, (offset, size) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
+            target = target.narrow(dim, offset, size)
+        target.copy_(piece)
+    if whole is None:
+        raise ValueError("it has no parts")
+    return whole
+
+
+def _unflatten(tensors: dict[str, Any], places: Mapping[str, Any]) -> dict[str, Any]:
+    """The nesting of a directory that torch's own save wrote; lists become dicts of their indices."""
+    nested: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        *path, last = places.get(name) or (name,)
+        inner = nested
+        for key in path:
+            inner = inner.setdefault(key, {})
+        inner[last] = tensor
+    return nested

@@ -1,0 +1,50 @@
+"""Reading whatever lies at a path: a file, or a directory."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from lite.checkpoint import manifest as about
+from lite.checkpoint.file import damage_in_file, load_file
+from lite.checkpoint.storage import locate
+from lite.errors import CheckpointError
+
+
+def read(
+    path: str | os.PathLike[str], *, verify: bool = True, weights_only: bool = True
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The state in a checkpoint, on the CPU, and its manifest; {} where it has none.
+
+    Raises:
+        CheckpointError: It is missing, damaged, or holds objects that only code could rebuild.
+    """
+    storage, target, _ = locate(path)
+    if storage.kind(target) == "folder":
+        from lite.checkpoint.directory_load import load_directory
+
+        content = load_directory(path, verify=verify, weights_only=weights_only)
+    else:
+        content = load_file(path, verify=verify, weights_only=weights_only)
+    manifest = content.pop(about.KEY, None)
+    return content, {} if manifest is None else about.check_format(manifest, str(path))
+
+
+def damage(path: str | os.PathLike[str]) -> str | None:
+    """What is wrong with the bytes of a checkpoint, or None when it is whole. Nothing is unpickled.
+
+    Raises:
+        CheckpointError: There is nothing, or its index is damaged.
+    """
+    storage, target, _ = locate(path)
+    kind = storage.kind(target)
+    if kind is None:
+        raise CheckpointError(f"path={str(path)!r} does not exist.")
+    if kind == "file":
+        return damage_in_file(storage, target)
+    from lite.checkpoint import directory_format as names
+
+    index = names.read_index(storage, target, verify=True)
+    if index.save_id is None:
+        return None
+    return names.damage_in_files(storage, target, index)

@@ -1,0 +1,277 @@
+"""Where checkpoints lie: local files, or a URL through fsspec; how a file is replaced whole, and whose leftovers go.
+
+It knows bytes and names, no format.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import re
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import PurePath
+from typing import Any, BinaryIO
+
+from lite.errors import ConfigError, MissingExtraError
+
+_DAY_S = 24 * 3600
+_TEMPORARY = re.compile(r"^\.(.+)\.[0-9a-f]{32}\.tmp$")
+
+
+class Storage:
+    """The local file system; base of the others. Paths are strings with "/" (or the system's separator)."""
+
+    def kind(self, path: str) -> str | None:
+        """ "file", "folder", or None where nothing is."""
+        return "folder" if os.path.isdir(path) else "file" if os.path.exists(path) else None
+
+    def names(self, folder: str) -> list[str]:
+        """What is in the folder, sorted; nothing where there is none."""
+        return sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+
+    def join(self, folder: str, name: str) -> str:
+        return os.path.join(folder, name)
+
+    def split(self, path: str) -> tuple[str, str]:
+        folder, name = os.path.split(path)
+        return folder or ".", name
+
+    def make_folder(self, folder: str) -> None:
+        os.makedirs(folder, exist_ok=True)
+
+    def remove(self, path: str) -> None:
+        """Remove a file, if it is there."""
+        with suppress(FileNotFoundError):
+            os.unlink(path)
+
+    def size(self, path: str) -> int:
+        return os.path.getsize(path)
+
+    def read(self, path: str) -> bytes:
+        with open(path, "rb") as file:
+            return file.read()
+
+    @contextmanager
+    def view(self, path: str) -> Iterator[memoryview]:
+        """The file's bytes without copying them; the file must stay as it is within the block."""
+        with open(path, "rb") as file:
+            if os.fstat(file.fileno()).st_size == 0:
+                yield memoryview(b"")
+                return
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as view:
+                yield view
+
+    @contextmanager
+    def open(self, path: str) -> Iterator[BinaryIO]:
+        """The file, to read from and seek in."""
+        with open(path, "rb") as file:
+            yield file
+
+    @contextmanager
+    def create(self, path: str) -> Iterator[BinaryIO]:
+        """A new file to write to; what was written is on the disk after the block."""
+        with open(path, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+
+    def rename(self, old: str, new: str) -> None:
+        """Give a file another name in its folder, over what has that name, at once and durably."""
+        os.replace(old, new)
+        self.sync(self.split(new)[0])
+
+    def sync(self, folder: str) -> None:
+        """Make new names in the folder durable, where the system can."""
+        if os.name != "posix":
+            return
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    @contextmanager
+    def replace(self, path: str) -> Iterator[Any]:
+        """A place beside `path` to write to, a path or an open file; after the block it is `path`, whole and durable.
+
+        An error in the block leaves `path` as it was. What killed writers left beside it before is removed.
+        """
+        folder, name = self.split(path)
+        self.make_folder(folder)
+        self.sweep(folder, name)
+        beside = self.join(folder, f".{name}.{uuid.uuid4().hex}.tmp")
+        try:
+            with self.lock(beside) as descriptor:
+                yield beside
+                os.fsync(descriptor)
+                self.rename(beside, path)
+        except BaseException:
+            self.remove(beside)
+            raise
+
+    def sweep(self, folder: str, name: str) -> None:
+        """Remove what writers of `name` left that don't run any more."""
+        for other in self.names(folder):
+            match = _TEMPORARY.match(other)
+            if match and match[1] == name and self.is_abandoned(self.join(folder, other)):
+                self.remove(self.join(folder, other))
+
+    @contextmanager
+    def lock(self, path: str) -> Iterator[int]:
+        """Create the file and hold it until the block ends or this process does; see `is_abandoned`."""
+        descriptor = _create_locked(path)
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+    def is_abandoned(self, path: str) -> bool:
+        """Whether the process that held the file by `lock` is gone."""
+        try:
+            import fcntl
+        except ImportError:
+            return time.time() - os.path.getmtime(path) > _DAY_S
+        try:
+            descriptor = os.open(path, os.O_RDWR)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            # Where the file system has no locks, age must do.
+            held = error.errno in (errno.EWOULDBLOCK, errno.EACCES)
+            return not held and time.time() - os.fstat(descriptor).st_mtime > _DAY_S
+        else:
+            return True
+        finally:
+            os.close(descriptor)
+
+
+class UrlStorage(Storage):
+    """A file system of fsspec. Renaming is as atomic as that file system makes it; none has locks, so leftovers go by
+    age."""
+
+    def __init__(self, fs: Any) -> None:
+        self._fs = fs
+
+    def kind(self, path: str) -> str | None:
+        return "folder" if self._fs.isdir(path) else "file" if self._fs.exists(path) else None
+
+    def names(self, folder: str) -> list[str]:
+        if not self._fs.isdir(folder):
+            return []
+        self._fs.invalidate_cache(folder)
+        return sorted(str(p).rstrip("/").rsplit("/", 1)[-1] for p in self._fs.ls(folder, detail=False))
+
+    def join(self, folder: str, name: str) -> str:
+        return f"{folder}/{name}"
+
+    def split(self, path: str) -> tuple[str, str]:
+        folder, _, name = path.rpartition("/")
+        return folder, name
+
+    def make_folder(self, folder: str) -> None:
+        self._fs.makedirs(folder, exist_ok=True)
+
+    def remove(self, path: str) -> None:
+        with suppress(FileNotFoundError):
+            self._fs.rm_file(path)
+
+    def size(self, path: str) -> int:
+        return int(self._fs.size(path))
+
+    def read(self, path: str) -> bytes:
+        return bytes(self._fs.cat_file(path))
+
+    @contextmanager
+    def view(self, path: str) -> Iterator[memoryview]:
+        yield memoryview(self.read(path))
+
+    @contextmanager
+    def open(self, path: str) -> Iterator[BinaryIO]:
+        with self._fs.open(path, "rb") as file:
+            yield file
+
+    @contextmanager
+    def create(self, path: str) -> Iterator[BinaryIO]:
+        with self._fs.open(path, "wb") as file:
+            yield file
+
+    def rename(self, old: str, new: str) -> None:
+        self._fs.mv(old, new)
+
+    def sync(self, folder: str) -> None:
+        """Object stores have nothing to flush."""
+
+    @contextmanager
+    def replace(self, path: str) -> Iterator[Any]:
+        folder, name = self.split(path)
+        self.make_folder(folder)
+        self.sweep(folder, name)
+        beside = self.join(folder, f".{name}.{uuid.uuid4().hex}.tmp")
+        try:
+            with self.create(beside) as file:
+                yield file
+            self.rename(beside, path)
+        except BaseException:
+            with suppress(Exception):
+                self.remove(beside)
+            raise
+
+    @contextmanager
+    def lock(self, path: str) -> Iterator[int]:
+        with self.create(path):
+            pass
+        yield -1
+
+    def is_abandoned(self, path: str) -> bool:
+        try:
+            return time.time() - float(self._fs.modified(path).timestamp()) > _DAY_S
+        except Exception:  # many file systems can't tell, each in its own way
+            return False
+
+
+def locate(path: str | os.PathLike[str]) -> tuple[Storage, str, bool]:
+    """Where a path lies, its name there, and whether it names a directory: it ends in "/" or has no suffix.
+
+    Raises:
+        ConfigError: It is no path.
+        MissingExtraError: It is a URL, and fsspec or what it needs for this kind of URL is not installed.
+    """
+    if not isinstance(path, (str, os.PathLike)) or not str(os.fspath(path)):
+        raise ConfigError(f"path={path!r} is no path; give the name of a file ('last.ckpt') or a directory ('last').")
+    text = str(os.fspath(path))
+    is_folder = text.endswith(("/", os.sep)) or not PurePath(text.rsplit("://", 1)[-1]).suffix
+    if not re.match(r"^[a-z][a-z0-9+.-]+://", text, flags=re.IGNORECASE):
+        return Storage(), text.rstrip("/" + os.sep) or text, is_folder
+    try:
+        from fsspec.core import url_to_fs  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise MissingExtraError(f"path={text!r} is a URL, which needs fsspec; pip install fsspec.") from error
+    try:
+        fs, inside = url_to_fs(text)
+    except ImportError as error:
+        raise MissingExtraError(f"path={text!r} needs another package: {error}") from error
+    except ValueError as error:
+        raise ConfigError(f"path={text!r} is no URL that fsspec knows: {error}") from error
+    return UrlStorage(fs), str(inside).rstrip("/"), is_folder
+
+
+def _create_locked(path: str) -> int:
+    try:
+        import fcntl
+    except ImportError:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        # Someone who tidies up may have taken it for a leftover between the two calls.
+        with suppress(OSError):
+            if os.stat(path).st_ino == os.fstat(descriptor).st_ino:
+                return descriptor
+        os.close(descriptor)
