@@ -23,12 +23,13 @@ from lite.facets.checkpoints import Checkpoints
 from lite.facets.ranks import BetweenRanks
 from lite.facets.records import Records
 from lite.facets.steps import Steps, compose_backward
+from lite.launchers import in_notebook
 from lite.loggers import Logger
-from lite.plan import AUTO, FULL_PRECISION, ONE_NODE, Plan, given, resolve
+from lite.plan import AUTO, FULL_PRECISION, ONE_NODE, Plan, check_device, given, resolve
 from lite.precision.base import Precision
 from lite.prepared import Prepared
 from lite.seed import seed_everything
-from lite.strategies.base import Strategy
+from lite.strategies import Strategy, strategy_factories
 
 T = TypeVar("T")
 
@@ -43,13 +44,14 @@ class Lite(BetweenRanks, Steps, Checkpoints, Records):
         accelerator: "auto", "cpu", "cuda", "gpu", "mps" or an Accelerator.
         strategy: "auto", "single", "ddp", "ddp_find_unused_parameters_true", "ddp_spawn", "ddp_fork", "ddp_notebook", a
             name that an installed package registered (entry-point group `lite.strategies`), or a Strategy.
-        devices: How many devices or which: a number, "auto" (what torchrun started, else one), -1 (all), "0,1" or [0,
-            1].
+        devices: How many devices or which: a number, "auto" (what torchrun started, else one), -1 (all), "0,1" or
+            [0, 1]. On the CPU a number of processes.
         num_nodes: Number of machines.
         precision: "32-true", "64-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true"; 64, 32, 16 and "bf16" stand
             for the first, second, third and fourth of "64-true", "32-true", "16-mixed", "bf16-mixed".
         plugins: A Precision or an Environment of your own, or a list of them.
-        callbacks: Objects whose methods `call` runs.
+        callbacks: Objects with any of the methods `on_launch(lite)` (the processes run and have met),
+            `on_after_setup(lite, model)`, `on_after_optimizer_step(strategy, optimizer)`, and others that `call` names.
         loggers: One or several Loggers that `log` writes to.
 
     The first five fall back to LITE_ACCELERATOR, LITE_STRATEGY, LITE_DEVICES, LITE_NUM_NODES and LITE_PRECISION: an
@@ -59,6 +61,7 @@ class Lite(BetweenRanks, Steps, Checkpoints, Records):
         ConfigError: A setting is wrong, unavailable, or contradicts another one or the job.
 
     Example:
+        >>> import torch
         >>> lite = Lite(accelerator="cpu")
         >>> model, optimizer = lite.setup(model := torch.nn.Linear(2, 1), torch.optim.SGD(model.parameters(), lr=0.1))
         >>> lite.backward(model(torch.ones(4, 2)).mean())
@@ -85,8 +88,14 @@ class Lite(BetweenRanks, Steps, Checkpoints, Records):
                 "precision": precision,
             }
         )
-        needs_bf16 = "bf16" in str(arguments.get("precision", os.environ.get("LITE_PRECISION", "")))
-        self._plan: Plan = resolve(arguments, os.environ, probe_devices(bf16=needs_bf16), plugins)
+        self._plan: Plan = resolve(
+            arguments,
+            os.environ,
+            probe_devices(),
+            plugins,
+            strategies=strategy_factories(),
+            notebook=in_notebook(),
+        )
         self._callbacks: tuple[Any, ...] = _as_tuple(callbacks)
         self._loggers: tuple[Logger, ...] = _as_tuple(loggers)
         for logger in self._loggers:
@@ -142,6 +151,7 @@ class Lite(BetweenRanks, Steps, Checkpoints, Records):
         local = plan.environment.local_rank()
         self._device = plan.accelerator.device(plan.devices[local])
         plan.accelerator.activate(self._device)
+        check_device(plan, self._device)
         self._store = plan.strategy.connect(plan.environment, self._device)
         self._first_rank = collectives.FirstRank(self._store) if self._store is not None else None
         self._connected = True

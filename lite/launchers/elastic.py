@@ -111,11 +111,6 @@ class ElasticLauncher(Launcher):
             )
 
 
-def in_notebook() -> bool:
-    """Whether this is an IPython session, whose functions only a fork can carry over."""
-    return "IPython" in sys.modules and sys.modules["IPython"].get_ipython() is not None
-
-
 def _rerun_command() -> list[str]:
     """What python's command line was for this script, found again from any working directory."""
     main = sys.modules["__main__"]

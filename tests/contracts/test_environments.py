@@ -38,8 +38,10 @@ def test_it_is_found_by_its_own_variables_and_reads_only(name: str) -> None:
     assert 0 <= found.local_rank() < local_world <= found.world_size()
     assert nodes is not None
     assert 0 <= found.node_rank() < nodes
+    found.check()
     assert found.main_address()
     assert 0 < found.main_port() < 2**16
+    assert found.job_id() == kind(environ).job_id()
     assert (found.init_method() is None) == (not found.started)
     assert (environ, dict(os.environ)) == (before, process)
 
