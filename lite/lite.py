@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -275,7 +276,10 @@ class Lite(BetweenRanks, Steps, Checkpoints, Records):
             for loader in loaders[: len(ready)]:
                 release_dataloader(loader)
             raise
-        facts = [describe_dataloader(loader, parts, bool(use_distributed_sampler)) for loader in ready]
+        facts = [
+            describe_dataloader(one, loader, parts, use_distributed_sampler, shard)
+            for one, loader in zip(ready, loaders, strict=True)
+        ]
         self._prepared.add_loaders(loaders, facts)
         return tuple(ready) if len(ready) > 1 else ready[0]
 
@@ -300,9 +304,15 @@ class Lite(BetweenRanks, Steps, Checkpoints, Records):
 
         Args:
             seed: A whole number from 0 to 2**32 - 1.
-            workers: Accepted for LightningLite's users. Loader workers of different ranks always draw different
-                numbers.
+            workers: Always so: loader workers draw from this seed, those of different ranks different numbers. False is
+                ignored, with a warning.
         """
+        if not workers:
+            warnings.warn(
+                "seed_everything(workers=False) is ignored: torch seeds loader workers from the main process's seed; "
+                "leave workers out, and seed them in a worker_init_fn of your own if you want other numbers.",
+                stacklevel=2,
+            )
         return seed_everything(seed)
 
     @contextmanager

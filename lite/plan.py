@@ -17,7 +17,7 @@ from lite.accelerators import ACCELERATORS, Accelerator, DeviceProbe
 from lite.accelerators.indices import read_request
 from lite.environments import Environment, detect_environment
 from lite.errors import ConfigError, choose
-from lite.launchers import ElasticLauncher, InlineLauncher, Launcher
+from lite.launchers import InlineLauncher, Launcher
 from lite.precision import PRECISION_ALIASES, PRECISIONS, Precision, make_precision
 from lite.strategies import STRATEGIES, Strategy
 
@@ -324,6 +324,8 @@ def _launcher(
                 "strategy='ddp_notebook', leave strategy out, or move the code to a script."
             )
         method = "fork"
+    from lite.launchers import ElasticLauncher
+
     return ElasticLauncher(world_size, start_method=method)
 
 
