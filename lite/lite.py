@@ -4,49 +4,34 @@ from __future__ import annotations
 
 import atexit
 import os
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
 from lite import collectives
 from lite.accelerators import Accelerator, probe_devices
-from lite.data import (
-    BatchWeight,
-    Shard,
-    describe_dataloader,
-    move_to_device,
-    release_dataloader,
-    setup_dataloader,
-)
+from lite.data import Shard, describe_dataloader, move_to_device, release_dataloader, setup_dataloader
 from lite.environments import Environment, detect_environment
 from lite.errors import ConfigError, UsageError
 from lite.facets.records import Records
 from lite.facets.resuming import Resuming
 from lite.facets.steps import Steps, compose_backward
+from lite.launchers import in_notebook
 from lite.loggers import Logger
-from lite.plan import AUTO, FULL_PRECISION, ONE_NODE, Plan, given, resolve
+from lite.plan import AUTO, FULL_PRECISION, ONE_NODE, Plan, check_device, given, resolve
 from lite.precision.base import Precision
+from lite.prepared import Prepared
 from lite.seed import seed_everything
-from lite.strategies.base import Engine, Strategy
-from lite.wrapping.module import unwrap_module, wrap_module
-from lite.wrapping.optimizer import (
-    move_optimizer_state,
-    unwrap_optimizer,
-    unwrap_scheduler,
-    wrap_optimizer,
-    wrap_scheduler,
-)
+from lite.strategies import Strategy, strategy_factories
 
 T = TypeVar("T")
-
-_set_up: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 class Lite(Resuming, Steps, Records):
@@ -59,13 +44,14 @@ class Lite(Resuming, Steps, Records):
         accelerator: "auto", "cpu", "cuda", "gpu", "mps" or an Accelerator.
         strategy: "auto", "single", "ddp", "ddp_find_unused_parameters_true", "ddp_spawn", "ddp_fork", "ddp_notebook", a
             name that an installed package registered (entry-point group `lite.strategies`), or a Strategy.
-        devices: How many devices or which: a number, "auto" (what torchrun started, else one), -1 (all), "0,1" or [0,
-            1].
+        devices: How many devices or which: a number, "auto" (what torchrun started, else one), -1 (all), "0,1" or
+            [0, 1]. On the CPU a number of processes.
         num_nodes: Number of machines.
         precision: "32-true", "64-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true"; 64, 32, 16 and "bf16" stand
             for the first, second, third and fourth of "64-true", "32-true", "16-mixed", "bf16-mixed".
         plugins: A Precision or an Environment of your own, or a list of them.
-        callbacks: Objects whose methods `call` runs.
+        callbacks: Objects with any of the methods `on_launch(lite)` (the processes run and have met),
+            `on_after_setup(lite, model)`, `on_after_optimizer_step(strategy, optimizer)`, and others that `call` names.
         loggers: One or several Loggers that `log` writes to.
 
     The first five fall back to LITE_ACCELERATOR, LITE_STRATEGY, LITE_DEVICES, LITE_NUM_NODES and LITE_PRECISION: an
@@ -103,20 +89,22 @@ class Lite(Resuming, Steps, Records):
                 "precision": precision,
             }
         )
-        needs_bf16 = "bf16" in str(arguments.get("precision", os.environ.get("LITE_PRECISION", "")))
-        self._plan: Plan = resolve(arguments, os.environ, probe_devices(bf16=needs_bf16), plugins)
+        self._plan: Plan = resolve(
+            arguments,
+            os.environ,
+            probe_devices(),
+            plugins,
+            strategies=strategy_factories(),
+            notebook=in_notebook(),
+        )
         self._callbacks: tuple[Any, ...] = _as_tuple(callbacks)
         self._loggers: tuple[Logger, ...] = _as_tuple(loggers)
         for logger in self._loggers:
             if not isinstance(logger, Logger):
                 raise ConfigError(f"loggers={loggers!r}: {logger!r} is no Logger; pass a lite.loggers.CSVLogger, say.")
         self._connected = False
-        self._modules: dict[nn.Module, Engine | None] = {}
-        self._optimizers: list[Optimizer] = []
-        self._schedulers: list[LRScheduler] = []
-        self._loaders: list[DataLoader[Any]] = []
-        self._facts: list[str] = []
-        self._weight = BatchWeight()
+        self._prepared = Prepared(self._plan.strategy, self._plan.precision)
+        self._modules, self._weight = self._prepared.modules, self._prepared.weight
         self._scale: Callable[[Tensor], Tensor] | None = None
         if self._plan.started:
             self._connect()
@@ -164,17 +152,20 @@ class Lite(Resuming, Steps, Records):
         local = plan.environment.local_rank()
         self._device = plan.accelerator.device(plan.devices[local])
         plan.accelerator.activate(self._device)
+        check_device(plan, self._device)
         if os.environ.get("LITE_DEBUG", "").lower() not in ("", "0", "false"):
             collectives.name_mismatches()
         self._store = plan.strategy.connect(plan.environment, self._device)
         self._first_rank = collectives.FirstRank(self._store) if self._store is not None else None
         self._connected = True
         self._backward = compose_backward(self)
-        atexit.register(plan.strategy.close)
+        if self._store is not None:
+            atexit.register(plan.strategy.close)
         self._guard_job()
-        for callback in self._callbacks:
-            if hasattr(callback, "on_launch"):
-                callback.on_launch(self)
+        # At the end of the script, or of this object's life; a launched function's end comes first.
+        writers = self._loggers if self.is_global_zero else ()
+        self._close_loggers = weakref.finalize(self, _close_all, writers)
+        self.call("on_launch", self)
 
     # ---- setting up
 
@@ -200,71 +191,38 @@ class Lite(Resuming, Steps, Records):
             `model` alone, or a tuple `(model, *optimizers, *schedulers)`.
 
         Raises:
-            UsageError: Something is set up already, or the processes don't run yet.
-            ConfigError: Something is of a wrong type, or an optimizer holds parameters of another model.
+            UsageError: Something is set up already, shares parameters with a model that is, or was passed twice; or
+                the processes don't run yet.
+            ConfigError: Something is of a wrong type, an optimizer holds parameters of another model, or a scheduler
+                paces an optimizer that is not set up. Whatever is refused stays as it was.
         """
         self._require_connected("setup")
-        late = _as_tuple(schedulers)
-        trained = [o for o in optimizers if isinstance(o, Optimizer)]
-        paced = [s for s in (*optimizers, *late) if isinstance(s, LRScheduler)]
-        self._check_objects(model, (*optimizers, *late))
-        self._check_parameters(model, trained)
-        self.setup_module(model, move_to_device=move_to_device)
-        if trained:
-            self.setup_optimizers(*trained)
-        for scheduler in paced:
-            wrap_scheduler(scheduler, self.precision)
-            self._schedulers.append(scheduler)
-            _set_up.add(scheduler)
+        others = (*optimizers, *_as_tuple(schedulers))
+        self._prepared.check(model, others)
+        self._prepared.add_module(model, self._device, move=move_to_device)
+        self._prepared.add_optimizers(others, self._methods("on_after_optimizer_step"))
         self.call("on_after_setup", self, model)
-        return (model, *optimizers, *late) if optimizers or late else model
+        return (model, *others) if others else model
 
     def setup_module(self, model: nn.Module, *, move_to_device: bool = True) -> nn.Module:
         """Prepare a model without optimizers; see `setup`. Collective: call on all ranks."""
         self._require_connected("setup_module")
-        self._check_objects(model, ())
-        tensors = [*model.parameters(), *model.buffers()]
-        if any(is_lazy(t) for t in tensors):
-            raise ConfigError(
-                f"{type(model).__name__} has lazy parameters without a shape; run one forward with a real batch "
-                "before setup."
-            )
-        if any(t.is_meta for t in tensors):
-            raise ConfigError(
-                f"{type(model).__name__} has parameters on the meta device, without values; materialise them first, "
-                "e.g. with "
-                "model.to_empty(device=lite.device) and its reset_parameters()."
-            )
-        self.precision.convert_module(model)
-        if move_to_device:
-            model.to(self._device)
-        engine = collectives.explained(self.strategy.wrap)(model, self._device)
-        wrap_module(model, engine=engine, precision=self.precision, device=self._device)
-        self._modules[model] = engine
-        _set_up.add(model)
-        self._facts.append(f"{type(model).__name__}: {self.strategy.explain(model)}; precision {self.precision.name}")
+        self._prepared.check(model, ())
+        self._prepared.add_module(model, self._device, move=move_to_device)
         return model
 
     def setup_optimizers(self, *optimizers: Optimizer) -> Any:
         """Prepare optimizers of models that are set up already; returns the same one, or a tuple.
 
         Raises:
-            ConfigError: None is given, or one is no optimizer.
-            UsageError: One is set up already, or holds parameters of no set-up model.
+            ConfigError: None is given, one is no optimizer, or one holds parameters of no set-up model.
+            UsageError: One is set up already.
         """
         self._require_connected("setup_optimizers")
         if not optimizers:
             raise ConfigError("setup_optimizers() got no optimizer; pass at least one.")
-        self._check_objects(None, optimizers)
-        self._check_parameters(None, optimizers)
-        for optimizer in optimizers:
-            move_optimizer_state(optimizer)
-            wrap_optimizer(optimizer, self.precision)
-            self._optimizers.append(optimizer)
-            _set_up.add(optimizer)
-            for callback in self._callbacks:
-                if hasattr(callback, "on_after_optimizer_step"):
-                    optimizer.register_step_post_hook(_after_step(callback, self.strategy))
+        self._prepared.check(None, optimizers)
+        self._prepared.add_optimizers(optimizers, self._methods("on_after_optimizer_step"))
         return optimizers if len(optimizers) > 1 else optimizers[0]
 
     def setup_dataloaders(
@@ -277,10 +235,9 @@ class Lite(Resuming, Steps, Records):
         """Split loaders over the ranks and move their batches to the device.
 
         Collective: call on all ranks. Every rank gets the same number of batches: the r-th slice of each global batch,
-            which is
-        what one process with `batch_size * world_size` would draw from the user's own sampler. A last global batch that
-        doesn't fill up is split as evenly as it goes, and `backward` weighs the loss accordingly. `gather_for_metrics`
-        counts each sample once.
+        which is what one process with `batch_size * world_size` would draw from the user's own sampler. A last global
+        batch that doesn't fill up is split as evenly as it goes, and `backward` weighs the loss accordingly.
+        `gather_for_metrics` counts each sample once.
 
         Args:
             *loaders: DataLoaders; each one's options, sampler, batch sampler and subclass are kept.
@@ -302,46 +259,39 @@ class Lite(Resuming, Steps, Records):
             raise ConfigError("setup_dataloaders() got no loader; pass at least one DataLoader.")
         if shard not in (None, "stride"):
             raise ConfigError(f"shard={shard!r} is not known; use None or 'stride'.")
+        self._prepared.check_loaders(loaders)
         parts, index = self.strategy.data_shards(self.world_size, self.global_rank)
-        ready = tuple(
-            setup_dataloader(
-                loader,
-                shard=Shard(index, parts),
-                device=self._device if move_to_device else None,
-                weight=self._weight,
-                use_distributed_sampler=use_distributed_sampler,
-                iterable_shard=shard,
-                sync=collectives.broadcast,
-            )
-            for loader in loaders
-        )
-        self._loaders.extend(loaders)
-        self._facts.extend(describe_dataloader(loader, parts, bool(use_distributed_sampler)) for loader in ready)
-        return ready if len(ready) > 1 else ready[0]
+        ready: list[DataLoader[Any]] = []
+        try:
+            for loader in loaders:
+                ready.append(
+                    setup_dataloader(
+                        loader,
+                        shard=Shard(index, parts),
+                        device=self._device if move_to_device else None,
+                        weight=self._weight,
+                        use_distributed_sampler=use_distributed_sampler,
+                        iterable_shard=shard,
+                        sync=collectives.broadcast,
+                    )
+                )
+        except Exception:
+            for loader in loaders[: len(ready)]:
+                release_dataloader(loader)
+            raise
+        facts = [
+            describe_dataloader(one, loader, parts, use_distributed_sampler, shard)
+            for one, loader in zip(ready, loaders, strict=True)
+        ]
+        self._prepared.add_loaders(loaders, facts)
+        return tuple(ready) if len(ready) > 1 else ready[0]
 
     def teardown(self) -> None:
         """Give the user's own models, optimizers and schedulers back, without a hook or patch.
 
         The loggers are flushed, and a background save is waited for; if it failed, that is raised at the end.
         """
-        for module, engine in self._modules.items():
-            unwrap_module(module)
-            if engine is not None:
-                engine.close()
-            _set_up.discard(module)
-        for optimizer in self._optimizers:
-            unwrap_optimizer(optimizer)
-            _set_up.discard(optimizer)
-        for scheduler in self._schedulers:
-            unwrap_scheduler(scheduler)
-            _set_up.discard(scheduler)
-        for loader in self._loaders:
-            release_dataloader(loader)
-        self._modules.clear()
-        self._loaders.clear()
-        self._optimizers.clear()
-        self._schedulers.clear()
-        self._facts.clear()
+        self._prepared.release()
         for logger in self._loggers:
             logger.flush()
         self._finish_saves()
@@ -357,9 +307,15 @@ class Lite(Resuming, Steps, Records):
 
         Args:
             seed: A whole number from 0 to 2**32 - 1.
-            workers: Accepted for LightningLite's users. Loader workers of different ranks always draw different
-                numbers.
+            workers: Always so: loader workers draw from this seed, those of different ranks different numbers. False is
+                ignored, with a warning.
         """
+        if not workers:
+            warnings.warn(
+                "seed_everything(workers=False) is ignored: torch seeds loader workers from the main process's seed; "
+                "leave workers out, and seed them in a worker_init_fn of your own if you want other numbers.",
+                stacklevel=2,
+            )
         return seed_everything(seed)
 
     @contextmanager
@@ -373,40 +329,6 @@ class Lite(Resuming, Steps, Records):
         """Create tensors on the device and in the precision's dtype."""
         return self.init_module()
 
-    # ---- checks and pieces
-
-    def _check_objects(self, model: nn.Module | None, others: Sequence[Any]) -> None:
-        if model is not None and not isinstance(model, nn.Module):
-            raise ConfigError(f"setup got {model!r} as the model; pass a torch.nn.Module first.")
-        for other in others:
-            if not isinstance(other, (Optimizer, LRScheduler)):
-                hint = "; loaders go to lite.setup_dataloaders" if isinstance(other, DataLoader) else ""
-                hint = "; set each model up by its own call" if isinstance(other, nn.Module) else hint
-                raise ConfigError(f"setup got a {type(other).__name__} among the optimizers and schedulers{hint}.")
-        for thing in (model, *others):
-            if thing is not None and thing in _set_up:
-                raise UsageError(
-                    f"this {type(thing).__name__} is set up already; keep the result of the first call, or call "
-                    "lite.teardown() first."
-                )
-
-    def _check_parameters(self, model: nn.Module | None, optimizers: Sequence[Optimizer]) -> None:
-        """Every optimizer must train set-up parameters: others would go their own way on each rank."""
-        modules = [*self._modules, *([model] if model is not None else [])]
-        known = {id(p) for module in modules for p in module.parameters()}
-        for optimizer in optimizers:
-            held = [p for group in optimizer.param_groups for p in group["params"]]
-            foreign = [p for p in held if id(p) not in known]
-            if foreign:
-                shape = tuple(foreign[0].shape)
-                raise ConfigError(
-                    f"{type(optimizer).__name__} holds {len(foreign)} of {len(held)} parameters (the first of shape "
-                    f"{shape}) that "
-                    "belong to no model that is set up; create it from model.parameters() of the model that you pass "
-                    "to "
-                    "lite.setup, after the last change of the model."
-                )
-
     def __getstate__(self) -> dict[str, Any]:
         if self._connected:
             raise UsageError(
@@ -416,14 +338,28 @@ class Lite(Resuming, Steps, Records):
 
 
 def _run_in_process(lite: Lite, fn: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]) -> T:
-    """What a started process does: join as itself, then run."""
+    """What a started process does: join as itself, run, and leave; a forked one runs nothing at its exit."""
     lite._plan = lite._plan.joined(detect_environment(os.environ))
     lite._connect()
+    strategy = lite.strategy
     try:
-        return fn(lite, *args, **kwargs)
+        value = fn(lite, *args, **kwargs)
     except BaseException as error:
-        lite._tell_of_failure(error)
+        if isinstance(error, SystemExit) and error.code in (None, 0):
+            strategy.close()
+        else:
+            lite._tell_of_failure(error)
         raise
+    finally:
+        # After a failure the group is left alone: the other ranks learn of it by this process's end.
+        lite._close_loggers()
+    strategy.close()
+    return value
+
+
+def _close_all(loggers: Sequence[Logger]) -> None:
+    for logger in loggers:
+        logger.close()
 
 
 def _call_run(lite: Any, *args: Any, **kwargs: Any) -> Any:
@@ -440,13 +376,6 @@ def _launching(run: Callable[..., Any]) -> Callable[..., Any]:
         return self.launch(_call_run, *args, **kwargs)
 
     return launched
-
-
-def _after_step(callback: Any, strategy: Strategy) -> Callable[..., None]:
-    def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        callback.on_after_optimizer_step(strategy, optimizer)
-
-    return after_step
 
 
 def _as_tuple(value: Any) -> tuple[Any, ...]:

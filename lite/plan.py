@@ -1,22 +1,25 @@
 """Turns what the user asked for into objects: the only place where names, aliases and "auto" are settled.
 
-`resolve` is pure: arguments, environment variables and the devices that were found go in, a frozen `Plan` comes out. It
-starts nothing and every contradiction is a `ConfigError` that quotes the user's own words.
+`resolve` is pure: arguments, environment variables, the devices and strategies that were found go in, a frozen `Plan`
+comes out. It starts nothing and every contradiction is a `ConfigError` that quotes the user's own words.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from lite.accelerators import ACCELERATORS, Accelerator, DeviceProbe
+from lite.accelerators.indices import read_request
 from lite.environments import Environment, detect_environment
 from lite.errors import ConfigError, choose
-from lite.launchers import ElasticLauncher, InlineLauncher, Launcher
-from lite.launchers.elastic import in_notebook
+from lite.launchers import InlineLauncher, Launcher
 from lite.precision import PRECISION_ALIASES, PRECISIONS, Precision, make_precision
-from lite.strategies import Strategy, strategy_factories
+from lite.strategies import STRATEGIES, Strategy
 
 VARIABLES = {
     "accelerator": "LITE_ACCELERATOR",
@@ -109,7 +112,15 @@ class Plan:
         return replace(self, environment=environment, launcher=InlineLauncher())
 
 
-def resolve(arguments: Mapping[str, Any], environ: Mapping[str, str], probe: DeviceProbe, plugins: Any = None) -> Plan:
+def resolve(
+    arguments: Mapping[str, Any],
+    environ: Mapping[str, str],
+    probe: DeviceProbe,
+    plugins: Any = None,
+    *,
+    strategies: Mapping[str, Callable[[], Strategy]] = STRATEGIES,
+    notebook: bool = False,
+) -> Plan:
     """Settle every setting.
 
     Args:
@@ -118,6 +129,8 @@ def resolve(arguments: Mapping[str, Any], environ: Mapping[str, str], probe: Dev
         environ: The environment variables.
         probe: The devices of this machine.
         plugins: A Precision or Environment object, or a list of them.
+        strategies: What makes each strategy that has a name.
+        notebook: Whether functions are defined in a notebook, so that only a fork can run them in other processes.
 
     Raises:
         ConfigError: A value is unknown, unavailable or contradicts another one.
@@ -125,8 +138,9 @@ def resolve(arguments: Mapping[str, Any], environ: Mapping[str, str], probe: Dev
     asked = {name: _setting(name, arguments, environ) for name in DEFAULTS}
     extra = _sort_plugins(plugins, asked)
     environment = extra.get("environment") or detect_environment(environ)
+    environment.check()
     num_nodes = _num_nodes(asked["num_nodes"])
-    accelerator = _accelerator(asked["accelerator"], asked["devices"], probe)
+    accelerator = _accelerator(asked["accelerator"], probe)
     if environment.started:
         devices = _joined_devices(asked["devices"], asked["num_nodes"], accelerator, probe, environment)
         world_size, num_nodes = environment.world_size(), max(num_nodes, environment.num_nodes() or 1)
@@ -134,14 +148,13 @@ def resolve(arguments: Mapping[str, Any], environ: Mapping[str, str], probe: Dev
         if num_nodes > 1:
             raise ConfigError(
                 f"{asked['num_nodes']} needs a launcher on every machine; start the script there with torchrun "
-                "--nnodes="
-                f"{num_nodes}, srun or mpirun."
+                f"--nnodes={num_nodes}, srun or mpirun."
             )
-        devices = accelerator.devices(_read_number(asked["devices"]), probe)
+        devices = accelerator.devices(read_request(asked["devices"].value), probe, str(asked["devices"]))
         world_size = len(devices)
-    strategy = _strategy(asked["strategy"], asked["devices"], world_size, environment, accelerator)
-    precision = extra.get("precision") or _precision(asked["precision"], accelerator, probe)
-    launcher = _launcher(strategy, world_size, environment)
+    strategy = _strategy(asked["strategy"], asked["devices"], world_size, environment, accelerator, strategies)
+    precision = extra.get("precision") or _precision(asked["precision"], accelerator)
+    launcher = _launcher(strategy, asked["strategy"], world_size, environment, notebook)
     what_came = {
         "accelerator": accelerator.name,
         "strategy": f"{strategy.name}, {world_size} process{'es' if world_size > 1 else ''}",
@@ -164,14 +177,6 @@ def _setting(name: str, arguments: Mapping[str, Any], environ: Mapping[str, str]
     return Setting(name, DEFAULTS[name], "default")
 
 
-def _read_number(setting: Setting) -> Any:
-    """A whole number from an environment variable; anything else as it is."""
-    value = setting.value
-    if setting.source.startswith("LITE_") and value.lstrip("-").isdigit():
-        return int(value)
-    return value
-
-
 def _sort_plugins(plugins: Any, asked: Mapping[str, Setting]) -> dict[str, Any]:
     items = plugins if isinstance(plugins, (list, tuple)) else [] if plugins is None else [plugins]
     found: dict[str, Any] = {}
@@ -180,8 +185,7 @@ def _sort_plugins(plugins: Any, asked: Mapping[str, Setting]) -> dict[str, Any]:
         if kind is None:
             raise ConfigError(
                 f"plugins={plugins!r}: {item!r} is no plugin; pass a Precision or an Environment object. Strategies "
-                "and "
-                "accelerators go into strategy= and accelerator=."
+                "and accelerators go into strategy= and accelerator=."
             )
         if kind in found:
             raise ConfigError(f"plugins={plugins!r} has two of the kind {kind}; pass one.")
@@ -192,13 +196,15 @@ def _sort_plugins(plugins: Any, asked: Mapping[str, Setting]) -> dict[str, Any]:
 
 
 def _num_nodes(setting: Setting) -> int:
-    value = _read_number(setting)
+    value = setting.value
+    if setting.source.startswith("LITE_") and re.fullmatch("[0-9]+", value):
+        value = int(value)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ConfigError(f"{setting} is not a number of machines; use a whole number of at least 1.")
     return value
 
 
-def _accelerator(setting: Setting, devices: Setting, probe: DeviceProbe) -> Accelerator:
+def _accelerator(setting: Setting, probe: DeviceProbe) -> Accelerator:
     if isinstance(setting.value, Accelerator):
         accelerator = setting.value
     else:
@@ -228,14 +234,18 @@ def _joined_devices(
         if world % num_nodes:
             raise ConfigError(f"{nodes} does not divide the {world} processes that {environment.name} started.")
         local = world // num_nodes
-    request = _read_number(devices)
-    if request in ("auto", -1, "-1"):
-        request = local
-    found = (
-        accelerator.devices(request, probe)
-        if accelerator.name == "cpu"
-        else _indices(request, local, accelerator, probe)
-    )
+    request, shown = read_request(devices.value), str(devices)
+    if request in ("auto", -1):
+        request, shown = local, f"{local} processes on this machine, one device each,"
+    alone = accelerator.name != "cpu" and environment.binds_devices and len(accelerator.devices(-1, probe, shown)) == 1
+    if alone and request == local:
+        return (0,) * local  # each process sees its own device only; they compare them when they meet
+    try:
+        found = accelerator.devices(request, probe, shown)
+    except ConfigError as error:
+        if shown == str(devices):
+            raise
+        raise ConfigError(f"{error} Start fewer processes, or use accelerator='cpu'.") from None
     if len(found) != local:
         raise ConfigError(
             f"{devices} but {environment.name} started {local} process{'es' if local > 1 else ''}"
@@ -245,38 +255,29 @@ def _joined_devices(
     return found
 
 
-def _indices(request: Any, local: int, accelerator: Accelerator, probe: DeviceProbe) -> tuple[int, ...]:
-    try:
-        return accelerator.devices(request, probe)
-    except ConfigError as error:
-        if request == local:
-            raise ConfigError(
-                f"{local} processes run on this machine, one device each: {error} Start fewer processes, or use "
-                "accelerator='cpu'."
-            ) from None
-        raise
-
-
 def _how_many(environment: Environment, count: int) -> str:
     return f", with torchrun --nproc-per-node={count}" if environment.name == "torchrun" else " processes"
 
 
 def _strategy(
-    setting: Setting, devices: Setting, world_size: int, environment: Environment, accelerator: Accelerator
+    setting: Setting,
+    devices: Setting,
+    world_size: int,
+    environment: Environment,
+    accelerator: Accelerator,
+    strategies: Mapping[str, Callable[[], Strategy]],
 ) -> Strategy:
     if isinstance(setting.value, Strategy):
         strategy = setting.value
-    elif setting.value == "auto":
-        factories = strategy_factories()
-        strategy = factories["ddp" if world_size > 1 or environment.started else "single"]()
+    elif _is_auto(setting.value):
+        strategy = strategies["ddp" if world_size > 1 or environment.started else "single"]()
     else:
         name, value = _name_value(setting)
         if isinstance(value, str) and value.lower() == "dp":
             raise ConfigError(
                 f"{setting}: DataParallel is not supported (slower than DDP, and other numbers); use 'ddp'."
             )
-        factories = strategy_factories()
-        strategy = factories[choose(name, value, ["auto", *factories])]()
+        strategy = strategies[choose(name, value, ["auto", *strategies])]()
     if world_size > 1 and not strategy.distributed:
         cause = f"{environment.name} started {world_size} processes" if environment.started else f"{devices}"
         raise ConfigError(
@@ -287,7 +288,7 @@ def _strategy(
     return strategy
 
 
-def _precision(setting: Setting, accelerator: Accelerator, probe: DeviceProbe) -> Precision:
+def _precision(setting: Setting, accelerator: Accelerator) -> Precision:
     if isinstance(setting.value, Precision):
         return setting.value
     name, value = _name_value(setting)
@@ -298,9 +299,6 @@ def _precision(setting: Setting, accelerator: Accelerator, probe: DeviceProbe) -
         value = choose(name, value, PRECISIONS)
     if accelerator.name == "mps" and value == "64-true":
         raise ConfigError(f"{setting} can't run on accelerator='mps', which has no float64; the nearest is '32-true'.")
-    if accelerator.name == "cuda" and value.startswith("bf16") and not probe.cuda_bf16:
-        nearest = value.replace("bf16", "16")
-        raise ConfigError(f"{setting}: this machine's GPU does not compute in bfloat16; the nearest is {nearest!r}.")
     return make_precision(value, accelerator.name)
 
 
@@ -308,11 +306,40 @@ def _name_value(setting: Setting) -> tuple[str, Any]:
     return (setting.source if setting.source.startswith("LITE_") else setting.name), setting.value
 
 
-def _launcher(strategy: Strategy, world_size: int, environment: Environment) -> Launcher:
+def _is_auto(value: Any) -> bool:
+    return isinstance(value, str) and value.lower() == "auto"
+
+
+def _launcher(
+    strategy: Strategy, setting: Setting, world_size: int, environment: Environment, notebook: bool
+) -> Launcher:
     if environment.started or world_size == 1:
         return InlineLauncher()
-    method = "fork" if in_notebook() else strategy.start_method
+    method = strategy.start_method
+    if notebook and method != "fork":
+        asked_for = isinstance(setting.value, str) and setting.value.lower() == "ddp_spawn"
+        if asked_for or method != "spawn":
+            raise ConfigError(
+                f"{setting} starts fresh processes, which can't see what a notebook defines; use "
+                "strategy='ddp_notebook', leave strategy out, or move the code to a script."
+            )
+        method = "fork"
+    from lite.launchers import ElasticLauncher
+
     return ElasticLauncher(world_size, start_method=method)
+
+
+def check_device(plan: Plan, device: torch.device) -> None:
+    """Refuse a precision that the device lacks; only the process that has the device can ask it.
+
+    Raises:
+        ConfigError: It is bfloat16, which GPUs before Ampere don't compute in.
+    """
+    dtypes = (plan.precision.param_dtype, plan.precision.compute_dtype)
+    if torch.bfloat16 in dtypes and not plan.accelerator.computes_in(torch.bfloat16, device):
+        setting = next(s for s in plan.settings if s.name == "precision")
+        nearest = plan.precision.name.replace("bf16", "16")
+        raise ConfigError(f"{setting}: the GPU {device} does not compute in bfloat16; the nearest is {nearest!r}.")
 
 
 def _describe(accelerator: Accelerator, devices: Sequence[int], environment: Environment, probe: DeviceProbe) -> str:

@@ -17,7 +17,7 @@ LAYERS = [
     {"collectives"},
     {"launchers", "environments", "accelerators", "precision", "checkpoint", "loggers", "data"},
     {"strategies", "wrapping"},
-    {"gradients", "guards"},
+    {"gradients", "guards", "prepared"},
     {"plan", "resumable"},
     {"facets"},
     {"lite"},

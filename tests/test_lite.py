@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data.distributed import DistributedSampler
 
 from lite import Lite
 from tests.support.models import MLP
@@ -22,9 +24,20 @@ def test_explain_says_where_each_setting_came_from(monkeypatch: pytest.MonkeyPat
         assert part in text, text
 
 
+class Stream(IterableDataset[int]):
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(11))
+
+
 def explained() -> str:
     lite = Lite(accelerator="cpu")
     lite.setup_dataloaders(DataLoader(range(11), batch_size=2), DataLoader(range(11), batch_size=2, drop_last=True))
+    lite.setup_dataloaders(DataLoader(range(11), batch_size=2), use_distributed_sampler="interleaved")
+    lite.setup_dataloaders(DataLoader(range(12), batch_size=2), use_distributed_sampler=False)
+    own = DistributedSampler(range(11), 2, lite.global_rank, drop_last=True)
+    lite.setup_dataloaders(DataLoader(range(11), batch_size=2, sampler=own))
+    lite.setup_dataloaders(DataLoader(Stream(), batch_size=2), shard="stride")
+    lite.setup_dataloaders(DataLoader(Stream(), batch_size=2))
     lite.setup(MLP())
     lite.setup(MLP().requires_grad_(False))
     return lite.explain()
@@ -35,8 +48,13 @@ def test_explain_says_what_was_done() -> None:
     for text in run_distributed(explained):
         for part in (
             "started by torchrun",
-            "global batch 4 (2 on each of 2 rank(s)); 3 steps per epoch, the last 3 samples split evenly",
+            "global batch 4 (2 on each of 2 ranks); 3 steps per epoch, the last 3 samples split evenly",
             "2 steps per epoch, the last 3 samples dropped",
+            "in torch's DistributedSampler order over 2 ranks; 3 steps per epoch, 1 samples repeated",
+            "not split, each of 2 ranks has all of it; 6 steps per epoch",
+            "by its own DistributedSampler over 2 ranks; 3 steps per epoch, 1 samples dropped",
+            "each global batch of its one stream is split over 2 ranks; length unknown",
+            "split by nobody but the dataset itself, on 2 ranks",
             "MLP: DistributedDataParallel",
             "MLP: the module itself: it has no parameter to train",
         ):
@@ -88,6 +106,13 @@ def test_modules_are_created_in_place() -> None:
     with pytest.raises(ZeroDivisionError), lite.init_module():
         1 / 0  # noqa: B018
     assert torch.get_default_dtype() == torch.float32
+
+
+def test_settings_that_are_ignored_are_warned_about() -> None:
+    """LightningLite's workers=False can't be had."""
+    with pytest.warns(UserWarning, match="workers=False"):
+        assert Lite.seed_everything(3, workers=False) == 3
+    assert Lite.seed_everything(4) == 4
 
 
 def who() -> tuple[Any, ...]:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from lite.accelerators import DeviceProbe
+from lite import ConfigError, Lite
+from lite.accelerators import CPUAccelerator, DeviceProbe
 from lite.launchers import ElasticLauncher, InlineLauncher
 from lite.plan import Plan, resolve
 from lite.precision import MixedPrecision
-from lite.strategies import DDPStrategy, SingleStrategy, Strategy
+from lite.strategies import DDPStrategy, SingleStrategy
+from tests.support.processes import run_python
 
-GPUS = DeviceProbe(cuda=4, cuda_bf16=True)
+GPUS = DeviceProbe(cuda=4)
 TORCHRUN = {
     "RANK": "1",
     "LOCAL_RANK": "1",
@@ -21,7 +27,15 @@ TORCHRUN = {
     "MASTER_ADDR": "127.0.0.1",
     "MASTER_PORT": "1234",
 }
-
+ONE_GPU_EACH = {
+    "SLURM_PROCID": "1",
+    "SLURM_STEP_ID": "0",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "0",
+    "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_STEP_TASKS_PER_NODE": "2",
+    "SLURM_JOB_ID": "7",
+}
 
 NOTHING = DeviceProbe()
 
@@ -101,23 +115,111 @@ def test_instances_pass_through() -> None:
     assert resolve({}, {}, DeviceProbe(), [precision]).precision is precision
 
 
-class Mine(Strategy):
-    """A third party's."""
-
-    name = "mine"
-
-
-def test_an_installed_package_registers_a_strategy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through the entry-point group lite.strategies."""
-    from importlib.metadata import EntryPoint
-
-    point = EntryPoint(name="mine", value="tests.test_plan:Mine", group="lite.strategies")
-    monkeypatch.setattr("lite.strategies.entry_points", lambda group: [point] if group == "lite.strategies" else [])
-    assert type(plan(strategy="mine").strategy).__name__ == "Mine"
+def test_names_are_read_in_any_case() -> None:
+    """ "auto" too, from arguments and from variables."""
+    assert type(plan(strategy="AUTO").strategy) is SingleStrategy
+    assert type(plan({"LITE_STRATEGY": "Auto", "LITE_DEVICES": "AUTO"}, GPUS).strategy) is SingleStrategy
+    assert plan(TORCHRUN, GPUS, devices="Auto", accelerator="GPU", strategy="DDP").devices == (0, 1)
+    assert plan(probe=GPUS, devices=" 1, 3").devices == plan(probe=GPUS, devices="[1, 3]").devices == (1, 3)
+    assert plan(probe=GPUS, devices="1,").devices == (1,)
 
 
-def test_resolving_changes_nothing() -> None:
-    """Pure: the mapping that it reads stays as it is."""
-    environ = dict(TORCHRUN)
-    plan(environ)
-    assert environ == TORCHRUN
+def test_processes_that_each_see_one_device_use_it() -> None:
+    """srun --gpus-per-task=1; under torchrun two processes on one GPU are a mistake."""
+    probe = DeviceProbe(cuda=1)
+    assert plan(ONE_GPU_EACH, probe).devices == plan(ONE_GPU_EACH, probe, devices=2).devices == (0, 0)
+    assert plan(ONE_GPU_EACH, GPUS).devices == (0, 1)
+    with pytest.raises(ConfigError, match="2 processes on this machine"):
+        plan(TORCHRUN, probe)
+
+
+def test_a_notebook_forks() -> None:
+    """Unless the user asked for fresh processes, which is refused; with one process nothing is started."""
+    for strategy in ("auto", "ddp", "ddp_notebook", DDPStrategy()):
+        found = resolve({"devices": 2, "strategy": strategy}, {}, NOTHING, notebook=True)
+        assert found.launcher.start_method == "fork"  # type: ignore[attr-defined]
+    for strategy in ("ddp_spawn", DDPStrategy(start_method="forkserver")):
+        with pytest.raises(ConfigError, match=r"strategy=.*ddp_notebook"):
+            resolve({"devices": 2, "strategy": strategy}, {}, NOTHING, notebook=True)
+        assert isinstance(resolve({"strategy": strategy}, {}, NOTHING, notebook=True).launcher, InlineLauncher)
+
+
+NOTEBOOK = """
+import sys, types
+shell = types.ModuleType("IPython")
+shell.get_ipython = lambda: None
+sys.modules["IPython"] = shell
+from lite import Lite
+from lite.launchers import in_notebook
+print(in_notebook())
+shell.get_ipython = lambda: object()
+lite = Lite(accelerator="cpu", devices=2)
+print(in_notebook(), lite.launch(lambda lite: (lite.world_size, lite.all_reduce(1, "sum"))))
+"""
+
+
+def test_functions_of_a_notebook_run_in_forked_processes() -> None:
+    """A lambda could reach no fresh process."""
+    done = run_python("-c", NOTEBOOK)
+    assert done.stdout.split("\n")[:2] == ["False", "True (2, 2)"], done.stderr
+
+
+class OldGPU(CPUAccelerator):
+    """A device that has no bfloat16."""
+
+    def computes_in(self, dtype: torch.dtype, device: torch.device) -> bool:
+        return dtype is not torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["bf16-mixed", "BF16", "bf16-True"])
+def test_a_device_without_bfloat16_is_asked_when_it_is_known(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the process that has it; planning asks no device."""
+    Lite(accelerator="cpu", precision=name)
+    with pytest.raises(ConfigError, match=rf"precision='{name}': the GPU cpu .* nearest is '16-"):
+        Lite(accelerator=OldGPU(), precision=name)
+    monkeypatch.setenv("LITE_PRECISION", name)
+    with pytest.raises(ConfigError, match=f"LITE_PRECISION={name}"):
+        Lite(accelerator=OldGPU())
+    Lite(accelerator=OldGPU(), precision="16-mixed")
+
+
+@pytest.mark.gpu
+def test_bfloat16_on_a_gpu_in_any_case_and_planning_leaves_cuda_alone() -> None:
+    """A process that has planned can still fork."""
+    code = (
+        "import torch; from lite import Lite; "
+        "lite = Lite(devices=1, precision='BF16-mixed') if torch.cuda.is_bf16_supported() else None; "
+        "print(lite.precision.name if lite else 'bf16-mixed')"
+    )
+    assert run_python("-c", code).stdout.strip() == "bf16-mixed"
+    code = (
+        "import torch; from lite.accelerators import probe_devices; probe_devices(); print(torch.cuda.is_initialized())"
+    )
+    assert run_python("-c", code).stdout.strip() == "False"
+
+
+def test_an_installed_package_registers_a_strategy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the entry-point group lite.strategies, as pip installs it."""
+    info = tmp_path / "mine-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[lite.strategies]\nmine = mine_strategy:Mine\n")
+    (tmp_path / "mine_strategy.py").write_text(
+        "from lite.strategies import Strategy\nclass Mine(Strategy):\n    name = 'mine'\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert type(Lite(accelerator="cpu", strategy="mine").strategy).__name__ == "Mine"
+    with pytest.raises(ConfigError, match="'mine'"):
+        Lite(accelerator="cpu", strategy="theirs")
+
+
+def test_resolving_is_pure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mapping stays as it is, and the process's variables, modules and installed packages are not looked at."""
+    environ, modules, process = dict(TORCHRUN), set(sys.modules), dict(os.environ)
+    monkeypatch.setattr("importlib.metadata.entry_points", None)
+    monkeypatch.setattr("lite.strategies.entry_points", None)
+    monkeypatch.setitem(sys.modules, "IPython", None)
+    monkeypatch.setattr("torch.cuda.device_count", None)
+    assert plan(environ, GPUS).settings == plan(environ, GPUS).settings
+    assert plan(devices=2).world_size == 2
+    assert (environ, set(sys.modules) - {"IPython"}, dict(os.environ)) == (TORCHRUN, modules - {"IPython"}, process)

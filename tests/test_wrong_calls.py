@@ -18,8 +18,9 @@ from lite.plan import resolve
 from lite.precision import MixedPrecision
 from tests.support.models import MLP, VAE
 from tests.support.processes import run_distributed
-from tests.test_plan import GPUS, TORCHRUN
+from tests.test_plan import GPUS, ONE_GPU_EACH, TORCHRUN
 
+ALONE = {"WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}
 ARGUMENTS: list[tuple[dict[str, Any], dict[str, str], DeviceProbe, list[str]]] = [
     ({"accelerator": "cudda"}, {}, GPUS, ["accelerator='cudda'", "'cuda'"]),
     ({"accelerator": "gpu"}, {}, DeviceProbe(), ["accelerator='gpu'", "not available", "cpu"]),
@@ -43,13 +44,21 @@ ARGUMENTS: list[tuple[dict[str, Any], dict[str, str], DeviceProbe, list[str]]] =
     ({"precision": "b16"}, {}, DeviceProbe(), ["precision='b16'", "Did you mean 'bf16'"]),
     ({"precision": 8}, {}, DeviceProbe(), ["precision=8", "32-true"]),
     ({"precision": "64-true"}, {}, DeviceProbe(mps=True), ["precision='64-true'", "'32-true'"]),
-    ({"precision": "bf16-mixed"}, {}, DeviceProbe(cuda=1), ["precision='bf16-mixed'", "'16-mixed'"]),
     ({"devices": 4}, TORCHRUN, DeviceProbe(), ["devices=4", "torchrun started 2", "--nproc-per-node=4"]),
     ({"devices": [0]}, TORCHRUN, GPUS, ["devices=[0]", "torchrun started 2"]),
     ({"accelerator": "cuda"}, TORCHRUN, DeviceProbe(cuda=1), ["2 processes", "1 CUDA device", "accelerator='cpu'"]),
     ({}, {**TORCHRUN, "WORLD_SIZE": "two"}, DeviceProbe(), ["WORLD_SIZE='two'", "whole number"]),
     ({}, {"LITE_PRECISION": "half"}, DeviceProbe(), ["LITE_PRECISION='half'"]),
-    ({}, {"LITE_DEVICES": "many"}, DeviceProbe(cuda=2), ["devices='many'"]),
+    ({}, {"LITE_DEVICES": "many"}, DeviceProbe(cuda=2), ["LITE_DEVICES=many"]),
+    ({}, {"LITE_DEVICES": "--3"}, DeviceProbe(), ["LITE_DEVICES=--3", "number of processes"]),
+    ({}, {"LITE_DEVICES": "²"}, DeviceProbe(cuda=2), ["LITE_DEVICES=²", "not understood"]),
+    ({}, {"LITE_DEVICES": "0,9"}, DeviceProbe(cuda=2), ["LITE_DEVICES=0,9", "isn't there"]),
+    ({}, {"LITE_DEVICES": "5"}, DeviceProbe(cuda=4), ["LITE_DEVICES=5", "asks for more"]),
+    ({"devices": "²"}, {}, DeviceProbe(), ["devices='²'"]),
+    ({"devices": -1}, {}, DeviceProbe(), ["devices=-1", "number of processes"]),
+    ({"devices": "0,1"}, {}, DeviceProbe(), ["devices='0,1'", "number of processes"]),
+    ({"devices": True}, {**TORCHRUN, **ALONE}, GPUS, ["devices=True"]),
+    ({"devices": 3}, ONE_GPU_EACH, DeviceProbe(cuda=1), ["devices=3", "1 CUDA device"]),
     ({}, {"LITE_NUM_NODES": "x"}, DeviceProbe(), ["LITE_NUM_NODES=x"]),
     ({"strategy": "ddp", "devices": 2}, {}, DeviceProbe(mps=True), ["devices=2"]),
 ]

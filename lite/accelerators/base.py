@@ -15,12 +15,10 @@ class DeviceProbe:
 
     Args:
         cuda: Number of CUDA devices that this process can see.
-        cuda_bf16: Whether all of them compute in bfloat16 natively.
         mps: Whether Apple's Metal device can be used.
     """
 
     cuda: int = 0
-    cuda_bf16: bool = False
     mps: bool = False
 
 
@@ -34,8 +32,17 @@ class Accelerator(ABC):
         """Whether this machine has at least one such device."""
 
     @abstractmethod
-    def devices(self, request: Any, probe: DeviceProbe) -> tuple[int, ...]:
-        """Turn `devices=` (a count, "auto", -1, "0,1" or a list) into local device indices, or raise ConfigError."""
+    def devices(self, request: Any, probe: DeviceProbe, shown: str) -> tuple[int, ...]:
+        """Turn `devices=` into local device indices.
+
+        Args:
+            request: A number, "auto", -1 (all) or a list of indices.
+            probe: What this machine has.
+            shown: The request as the user wrote it, for messages.
+
+        Raises:
+            ConfigError: The request can't be met.
+        """
 
     def device(self, index: int) -> torch.device:
         """The torch device with that index."""
@@ -43,6 +50,10 @@ class Accelerator(ABC):
 
     def activate(self, device: torch.device) -> None:  # noqa: B027 - nothing to do is a fine default
         """Make `device` the current one of this process."""
+
+    def computes_in(self, dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether the device computes in that dtype by itself; asked on the process that has the device."""
+        return True
 
     def stats(self, device: torch.device) -> dict[str, float]:
         """Memory statistics in bytes; empty where the device keeps none."""

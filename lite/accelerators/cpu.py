@@ -18,16 +18,15 @@ class CPUAccelerator(Accelerator):
     def is_available(self, probe: DeviceProbe) -> bool:
         return True
 
-    def devices(self, request: Any, probe: DeviceProbe) -> tuple[int, ...]:
-        if request == "auto":
+    def devices(self, request: Any, probe: DeviceProbe, shown: str) -> tuple[int, ...]:
+        if isinstance(request, str) and request == "auto":
             return (0,)
-        count = int(request) if isinstance(request, str) and request.strip().isdigit() else request
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        if isinstance(request, bool) or not isinstance(request, int) or request < 1:
             raise ConfigError(
-                f"devices={request!r} can't be used with accelerator='cpu', which takes a number of processes; "
-                "use devices=2, say."
+                f"{shown} can't be used with accelerator='cpu', which takes a number of processes, at least 1; use "
+                "devices=2, say."
             )
-        return tuple(range(count))
+        return tuple(range(request))
 
     def device(self, index: int) -> torch.device:
         return torch.device("cpu")

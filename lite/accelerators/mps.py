@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from lite.accelerators.base import Accelerator, DeviceProbe
-from lite.accelerators.cuda import parse_indices
+from lite.accelerators.indices import parse_indices
 
 
 class MPSAccelerator(Accelerator):
@@ -18,8 +18,8 @@ class MPSAccelerator(Accelerator):
     def is_available(self, probe: DeviceProbe) -> bool:
         return probe.mps
 
-    def devices(self, request: Any, probe: DeviceProbe) -> tuple[int, ...]:
-        return parse_indices(request, int(probe.mps), "Metal device")
+    def devices(self, request: Any, probe: DeviceProbe, shown: str) -> tuple[int, ...]:
+        return parse_indices(request, int(probe.mps), "Metal device", shown)
 
     def stats(self, device: torch.device) -> dict[str, float]:
         return {"allocated_bytes": torch.mps.current_allocated_memory()}

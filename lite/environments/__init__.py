@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from lite.environments.base import Environment
+from lite.environments.base import Environment, check_company
 from lite.environments.local import LocalEnvironment
 from lite.environments.mpi import MPIEnvironment
 from lite.environments.slurm import SlurmEnvironment
@@ -16,11 +16,16 @@ __all__ = [
     "MPIEnvironment",
     "SlurmEnvironment",
     "TorchrunEnvironment",
+    "check_company",
     "detect_environment",
 ]
 
 
 def detect_environment(environ: Mapping[str, str]) -> Environment:
     """The environment that started this process; torchrun inside a SLURM job counts as torchrun."""
-    kinds: tuple[type[Environment], ...] = (TorchrunEnvironment, SlurmEnvironment, MPIEnvironment, LocalEnvironment)
-    return next(kind for kind in kinds if kind.detect(environ))(environ)
+    for kind in (TorchrunEnvironment, SlurmEnvironment, MPIEnvironment):
+        if kind.detect(environ):
+            return kind(environ)
+    # Set by hand, or by Kubeflow: ranks then, or an error that names what is missing, but never one process for itself.
+    several = environ.get("WORLD_SIZE", "").strip() not in ("", "0", "1")
+    return TorchrunEnvironment(environ) if several else LocalEnvironment(environ)

@@ -16,12 +16,14 @@ class SlurmEnvironment(Environment):
     """
 
     name = "srun"
+    binds_devices = True
 
     @classmethod
     def detect(cls, environ: Mapping[str, str]) -> bool:
         if "SLURM_PROCID" not in environ or "SLURM_STEP_ID" not in environ:
             return False
-        return environ.get("SLURM_JOB_NAME") not in ("bash", "interactive", "sh", "zsh")
+        is_shell = environ.get("SLURM_JOB_NAME") in ("bash", "interactive", "sh", "zsh")
+        return not is_shell or environ.get("SLURM_STEP_NUM_TASKS", "1").strip() != "1"
 
     def world_size(self) -> int:
         return self._number("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
@@ -60,9 +62,14 @@ class SlurmEnvironment(Environment):
         return first_host(nodes) if nodes else "127.0.0.1"
 
     def main_port(self) -> int:
-        """MASTER_PORT, or one that follows from the job's number, so that jobs on one machine don't meet each other."""
+        """MASTER_PORT, or one that follows from job and step, so that those on one machine don't meet each other."""
         given = self._optional("MASTER_PORT")
-        return given if given is not None else 15000 + self._number("SLURM_JOB_ID", "SLURM_JOBID") % 20000
+        if given is not None:
+            return given
+        return 15000 + (self._number("SLURM_JOB_ID", "SLURM_JOBID") + 6007 * self._number("SLURM_STEP_ID")) % 20000
+
+    def job_id(self) -> str | None:
+        return f"SLURM step {self._number('SLURM_JOB_ID', 'SLURM_JOBID')}.{self._number('SLURM_STEP_ID')}"
 
 
 def first_host(nodes: str) -> str:
@@ -72,10 +79,9 @@ def first_host(nodes: str) -> str:
         >>> first_host("gpu[003-005,7],cpu1")
         'gpu003'
     """
-    match = re.match(r"([^\[,]+)(?:\[([^\]]+)\]([^,]*))?", nodes.strip())
-    if match is None:
+    first = re.match(r"(?:[^\[\],\s]|\[[0-9][0-9,-]*\])+", nodes.strip())
+    if first is None or not re.match(r",|$", nodes.strip()[first.end() :]):
         raise ConfigError(
             f"SLURM_JOB_NODELIST={nodes!r} is not understood; set MASTER_ADDR to the first machine's name."
         )
-    prefix, numbers, suffix = match[1], match[2], match[3]
-    return prefix if numbers is None else prefix + re.split(r"[-,]", numbers)[0] + (suffix or "")
+    return re.sub(r"\[([0-9]+)[^\]]*\]", r"\1", first[0])

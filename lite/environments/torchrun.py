@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from lite.environments.base import Environment
+from lite.errors import ConfigError
 
 
 class TorchrunEnvironment(Environment):
@@ -17,9 +18,7 @@ class TorchrunEnvironment(Environment):
 
     @classmethod
     def detect(cls, environ: Mapping[str, str]) -> bool:
-        if "TORCHELASTIC_RUN_ID" in environ:
-            return True
-        return all(name in environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"))
+        return "TORCHELASTIC_RUN_ID" in environ or ("RANK" in environ and "LOCAL_RANK" in environ)
 
     def world_size(self) -> int:
         return self._number("WORLD_SIZE")
@@ -31,7 +30,13 @@ class TorchrunEnvironment(Environment):
         return self._number("LOCAL_RANK")
 
     def main_address(self) -> str:
-        return self._environ["MASTER_ADDR"]
+        address = self._environ.get("MASTER_ADDR", "").strip()
+        if not address:
+            raise ConfigError(
+                "MASTER_ADDR is not set, but RANK is; set MASTER_ADDR and MASTER_PORT to the first machine's address "
+                "and a free port there, or start the job by torchrun."
+            )
+        return address
 
     def main_port(self) -> int:
         return self._number("MASTER_PORT")
@@ -47,6 +52,9 @@ class TorchrunEnvironment(Environment):
 
     def num_restarts(self) -> int:
         return self._optional("TORCHELASTIC_RESTART_COUNT") or 0
+
+    def job_id(self) -> str | None:
+        return self._environ.get("TORCHELASTIC_RUN_ID")
 
     def init_method(self) -> str | None:
         return "env://"  # uses the agent's own store, where torchrun made one

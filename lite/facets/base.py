@@ -12,6 +12,7 @@ from lite.data import BatchWeight, move_to_device
 from lite.errors import UsageError
 from lite.plan import Plan
 from lite.precision.base import Precision
+from lite.prepared import Prepared
 from lite.strategies.base import Engine, Strategy
 
 
@@ -25,7 +26,7 @@ class Facet:
     _callbacks: tuple[Any, ...]
     _modules: dict[nn.Module, Engine | None]
     _weight: BatchWeight
-    _facts: list[str]
+    _prepared: Prepared
 
     @property
     def device(self) -> torch.device:
@@ -84,15 +85,15 @@ class Facet:
         lines.append(
             f"{'processes':<{width}}  " + ("running" if self._plan.started else f"to be started by {launcher}")
         )
-        return "\n".join([*lines, *self._facts])
+        return "\n".join([*lines, *self._prepared.facts])
 
     def _require_connected(self, call: str) -> None:
         if not self._connected:
             count = len(self._plan.devices)
             raise UsageError(
                 f"{call} needs the {count} processes that this Lite asks for, and they don't run yet; put the loop "
-                "into a "
-                f"function and call lite.launch(fn), or start the script with torchrun --nproc-per-node={count}."
+                "into a function and call lite.launch(fn), or start the script with torchrun "
+                f"--nproc-per-node={count}."
             )
 
     def _for_group(self, data: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -50,17 +50,20 @@ class Records(Facet):
                 )
             if not isinstance(value, (Tensor, bool, int, float)) and not hasattr(value, "__float__"):
                 raise ConfigError(f"log: {name!r} is a {type(value).__name__}; log a number or a one-element tensor.")
-        if self.is_global_zero:
-            values = {k: v.detach() if isinstance(v, Tensor) else v for k, v in metrics.items()}
+        if self.is_global_zero and self._loggers:
+            # A clone: the loop may go on adding to its tensor before the value is written out.
+            values = {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in metrics.items()}
             for logger in self._loggers:
                 logger.log_metrics(values, step)
 
     def call(self, hook: str, *args: Any, **kwargs: Any) -> None:
         """Call the method `hook` of every callback that has it, in their order."""
-        for callback in self._callbacks:
-            method = getattr(callback, hook, None)
-            if method is None:
-                continue
-            if not callable(method):
-                raise ConfigError(f"call({hook!r}): {type(callback).__name__}.{hook} is not callable.")
+        for method in self._methods(hook):
             method(*args, **kwargs)
+
+    def _methods(self, hook: str) -> list[Callable[..., Any]]:
+        found = [getattr(callback, hook, None) for callback in self._callbacks]
+        for callback, method in zip(self._callbacks, found, strict=True):
+            if method is not None and not callable(method):
+                raise ConfigError(f"call({hook!r}): {type(callback).__name__}.{hook} is not callable.")
+        return [method for method in found if method is not None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
@@ -21,3 +22,8 @@ class Launcher(ABC):
     def launch_script(self) -> NoReturn:
         """Run the whole script again in every process, and end this one when they end."""
         raise UsageError(f"{type(self).__name__} can't run a script again; pass a function: lite.launch(fn).")
+
+
+def in_notebook() -> bool:
+    """Whether this is an IPython session, whose functions only a fork can carry over."""
+    return "IPython" in sys.modules and sys.modules["IPython"].get_ipython() is not None

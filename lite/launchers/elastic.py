@@ -5,8 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import signal
+import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import uuid
@@ -17,12 +20,13 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 
-from lite.errors import ConfigError, LaunchError, PeerError, choose
+from lite.errors import ConfigError, LaunchError, choose
 from lite.launchers.base import Launcher
 
 T = TypeVar("T")
 
 START_METHODS = ("spawn", "fork", "forkserver")
+_HANDLED = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
 
 
 class ElasticLauncher(Launcher):
@@ -41,11 +45,12 @@ class ElasticLauncher(Launcher):
         self.start_method = choose("start_method", start_method, START_METHODS)
 
     def launch(self, fn: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-        """Run `fn(*args, **kwargs)` in every process and return rank 0's value.
+        """Run `fn(*args, **kwargs)` in every process and return rank 0's value; sys.exit(0) in it returns None.
 
         Raises:
             ConfigError: The function or an argument can't reach another process.
             LaunchError: A process failed; the message holds the traceback of the one that failed first.
+            SystemExit: This process was told to end, by SIGTERM say; the others have been ended.
         """
         self._check_main()
         if self.start_method == "fork":
@@ -64,18 +69,14 @@ class ElasticLauncher(Launcher):
             ConfigError: There is no script to run again: this is an interactive session.
             LaunchError: A process failed; its own output says why.
         """
-        main = sys.modules["__main__"]
-        if getattr(main, "__file__", None) is None:
-            raise ConfigError(
-                "launch() has no script to run again in an interactive session; pass a function: lite.launch(fn)."
-            )
-        spec = getattr(main, "__spec__", None)
-        script = ["-m", spec.name.removesuffix(".__main__")] if spec is not None else [sys.argv[0]]
+        command = _rerun_command()
         sys.stdout.flush()
-        self._run(sys.executable, ("-u", *script, *sys.argv[1:]), None)
+        with tempfile.TemporaryDirectory(prefix="lite-launch-") as folder:
+            self._run(sys.executable, ("-u", *command), Path(folder))
         raise SystemExit(0)
 
-    def _run(self, entry: Callable[..., Any] | str, args: tuple[Any, ...], folder: Path | None) -> dict[int, Any]:
+    def _run(self, entry: Callable[..., Any] | str, args: tuple[Any, ...], folder: Path) -> dict[int, Any]:
+        from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
         from torch.distributed.elastic.multiprocessing.api import SignalException
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
         from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -90,14 +91,17 @@ class ElasticLauncher(Launcher):
             max_restarts=0,
             monitor_interval=0.1,
             start_method=self.start_method,
+            logs_specs=DefaultLogsSpecs(log_dir=str(folder / "torchelastic")),
         )
+        received: int | None = None
         try:
-            with _children_environment():
+            with _children_environment(), _signal_handlers():
                 return dict(elastic_launch(config, entry)(*args))
         except ChildFailedError as error:
-            raise LaunchError(_first_failure(folder) or _describe(error)) from None
+            raise LaunchError(_first_failure(folder, error)) from None
         except SignalException as error:
-            raise KeyboardInterrupt(f"ended by signal {error.sigval}") from None
+            received = int(error.sigval)
+        return _end_by(received)
 
     def _check_main(self) -> None:
         if getattr(multiprocessing.current_process(), "_inheriting", False):
@@ -107,9 +111,25 @@ class ElasticLauncher(Launcher):
             )
 
 
-def in_notebook() -> bool:
-    """Whether this is an IPython session, whose functions only a fork can carry over."""
-    return "IPython" in sys.modules and sys.modules["IPython"].get_ipython() is not None
+def _rerun_command() -> list[str]:
+    """What python's command line was for this script, found again from any working directory."""
+    main = sys.modules["__main__"]
+    spec, file = getattr(main, "__spec__", None), getattr(main, "__file__", None)
+    if file is None:
+        raise ConfigError(
+            "launch() has no script to run again in an interactive session; pass a function: lite.launch(fn)."
+        )
+    flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]  # as multiprocessing does it
+    if spec is not None and spec.name != "__main__":
+        return [*flags, "-m", spec.name.removesuffix(".__main__"), *sys.argv[1:]]
+    # `python folder/` and `python archive.zip` run the __main__ that lies in them.
+    script = os.path.abspath(file if spec is None else os.path.dirname(file))
+    if not os.path.exists(script):
+        raise ConfigError(
+            f"launch() can't find the script {file!r} to run it again; start it from a file, by a path that stays "
+            "valid (without os.chdir before launch), or pass a function: lite.launch(fn)."
+        )
+    return [*flags, script, *sys.argv[1:]]
 
 
 def _work(folder: str, start_method: str, fn: Callable[..., Any], args: Any, kwargs: Any) -> bytes:
@@ -118,7 +138,12 @@ def _work(folder: str, start_method: str, fn: Callable[..., Any], args: Any, kwa
         torch.set_num_threads(1)
     rank = os.environ["RANK"]
     try:
-        value = fn(*args, **kwargs)
+        try:
+            value = fn(*args, **kwargs)
+        except SystemExit as end:
+            if end.code not in (None, 0):
+                raise
+            value = None
         try:
             return pickle.dumps(value if rank == "0" else None)
         except Exception as error:
@@ -126,22 +151,51 @@ def _work(folder: str, start_method: str, fn: Callable[..., Any], args: Any, kwa
                 f"what {_name(fn)} returns on rank 0 must pickle, but is a {type(value).__name__}: {error}"
             ) from error
     except BaseException as error:
-        # Notes are read in the order of their names: one that tells of another rank's failure comes after all others.
-        note = Path(folder) / f"{int(isinstance(error, PeerError))}-{time.time_ns()}-{rank}"
+        note = Path(folder) / f"{time.time_ns()}-{rank}-{type(error).__name__}.note"
         note.write_text(f"rank {rank} failed:\n\n{traceback.format_exc()}")
         raise
 
 
-def _first_failure(folder: Path | None) -> str | None:
-    """The traceback that was written first."""
-    notes = sorted(folder.iterdir()) if folder is not None and folder.exists() else []
-    return notes[0].read_text() if notes else None
-
-
-def _describe(error: Any) -> str:
+def _first_failure(folder: Path, error: Any) -> str:
+    """What failed first: a process that was killed, else the earliest traceback; a PeerError only tells of another."""
+    notes = sorted(folder.glob("*.note"), key=lambda note: (note.stem.endswith("-PeerError"), note.name))
+    texts = [note.read_text() for note in notes]
+    known = {note.name.split("-")[1] for note in notes}
+    for rank, failure in error.failures.items():
+        if failure.exitcode < 0 and str(rank) not in known:
+            name = signal.Signals(-failure.exitcode).name
+            hint = ", as the system does it when memory is short" if name == "SIGKILL" else ""
+            return "\n\n".join([f"rank {rank} was ended by {name}{hint}", *texts[:1]])
+    if texts:
+        return texts[0]
     rank, failure = error.get_first_failure()
     why = failure.message or "see its output above"
     return f"the process of rank {rank} ended with exit code {failure.exitcode} ({why})"
+
+
+def _end_by(number: int) -> NoReturn:
+    """Do what the signal does to this process without a launch in it: Ctrl-C interrupts, SIGTERM exits with 143."""
+    if callable(signal.getsignal(number)):
+        signal.raise_signal(number)
+    raise SystemExit(128 + number)
+
+
+@contextmanager
+def _signal_handlers() -> Iterator[None]:
+    """Give this process its signal handlers back afterwards; torch 2.13 leaves its own, which raise."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in map(_number, _HANDLED) if number is not None}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+
+def _number(name: str) -> signal.Signals | None:
+    return getattr(signal, name, None)
 
 
 @contextmanager
@@ -157,6 +211,7 @@ def _children_environment() -> Iterator[None]:
     finally:
         for name in set(os.environ) - set(before):
             del os.environ[name]
+        os.environ.update({name: value for name, value in before.items() if os.environ.get(name) != value})
 
 
 def _check_reachable(values: tuple[Any, ...]) -> None:
@@ -166,8 +221,7 @@ def _check_reachable(values: tuple[Any, ...]) -> None:
         if "<lambda>" in name or "<locals>" in name:
             raise ConfigError(
                 f"launch({_name(value)}): another process can't import a lambda or a function inside a function; "
-                "define it at the "
-                "top level of a module, or start the script with torchrun."
+                "define it at the top level of a module, or start the script with torchrun."
             )
         if (
             name
@@ -176,8 +230,7 @@ def _check_reachable(values: tuple[Any, ...]) -> None:
         ):
             raise ConfigError(
                 f"launch({_name(value)}): another process can't import a function of an interactive session; put it "
-                "into a "
-                "file, or use strategy='ddp_fork'."
+                "into a file, or use strategy='ddp_fork'."
             )
         if isinstance(value, (tuple, dict)) and value:
             _check_reachable(tuple(value.values()) if isinstance(value, dict) else value)
@@ -197,8 +250,7 @@ def _check_fork() -> None:
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         raise ConfigError(
             "CUDA is in use in this process already, so that it can't fork; restart the session and create nothing "
-            "on a GPU "
-            "before lite.launch, or start a script with torchrun."
+            "on a GPU before lite.launch, or start a script with torchrun."
         )
 
 

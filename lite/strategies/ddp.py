@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from lite.environments.base import Environment
+from lite.environments.base import Environment, check_company
 from lite.errors import ConfigError, UsageError
 from lite.strategies import provenance
 from lite.strategies.base import Engine, Strategy
@@ -94,6 +94,7 @@ class DDPStrategy(Strategy):
         rank = environment.global_rank()
         store, _, _ = next(rendezvous(environment.init_method() or "env://", rank, self._world_size))
         store.set_timeout(self.timeout or timedelta(minutes=30))
+        check_company(store, environment, device)
         # torch 2.13: torchrun's store keeps the addresses of the processes that it restarted, and gloo would try them.
         life = f"lite/{environment.num_restarts()}"
         dist.init_process_group(

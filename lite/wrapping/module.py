@@ -51,15 +51,29 @@ def wrap_module(module: nn.Module, *, engine: Engine | None, precision: Precisio
     body: dict[str, Any] = {"__call__": call, "_apply": _guarded_apply(raw, precision)}
     for name, method in own_methods(raw):
         body[name] = _routed_method(method, route, whole=name == "forward")
+    _disguise(module, body)
+    _wrapped[module] = raw
+
+
+def check_class(module: nn.Module) -> None:
+    """Refuse a module whose class can't be exchanged, and leave it as it is.
+
+    Raises:
+        ConfigError: A subclass can't take the place of its class (TorchScript).
+    """
+    raw = type(module)
+    _disguise(module, {})
+    module.__class__ = raw
+
+
+def _disguise(module: nn.Module, body: dict[str, Any]) -> None:
     try:
         disguise(module, body)
     except (TypeError, RuntimeError) as error:
         raise ConfigError(
-            f"{raw.__name__} can't be set up: its class does not allow a subclass to take its place ({error}); set "
-            "up the "
-            "Python module that it was made from."
+            f"{type(module).__name__} can't be set up: its class does not allow a subclass to take its place "
+            f"({error}); set up the Python module that it was made from."
         ) from error
-    _wrapped[module] = raw
 
 
 def unwrap_module(module: nn.Module) -> None:

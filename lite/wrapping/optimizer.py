@@ -21,19 +21,23 @@ from lite.precision.base import Precision
 _wrapped: weakref.WeakKeyDictionary[Any, tuple[type, Any]] = weakref.WeakKeyDictionary()
 
 
-def wrap_optimizer(optimizer: Optimizer, precision: Precision) -> None:
-    """Route `optimizer.step` through `precision`, in place; nothing is done where the step stays the optimizer's own.
+def check_optimizer(optimizer: Optimizer, precision: Precision) -> None:
+    """Refuse an optimizer whose step the precision can't take.
 
     Raises:
         ConfigError: The optimizer calls its closure several times, which a loss scale does not allow.
     """
-    if not precision.changes_step:
-        return
-    if isinstance(optimizer, LBFGS):
+    if precision.changes_step and isinstance(optimizer, LBFGS):
         raise ConfigError(
             f"LBFGS evaluates its closure several times per step, which precision={precision.name!r} can't scale; use "
             "'bf16-mixed' or '32-true'."
         )
+
+
+def wrap_optimizer(optimizer: Optimizer, precision: Precision) -> None:
+    """Route `optimizer.step` through `precision`, in place; nothing is done where it stays the optimizer's own."""
+    if not precision.changes_step:
+        return
     raw = type(optimizer)
     patched = optimizer.__dict__.pop("step", None)  # a scheduler that was built before has put its counter there
     raw_step: Callable[..., Any] = patched or raw.step.__get__(optimizer)

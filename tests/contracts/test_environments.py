@@ -39,8 +39,10 @@ def test_it_is_found_by_its_own_variables_and_reads_only(name: str) -> None:
     assert nodes is not None
     assert 0 <= found.node_rank() < nodes
     assert found.num_restarts() >= 0
+    found.check()
     assert found.main_address()
     assert 0 < found.main_port() < 2**16
+    assert found.job_id() == kind(environ).job_id()
     assert (found.init_method() is None) == (not found.started)
     assert (environ, dict(os.environ)) == (before, process)
 

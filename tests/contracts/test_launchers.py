@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -21,18 +25,35 @@ def work(value: int, *, more: int) -> tuple[int, int, str]:
     return value, more, os.environ.get("RANK", "0")
 
 
+def stop() -> None:
+    os.environ["LITE_MADE_IN_A_PROCESS"] = "1"
+    sys.exit(0)
+
+
 def fail(rank: str) -> None:
     if os.environ.get("RANK", "0") == rank:
         raise ArithmeticError("on purpose")
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)
-def test_it_returns_rank_zeros_value_and_leaves_the_environment_alone(name: str) -> None:
-    """Arguments reach the function; nothing stays in os.environ."""
-    before = dict(os.environ)
+def test_it_returns_rank_zeros_value_and_leaves_this_process_alone(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also the second time. Variables, signal handlers and the folder of temporary files are as they were."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("TORCHELASTIC_SIGNALS_TO_HANDLE", "mine")
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+    before = dict(os.environ), [signal.getsignal(number) for number in numbers]
     launcher: Launcher = LAUNCHERS[name]()
-    assert launcher.launch(work, 1, more=2) == (1, 2, "0")
-    assert dict(os.environ) == before
+    for _ in range(2):
+        assert launcher.launch(work, 1, more=2) == (1, 2, "0")
+        assert (dict(os.environ), [signal.getsignal(number) for number in numbers]) == before
+        assert not [path for path in tmp_path.iterdir() if not path.name.startswith("pymp-")]  # Python's fork server
+
+
+def test_sys_exit_without_an_error_is_an_end_as_any() -> None:
+    """As in a script: status 0, no value."""
+    assert ElasticLauncher(2, "fork").launch(stop) is None
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)

@@ -36,8 +36,8 @@ def train(strategy: Any, batch_size: int) -> tuple[list[torch.Tensor], float]:
     loader = lite.setup_dataloaders(DataLoader(regression(13, torch.float64), batch_size=batch_size))
     model = MLP(torch.float64)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
-    lite.setup(model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 3))
-    (scheduler,) = lite._schedulers
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3)
+    lite.setup(model, optimizer, scheduler)
     norm = torch.zeros(())
     for _ in range(2):
         for x, y in loader:

@@ -24,6 +24,16 @@ def crash(lite: Lite) -> None:
     lite.barrier()
 
 
+def killed(lite: Lite) -> None:
+    import os
+    import signal
+
+    lite.barrier()
+    if lite.global_rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    lite.barrier()
+
+
 def wait(lite: Lite, folder: str) -> None:
     import os
 
@@ -62,6 +72,8 @@ def main() -> None:
         report(lite, rest[0])
     elif what == "crash":
         Lite(accelerator="cpu", devices=2).launch(crash)
+    elif what == "killed":
+        Lite(accelerator="cpu", devices=2).launch(killed)
     elif what == "wait":
         Lite(accelerator="cpu", devices=2).launch(wait, rest[0])
     elif what == "contradiction":

@@ -9,9 +9,12 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.support.processes import ROOT, run_python, run_torchrun
 
 SCRIPT = Path(__file__).with_name("scripts.py")
+PLAIN = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 MODULE = ("-m", "tests.launchers.scripts")
 
 
@@ -55,6 +58,40 @@ def test_a_crash_ends_all_processes_with_its_own_traceback() -> None:
     assert time.monotonic() - started < 60
 
 
+def test_a_killed_process_is_what_failed_first() -> None:
+    """Not the rank that lost the connection to it, whose error comes second."""
+    done = run_python(*MODULE, "killed")
+    assert done.returncode == 1
+    assert "LaunchError: rank 1 was ended by SIGKILL" in done.stderr
+
+
+RERUN = """
+import os, sys
+from lite import Lite
+os.chdir("/")
+lite = Lite(accelerator="cpu", devices="auto" if "RANK" in os.environ else 2)
+lite.launch()
+open(f"{sys.argv[1]}/{lite.global_rank}", "w").write(f"{lite.world_size} {__debug__}")
+"""
+
+
+def test_the_script_that_is_run_again_is_found_again(tmp_path: Path) -> None:
+    """By a relative path after os.chdir, with python's own options; as a folder; not from standard input."""
+    folder = tmp_path / "app"
+    folder.mkdir()
+    (folder / "__main__.py").write_text(RERUN)
+    options = {"cwd": tmp_path, "capture_output": True, "text": True, "timeout": 180, "env": {**os.environ, **PLAIN}}
+    for command in (["-O", "app/__main__.py"], ["app"]):
+        for rank in "01":
+            (tmp_path / rank).unlink(missing_ok=True)
+        done = subprocess.run([sys.executable, *command, str(tmp_path)], **options)  # type: ignore[call-overload]
+        assert done.returncode == 0, done.stderr
+        assert [(tmp_path / rank).read_text() for rank in "01"] == [f"2 {len(command) == 1}"] * 2
+    done = subprocess.run([sys.executable, "-", str(tmp_path)], input=RERUN, **options)  # type: ignore[call-overload]
+    assert done.returncode == 1
+    assert "ConfigError: launch()" in done.stderr
+
+
 def test_a_fork_after_threaded_work_does_not_hang() -> None:
     """As in a notebook: the forked processes compute with one thread each."""
     done = run_python(*MODULE, "fork")
@@ -73,8 +110,9 @@ def test_a_script_without_a_main_guard_is_told_so(tmp_path: Path) -> None:
     assert "if __name__ == '__main__':" in done.stderr
 
 
-def test_no_process_survives_a_ctrl_c(tmp_path: Path) -> None:
-    """SIGINT to the parent alone."""
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 143)])
+def test_no_process_survives_the_one_that_launched(number: signal.Signals, status: int, tmp_path: Path) -> None:
+    """A signal to the parent alone; it ends as Python does by that signal."""
     process = subprocess.Popen(
         [sys.executable, *MODULE, "wait", str(tmp_path)], cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True
     )
@@ -83,8 +121,8 @@ def test_no_process_survives_a_ctrl_c(tmp_path: Path) -> None:
     while not all(f.exists() and f.read_text() for f in files):
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=40) != 0
+    process.send_signal(number)
+    assert process.wait(timeout=40) == status
     for file in files:
         assert not alive(int(file.read_text()))
 

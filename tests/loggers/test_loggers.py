@@ -10,7 +10,7 @@ import torch
 
 from lite import Lite
 from lite.loggers import CSVLogger
-from tests.support.processes import run_distributed
+from tests.support.processes import run_distributed, run_python
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -63,3 +63,42 @@ def test_tensorboard_files_are_written(tmp_path: Path) -> None:
     logger.log_metrics({"loss": torch.tensor(1.0)}, 0)
     logger.close()
     assert list(tmp_path.glob("events*"))
+
+
+def test_a_value_is_logged_as_it_was(tmp_path: Path) -> None:
+    """The loop goes on adding to the tensor that it logged."""
+    logger = CSVLogger(tmp_path)
+    lite = Lite(accelerator="cpu", loggers=logger)
+    total = torch.zeros(())
+    for step in range(3):
+        total += 1
+        lite.log("total", total, step)
+    lite.teardown()
+    assert [row["total"] for row in rows(logger.path)] == ["1.0", "2.0", "3.0"]
+
+
+SCRIPT = """
+import sys
+from lite import Lite
+from lite.loggers import CSVLogger
+
+def train(lite):
+    for step in range(3):
+        lite.log("loss", 1.0, step)
+    if lite.local_rank == 0 and sys.argv[-1] == "stop":
+        sys.exit(0)
+
+if __name__ == "__main__":
+    folder, strategy, devices, _ = sys.argv[1:]
+    Lite(accelerator="cpu", strategy=strategy, devices=int(devices), loggers=CSVLogger(folder)).launch(train)
+"""
+
+
+def test_rows_are_written_at_the_end_of_a_script(tmp_path: Path) -> None:
+    """Without teardown: here, in started and in forked processes, and after sys.exit."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    for strategy, devices, end in (("auto", 1, "stop"), ("ddp", 2, "go"), ("ddp_fork", 2, "stop")):
+        folder = tmp_path / f"{strategy}-{end}"
+        done = run_python(str(tmp_path / "script.py"), str(folder), strategy, str(devices), end)
+        assert done.returncode == 0, done.stderr
+        assert len(rows(folder / "version_0" / "metrics.csv")) == 3, (strategy, end)

@@ -1,0 +1,247 @@
+"""What one `Lite` has set up: checked before anything is changed, kept, explained, and given back as it was."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
+
+from lite import collectives
+from lite.data import BatchWeight, release_dataloader
+from lite.errors import ConfigError, UsageError
+from lite.precision.base import Precision
+from lite.strategies.base import Engine, Strategy
+from lite.wrapping.module import check_class, unwrap_module, wrap_module
+from lite.wrapping.optimizer import (
+    check_optimizer,
+    move_optimizer_state,
+    unwrap_optimizer,
+    unwrap_scheduler,
+    wrap_optimizer,
+    wrap_scheduler,
+)
+
+AfterStep = Callable[[Strategy, Optimizer], Any]
+
+_owners: weakref.WeakKeyDictionary[Any, weakref.ref[Prepared]] = weakref.WeakKeyDictionary()
+_engines: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Engine]] = weakref.WeakKeyDictionary()
+_hooks: weakref.WeakKeyDictionary[Optimizer, list[Any]] = weakref.WeakKeyDictionary()
+
+
+class Prepared:
+    """The models, optimizers, schedulers and loaders of one connected `Lite`.
+
+    Args:
+        strategy: Puts an engine around a model, or nothing.
+        precision: Converts models, and goes around their calls and around steps.
+
+    Attributes:
+        modules: The models that are set up, each with its engine.
+        weight: What the current batch counts; loaders write it.
+        facts: What was done, a line each, for `explain`.
+    """
+
+    def __init__(self, strategy: Strategy, precision: Precision) -> None:
+        self._strategy = strategy
+        self._precision = precision
+        self.modules: dict[nn.Module, Engine | None] = {}
+        self.weight = BatchWeight()
+        self.facts: list[str] = []
+        self._optimizers: list[Optimizer] = []
+        self._schedulers: list[LRScheduler] = []
+        self._loaders: list[DataLoader[Any]] = []
+
+    def check(self, model: Any, others: Sequence[Any]) -> None:
+        """Refuse what can't be set up, while everything is still as the user made it.
+
+        Args:
+            model: The model, or None where optimizers follow a model that is set up.
+            others: Optimizers and schedulers.
+
+        Raises:
+            ConfigError: Something is of a wrong type or can't be set up, or an optimizer or a scheduler belongs to
+                objects that aren't.
+            UsageError: Something is set up already, or given twice.
+        """
+        if model is not None and not isinstance(model, nn.Module):
+            raise ConfigError(f"setup got {model!r} as the model; pass a torch.nn.Module first.")
+        for other in others:
+            if not isinstance(other, (Optimizer, LRScheduler)):
+                hint = "; loaders go to lite.setup_dataloaders" if isinstance(other, DataLoader) else ""
+                hint = "; set each model up by its own call" if isinstance(other, nn.Module) else hint
+                raise ConfigError(f"setup got a {type(other).__name__} among the optimizers and schedulers{hint}.")
+        self._check_free([*([model] if model is not None else []), *others])
+        if model is not None:
+            _check_tensors(model)
+            self._check_overlap(model)
+            if self._precision.changes_forward:
+                check_class(model)
+        optimizers = [o for o in others if isinstance(o, Optimizer)]
+        self._check_parameters(model, optimizers)
+        for optimizer in optimizers:
+            check_optimizer(optimizer, self._precision)
+        self._check_schedulers([s for s in others if isinstance(s, LRScheduler)], optimizers)
+
+    def check_loaders(self, loaders: Sequence[Any]) -> None:
+        """Refuse loaders that are set up already, or given twice."""
+        self._check_free([loader for loader in loaders if isinstance(loader, DataLoader)])
+
+    def add_module(self, model: nn.Module, device: torch.device, *, move: bool) -> None:
+        """Convert a checked model, bring it to the device, and put around it what strategy and precision need."""
+        self._precision.convert_module(model)
+        if move:
+            model.to(device)
+        engine = collectives.explained(self._strategy.wrap)(model, device)
+        try:
+            wrap_module(model, engine=engine, precision=self._precision, device=device)
+        except Exception:
+            if engine is not None:
+                engine.close()
+            raise
+        self.modules[model] = engine
+        if engine is not None:
+            _engines[model] = weakref.ref(engine)
+        self._own(model)
+        name, done = type(model).__name__, self._strategy.explain(model)
+        self.facts.append(f"{name}: {done}; precision {self._precision.name}")
+
+    def add_optimizers(self, others: Sequence[Any], after_step: Sequence[AfterStep] = ()) -> None:
+        """Let checked optimizers and schedulers step as the precision needs it, and tell `after_step` of each step."""
+        for optimizer in [o for o in others if isinstance(o, Optimizer)]:
+            move_optimizer_state(optimizer)
+            wrap_optimizer(optimizer, self._precision)
+            self._optimizers.append(optimizer)
+            self._own(optimizer)
+            if after_step:
+                _hooks[optimizer] = [
+                    optimizer.register_step_post_hook(_post_hook(tell, self._strategy)) for tell in after_step
+                ]
+        for scheduler in [s for s in others if isinstance(s, LRScheduler)]:
+            wrap_scheduler(scheduler, self._precision)
+            self._schedulers.append(scheduler)
+            self._own(scheduler)
+
+    def add_loaders(self, loaders: Sequence[DataLoader[Any]], facts: Sequence[str]) -> None:
+        """Remember the user's own loaders, so that they can be released."""
+        for loader in loaders:
+            self._own(loader)
+        self._loaders.extend(loaders)
+        self.facts.extend(facts)
+
+    def release(self) -> None:
+        """Give everything back, without a hook or patch."""
+        for thing in (*self.modules, *self._optimizers, *self._schedulers, *self._loaders):
+            _release(thing)
+        for kept in (self.modules, self._optimizers, self._schedulers, self._loaders, self.facts):
+            kept.clear()
+
+    def _own(self, thing: Any) -> None:
+        _owners[thing] = weakref.ref(self)
+
+    def _check_free(self, things: Sequence[Any]) -> None:
+        for i, thing in enumerate(things):
+            if any(thing is other for other in things[:i]):
+                raise UsageError(
+                    f"the same {type(thing).__name__} was passed twice in one call; pass each object once."
+                )
+            if thing not in _owners:
+                continue
+            if _owners[thing]() is not None:
+                gc.collect()  # a Lite that nobody holds any more may still stand in a cycle
+            if _owners[thing]() is None:
+                _release(thing)  # its Lite is gone: a notebook's cell was run again, say
+                continue
+            name = type(thing).__name__
+            raise UsageError(
+                f"this {name} is set up already; keep the result of the first call, or call lite.teardown() first."
+            )
+
+    def _check_overlap(self, model: nn.Module) -> None:
+        """A parameter in two engines would be averaged by each of them, at different moments."""
+        held = {id(p): other for other, _ in _live_engines() for p in other.parameters() if p.requires_grad}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and id(parameter) in held:
+                other = type(held[id(parameter)]).__name__
+                raise UsageError(
+                    f"parameter {name!r} of this {type(model).__name__} belongs to a {other} that is set up already, "
+                    "and each of the two would average its gradients by itself; set up one module that holds both, "
+                    "once, and call its parts through methods of that module."
+                )
+
+    def _check_parameters(self, model: nn.Module | None, optimizers: Sequence[Optimizer]) -> None:
+        """Every optimizer must train set-up parameters: others would go their own way on each rank."""
+        modules = [*self.modules, *([model] if model is not None else [])]
+        known = {id(p) for module in modules for p in module.parameters()}
+        for optimizer in optimizers:
+            held = [p for group in optimizer.param_groups for p in group["params"]]
+            foreign = [p for p in held if id(p) not in known]
+            if foreign:
+                raise ConfigError(
+                    f"{type(optimizer).__name__} holds {len(foreign)} of {len(held)} parameters (the first of shape "
+                    f"{tuple(foreign[0].shape)}) that belong to no model that is set up; create it from "
+                    "model.parameters() of the model that you pass to lite.setup, after the last change of the model."
+                )
+
+    def _check_schedulers(self, schedulers: Sequence[LRScheduler], optimizers: Sequence[Optimizer]) -> None:
+        known = [*self._optimizers, *optimizers]
+        for scheduler in schedulers:
+            paced = getattr(scheduler, "optimizer", None)
+            if paced is not None and not any(paced is optimizer for optimizer in known):
+                raise ConfigError(
+                    f"{type(scheduler).__name__} paces a {type(paced).__name__} that is not set up; pass that "
+                    "optimizer to lite.setup too, before its scheduler or together with it."
+                )
+
+
+def _live_engines() -> Iterator[tuple[nn.Module, Engine]]:
+    for module, reference in list(_engines.items()):
+        engine = reference()
+        if engine is not None:
+            yield module, engine
+
+
+def _release(thing: Any) -> None:
+    """Make one object the user's own again."""
+    _owners.pop(thing, None)
+    if isinstance(thing, nn.Module):
+        unwrap_module(thing)
+        engine = _engines.pop(thing, lambda: None)()
+        if engine is not None:
+            engine.close()
+    elif isinstance(thing, Optimizer):
+        unwrap_optimizer(thing)
+        for handle in _hooks.pop(thing, []):
+            handle.remove()
+    elif isinstance(thing, LRScheduler):
+        unwrap_scheduler(thing)
+    else:
+        release_dataloader(thing)
+
+
+def _check_tensors(model: nn.Module) -> None:
+    tensors = [*model.parameters(), *model.buffers()]
+    if any(is_lazy(t) for t in tensors):
+        raise ConfigError(
+            f"{type(model).__name__} has lazy parameters without a shape; run one forward with a real batch before "
+            "setup."
+        )
+    if any(t.is_meta for t in tensors):
+        raise ConfigError(
+            f"{type(model).__name__} has parameters on the meta device, without values; materialise them first, e.g. "
+            "with model.to_empty(device=lite.device) and its reset_parameters()."
+        )
+
+
+def _post_hook(tell: AfterStep, strategy: Strategy) -> Callable[[Optimizer, Any, Any], None]:
+    def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        tell(strategy, optimizer)
+
+    return after_step
