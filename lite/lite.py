@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader
 
 from lite import collectives
 from lite.accelerators import Accelerator, probe_devices
-from lite.data import Shard, describe_dataloader, move_to_device, release_dataloader, setup_dataloader
+from lite.data.shares import Shard
+from lite.data.transfer import move_to_device
 from lite.environments import Environment, detect_environment
 from lite.errors import ConfigError, UsageError
 from lite.facets.records import Records
@@ -254,6 +255,9 @@ class Lite(Resuming, Steps, Records):
             ConfigError: None is given, or one is no DataLoader.
             UsageError: One is set up already, or the processes don't run yet.
         """
+        from lite.data.describe import describe_dataloader
+        from lite.data.loader import release_dataloader, setup_dataloader
+
         self._require_connected("setup_dataloaders")
         if not loaders:
             raise ConfigError("setup_dataloaders() got no loader; pass at least one DataLoader.")

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
 from lite import collectives
-from lite.data import BatchWeight, release_dataloader
+from lite.data.shares import BatchWeight
 from lite.errors import ConfigError, UsageError
 from lite.precision.base import Precision
 from lite.strategies.base import Engine, Strategy
@@ -223,6 +223,8 @@ def _release(thing: Any) -> None:
     elif isinstance(thing, LRScheduler):
         unwrap_scheduler(thing)
     else:
+        from lite.data.loader import release_dataloader
+
         release_dataloader(thing)
 
 
