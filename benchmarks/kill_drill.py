@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader, Dataset
 from lite import Lite
 
 KINDS = ("all", "one", "all during a save", "one during a save", "all during a background save")
-NUM_SAMPLES, GLOBAL_BATCH, EPOCHS, NUM_WORKERS = 120, 8, 14, 2
+NUM_SAMPLES, GLOBAL_BATCH, EPOCHS, NUM_WORKERS = 560, 8, 3, 2
 STEPS = EPOCHS * (NUM_SAMPLES // GLOBAL_BATCH)
 EVERY_STEPS = 5
 LIFE_TIMEOUT_S = 120
@@ -181,9 +181,7 @@ class Life:
             time.sleep(0.01)
 
 
-def drill(
-    folder: Path, num_processes: int, launcher: str, kind: str | None, seed: int, kills: int = 3
-) -> dict[str, Any]:
+def drill(folder: Path, num_processes: int, launcher: str, kind: str | None, seed: int, kills: int) -> dict[str, Any]:
     """One round: the run with up to `kills` kills of a kind (None: none), and what came out of it."""
     chance = random.Random(seed)
     folder.mkdir(parents=True)
@@ -224,13 +222,15 @@ def free_port() -> int:
         return port
 
 
-def rounds(count: int, num_processes: int, launcher: str, seed: int, folder: Path) -> Iterator[tuple[str, int, bool]]:
+def rounds(
+    count: int, num_processes: int, launcher: str, seed: int, kills: int, folder: Path
+) -> Iterator[tuple[str, int, bool]]:
     """Yield each round's kind, number of kills, and whether it came out as the run that was left alone."""
-    alone = drill(folder / "alone", num_processes, launcher, None, seed)
+    alone = drill(folder / "alone", num_processes, launcher, None, seed, 0)
     assert len(alone["losses"]) == STEPS
     for number in range(count):
         kind = KINDS[number % len(KINDS)]
-        result = drill(folder / str(number), num_processes, launcher, kind, seed + number)
+        result = drill(folder / str(number), num_processes, launcher, kind, seed + number, kills)
         same = all(result[name] == alone[name] for name in ("losses", "weights", "lr"))
         yield kind, result["kills"], same
 
@@ -241,6 +241,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="default 1 2")
     parser.add_argument("--launcher", choices=["fork", "torchrun"], default="fork")
     parser.add_argument("--seed", type=int, default=0, help="of the moments, default 0")
+    parser.add_argument("--kills", type=int, default=3, help="in each round at most, default 3")
     parser.add_argument("--life", metavar="FOLDER", help=argparse.SUPPRESS)
     parser.add_argument("--background", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -252,7 +253,9 @@ def main() -> None:
     for num_processes in args.processes:
         with tempfile.TemporaryDirectory(prefix="kill-drill-") as folder:
             begun = time.monotonic()
-            outcomes = list(_tell(rounds(args.rounds, num_processes, args.launcher, args.seed, Path(folder))))
+            outcomes = list(
+                _tell(rounds(args.rounds, num_processes, args.launcher, args.seed, args.kills, Path(folder)))
+            )
         kills, bad = sum(k for _, k, _ in outcomes), sum(not same for _, _, same in outcomes)
         failed += bad
         print(

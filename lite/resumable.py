@@ -18,6 +18,7 @@ from lite.checkpoint.storage import locate
 from lite.errors import CheckpointError, ConfigError
 from lite.guards.signals import StopSignals, exit_code
 from lite.guards.stop import StopAgreement
+from lite.seed import RandomState
 
 KEY = "resumable"
 _NAME = re.compile(r"^step-(\d{8,})(\.ckpt)?$")
@@ -47,6 +48,7 @@ class Resumable:
         steps: Steps so far, those before the interruption included.
         epoch: The epoch that `epochs` is in.
         resumed_from: The checkpoint that this run began from, or None.
+        saved_steps: The steps of the newest checkpoint, or None.
         signals: The signal handlers that `close` puts back, or None.
     """
 
@@ -87,7 +89,8 @@ class Resumable:
         self._keep_last, self._keep_every = keep_last, keep_every
         self._async_save, self._sharded = async_save, sharded
         self._requeue, self._on_error = requeue, on_error
-        self._saved_steps: int | None = None
+        self.saved_steps: int | None = None
+        self._random_state: RandomState | None = None
         self._saved_at = time.monotonic()
         if every_seconds is not None:
             agreement.watch_clock(lambda: time.monotonic() - self._saved_at >= every_seconds)
@@ -103,6 +106,9 @@ class Resumable:
         Args:
             count: Epochs in all.
         """
+        if self._random_state is not None:  # whatever the script has drawn since it was loaded
+            self._random_state.restore()
+            self._random_state = None
         any_left = self.epoch < count
         while self.epoch < count:
             yield self.epoch
@@ -158,7 +164,7 @@ class Resumable:
                 raise
             warnings.warn(f"the run goes on without this checkpoint: {error}", stacklevel=3)
             return
-        self._saved_steps = self.steps
+        self.saved_steps = self.steps
         self._prune()
 
     def _epoch_is_done(self) -> bool:
@@ -205,7 +211,8 @@ class Resumable:
         finally:
             del self._state[KEY]
         self.steps, self.epoch = progress["steps"], progress["epoch"]
-        self.resumed_from, self._saved_steps = chosen, self.steps
+        self.resumed_from, self.saved_steps = chosen, self.steps
+        self._random_state = RandomState.capture(cuda=True)
         self._run.print(f"resumed from {chosen}, step {self.steps}", file=sys.stderr)
 
     def _stop(self) -> None:
