@@ -55,8 +55,10 @@ class Storage:
         with suppress(FileNotFoundError), _freed_later(path):
             os.unlink(path)
 
-    def size(self, path: str) -> int:
-        return os.path.getsize(path)
+    def remove_empty_folder(self, folder: str) -> None:
+        """Remove the folder if nothing is in it."""
+        with suppress(OSError):
+            os.rmdir(folder)
 
     def read(self, path: str) -> bytes:
         with open(path, "rb") as file:
@@ -192,8 +194,9 @@ class UrlStorage(Storage):
         with suppress(FileNotFoundError):
             self._fs.rm_file(path)
 
-    def size(self, path: str) -> int:
-        return int(self._fs.size(path))
+    def remove_empty_folder(self, folder: str) -> None:
+        with suppress(OSError):
+            self._fs.rmdir(folder)
 
     def read(self, path: str) -> bytes:
         return bytes(self._fs.cat_file(path))
