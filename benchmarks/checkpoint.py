@@ -2,8 +2,9 @@
 
 torch.save, torch.distributed.checkpoint (DCP), lite, and Fabric and Accelerate where they are installed; on one process
 and on two. Every contender overwrites its own checkpoint, in turn with the others. "blocked" leaves fsync out, which
-stands beside it: only lite waits for the disk. Background saves are waited for between the timings; their first one,
-which allocates the copy, is not counted.
+stands beside it: lite and DCP wait for the disk, the others don't. Background saves are waited for between the timings;
+their first one, which allocates the copy, is not counted, and "extra memory" is what comes on top of what is held
+between saves.
 """
 
 from __future__ import annotations
