@@ -13,7 +13,7 @@ from collections.abc import Iterator, MutableMapping
 from typing import Any, Protocol
 
 from lite import collectives
-from lite.checkpoint.reading import damage
+from lite.checkpoint.reading import damage, remove
 from lite.checkpoint.storage import locate
 from lite.errors import CheckpointError, ConfigError
 from lite.guards.signals import StopSignals, exit_code
@@ -184,7 +184,7 @@ class Resumable:
             match = _NAME.match(name)
             assert match is not None
             if self._keep_every is None or int(match[1]) % self._keep_every:
-                self._storage.remove_tree(self._storage.join(self._folder, name))
+                remove(f"{self._shown}/{name}")
 
     # ---- resuming
 

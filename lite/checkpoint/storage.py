@@ -9,7 +9,6 @@ import errno
 import mmap
 import os
 import re
-import shutil
 import stat
 import threading
 import time
@@ -56,18 +55,10 @@ class Storage:
         with suppress(FileNotFoundError), _freed_later(path):
             os.unlink(path)
 
-    def remove_tree(self, path: str) -> None:
-        """Remove a file, or a folder with all that is in it, which loses its name first, so that nobody reads half."""
-        if not os.path.isdir(path):
-            self.remove(path)
-            return
-        folder, name = self.split(path)
-        nameless = self.join(folder, f".{name}.{uuid.uuid4().hex}.tmp")
-        os.replace(path, nameless)
-        shutil.rmtree(nameless)
-
-    def size(self, path: str) -> int:
-        return os.path.getsize(path)
+    def remove_empty_folder(self, folder: str) -> None:
+        """Remove the folder if nothing is in it."""
+        with suppress(OSError):
+            os.rmdir(folder)
 
     def read(self, path: str) -> bytes:
         with open(path, "rb") as file:
@@ -203,11 +194,9 @@ class UrlStorage(Storage):
         with suppress(FileNotFoundError):
             self._fs.rm_file(path)
 
-    def remove_tree(self, path: str) -> None:
-        self._fs.rm(path, recursive=True)
-
-    def size(self, path: str) -> int:
-        return int(self._fs.size(path))
+    def remove_empty_folder(self, folder: str) -> None:
+        with suppress(OSError):
+            self._fs.rmdir(folder)
 
     def read(self, path: str) -> bytes:
         return bytes(self._fs.cat_file(path))
