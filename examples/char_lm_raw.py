@@ -18,7 +18,7 @@ from run_options import parse_arguments, record
 def main() -> None:
     args = parse_arguments(__doc__, epochs=4, batch_size=32)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = {"32-true": torch.float32, "64-true": torch.float64, "bf16-mixed": torch.float32}[args.precision]
+    dtype = args.choose({"32-true": torch.float32, "64-true": torch.float64, "bf16-mixed": torch.float32})
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16-mixed")
     torch.manual_seed(args.seed)
 

@@ -18,7 +18,7 @@ from run_options import parse_arguments, record
 
 def main() -> None:
     args = parse_arguments(__doc__, epochs=12, batch_size=32)
-    lite = Lite(precision=args.precision)
+    lite = Lite(**args.settings)
     lite.seed_everything(args.seed)
 
     train_set, test_set = load_data()

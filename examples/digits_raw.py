@@ -18,7 +18,7 @@ from run_options import parse_arguments, record
 def main() -> None:
     args = parse_arguments(__doc__, epochs=12, batch_size=32)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = {"32-true": torch.float32, "64-true": torch.float64}[args.precision]
+    dtype = args.choose({"32-true": torch.float32, "64-true": torch.float64})
     torch.manual_seed(args.seed)
 
     train_set, test_set = load_data()

@@ -19,10 +19,9 @@ from run_options import parse_arguments, record
 
 def main() -> None:
     args = parse_arguments(__doc__, epochs=40, batch_size=32)
-    lite = Lite(precision=args.precision)
+    lite = Lite(**args.settings)
     lite.seed_everything(args.seed)
-    # Each rank's noise is its own; all other randomness is the same on all ranks.
-    noise_source = torch.Generator(lite.device).manual_seed(args.seed + lite.global_rank)
+    noise_source = torch.Generator(lite.device).manual_seed(args.seed)
 
     loader = DataLoader(load_data()[0], batch_size=args.batch_size, shuffle=True)
     loader = lite.setup_dataloaders(loader)
@@ -35,8 +34,10 @@ def main() -> None:
     losses = []
     for epoch in range(args.epochs):
         for real, _ in loader:
-            noise = torch.randn(len(real), NOISE, generator=noise_source, device=lite.device)
-            fake = generator(noise)
+            # All ranks draw the noise of the whole batch, and each takes its part: as one process would have it.
+            sizes = lite.all_gather(torch.tensor([len(real)]), cat=True).tolist()
+            noise = torch.randn(sum(sizes), NOISE, generator=noise_source, device=lite.device)
+            fake = generator(noise.split(sizes)[lite.global_rank])
 
             # One forward and one backward over both halves: gradients are averaged over ranks once.
             logits = discriminator(torch.cat([real, fake.detach()]))

@@ -17,11 +17,9 @@ from run_options import parse_arguments, record
 
 def main() -> None:
     args = parse_arguments(__doc__, epochs=50, batch_size=8)
-    lite = Lite(precision=args.precision)
+    lite = Lite(**args.settings)
     lite.seed_everything(args.seed)
-    # Each rank plays its own episodes; the weights start out the same on all ranks.
-    environment = PoleOnCart(args.seed + lite.global_rank)
-    dice = torch.Generator().manual_seed(args.seed + lite.global_rank)
+    environment = PoleOnCart(args.seed)
 
     policy = Policy()
     optimizer = torch.optim.Adam(policy.parameters(), lr=1e-2)
@@ -30,19 +28,22 @@ def main() -> None:
     losses = []
     for epoch in range(args.epochs):
         returns = []
-        for _ in range(args.batch_size):
-            state, done = environment.reset(), False
+        first = (epoch * lite.world_size + lite.global_rank) * args.batch_size  # each rank plays its own games
+        for game in range(first, first + args.batch_size):
+            state, done = environment.reset(game), False
             while not done:
                 log_probs = policy(torch.tensor(state, device=lite.device))
-                action = int(torch.multinomial(log_probs.detach().exp().cpu(), 1, generator=dice))
+                action = int(environment.random.random() < log_probs[1].exp().item())
                 policy.saved_actions.append(log_probs[action])
                 state, done = environment.step(action)
             returns.append(discounted(environment.num_steps))
 
-        advantages = lite.to_device(torch.cat(returns))
-        num_steps = lite.all_reduce(len(advantages) / args.batch_size)
-        advantages = (advantages - advantages.mean()) / advantages.std()
-        loss = -(torch.stack(policy.saved_actions) * advantages).mean()
+        mine = lite.to_device(torch.cat(returns))
+        earned = lite.all_gather(mine, cat=True)
+        num_steps = len(earned) / (args.batch_size * lite.world_size)
+        advantages = (mine - earned.mean()) / earned.std()
+        # Ranks play different numbers of steps: each one's part of the mean over all of them.
+        loss = -(torch.stack(policy.saved_actions) * advantages).sum() * lite.world_size / len(earned)
         optimizer.zero_grad()
         lite.backward(loss)
         optimizer.step()

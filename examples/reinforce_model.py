@@ -22,11 +22,11 @@ class PoleOnCart:
     gravity, cart_mass, pole_mass, half_length, force, step_s = 9.8, 1.0, 0.1, 0.5, 10.0, 0.02
 
     def __init__(self, seed: int) -> None:
-        self.random = random.Random(seed)
-        self.reset()
+        self.seed = seed
 
-    def reset(self) -> list[float]:
-        """Start an episode and return its first state."""
+    def reset(self, game: int) -> list[float]:
+        """Start an episode and return its first state; all chance in it follows from the seed and its number."""
+        self.random = random.Random(f"{self.seed}, {game}")
         self.num_steps = 0
         self.state = [self.random.uniform(-0.05, 0.05) for _ in range(4)]
         return self.state

@@ -17,10 +17,9 @@ from run_options import parse_arguments, record
 def main() -> None:
     args = parse_arguments(__doc__, epochs=50, batch_size=8)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = {"32-true": torch.float32, "64-true": torch.float64}[args.precision]
+    dtype = args.choose({"32-true": torch.float32, "64-true": torch.float64})
     torch.manual_seed(args.seed)
     environment = PoleOnCart(args.seed)
-    dice = torch.Generator().manual_seed(args.seed)
 
     policy = Policy()
     policy.to(device, dtype)
@@ -29,19 +28,20 @@ def main() -> None:
     losses = []
     for epoch in range(args.epochs):
         returns = []
-        for _ in range(args.batch_size):
-            state, done = environment.reset(), False
+        first = epoch * args.batch_size
+        for game in range(first, first + args.batch_size):
+            state, done = environment.reset(game), False
             while not done:
                 log_probs = policy(torch.tensor(state, device=device, dtype=dtype))
-                action = int(torch.multinomial(log_probs.detach().exp().cpu(), 1, generator=dice))
+                action = int(environment.random.random() < log_probs[1].exp().item())
                 policy.saved_actions.append(log_probs[action])
                 state, done = environment.step(action)
             returns.append(discounted(environment.num_steps))
 
-        advantages = torch.cat(returns).to(device)
-        num_steps = len(advantages) / args.batch_size
-        advantages = (advantages - advantages.mean()) / advantages.std()
-        loss = -(torch.stack(policy.saved_actions) * advantages).mean()
+        earned = torch.cat(returns).to(device)
+        num_steps = len(earned) / args.batch_size
+        advantages = (earned - earned.mean()) / earned.std()
+        loss = -(torch.stack(policy.saved_actions) * advantages).sum() / len(earned)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -13,15 +13,15 @@ from lite import Lite
 from torch.utils.data import DataLoader
 
 from char_lm_model import CharGPT, load_data
-from run_options import make_parser, record
+from run_options import Options, make_parser, record
 
 
 def main() -> None:
     parser = make_parser(__doc__, epochs=4, batch_size=32)
     parser.add_argument("--folder", default="runs/char_lm", help="where checkpoints are kept; default runs/char_lm")
     parser.add_argument("--every-steps", type=int, default=20, help="default 20")
-    args = parser.parse_args()
-    lite = Lite(precision=args.precision)
+    args = parser.parse_args(namespace=Options())
+    lite = Lite(**args.settings)
     lite.seed_everything(args.seed)
 
     train_set, test_set = load_data()

@@ -12,16 +12,34 @@ from typing import Any
 from torch import Tensor, nn
 
 
-def parse_arguments(description: str | None, *, epochs: int, batch_size: int) -> argparse.Namespace:
+class Options(argparse.Namespace):
+    """The command line's values, and what the two kinds of script make of the precision."""
+
+    precision: str | None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Arguments for Lite: only what was given, so that its environment variables count for the rest."""
+        return {} if self.precision is None else {"precision": self.precision}
+
+    def choose(self, known: dict[str, Any]) -> Any:
+        """What the precision stands for in a raw script, which knows those that it spells out."""
+        precision = self.precision or "32-true"
+        if precision not in known:
+            raise SystemExit(f"--precision {precision}: this raw script knows {', '.join(known)} alone")
+        return known[precision]
+
+
+def parse_arguments(description: str | None, *, epochs: int, batch_size: int) -> Options:
     """Parse the command line; `epochs` and `batch_size` are the example's defaults."""
-    return make_parser(description, epochs=epochs, batch_size=batch_size).parse_args()
+    return make_parser(description, epochs=epochs, batch_size=batch_size).parse_args(namespace=Options())
 
 
 def make_parser(description: str | None, *, epochs: int, batch_size: int) -> argparse.ArgumentParser:
     """The parser of what every example takes, for one that takes more."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     precision_help = "32-true (default), 64-true, bf16-mixed, ...; a raw script knows those that it spells out"
-    parser.add_argument("--precision", default="32-true", help=precision_help)
+    parser.add_argument("--precision", help=precision_help)
     parser.add_argument("--epochs", type=int, default=epochs, help=f"default {epochs}")
     parser.add_argument("--seed", type=int, default=0, help="default 0")
     parser.add_argument("--batch-size", type=int, default=batch_size, help=f"of each process, default {batch_size}")
