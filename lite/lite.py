@@ -240,6 +240,10 @@ class Lite(Resuming, Steps, Records):
         batch that doesn't fill up is split as evenly as it goes, and `backward` weighs the loss accordingly.
         `gather_for_metrics` counts each sample once.
 
+        What comes back has `state_dict` and `load_state_dict`, for `save` and `load`: how many batches the loop was
+        given, and from which random states their order was drawn. The next iteration after a load goes on from there,
+        exactly, with any number of workers and, at the same global batch, of processes.
+
         Args:
             *loaders: DataLoaders; each one's options, sampler, batch sampler and subclass are kept.
             use_distributed_sampler: False gives every rank the whole loader; "interleaved" gives torch's

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
+import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from tests.examples.run_scripts import SEPARATOR
-from tests.support.processes import ROOT, run_python, run_torchrun
+from tests.support.processes import ROOT, kill_tree, run_python, run_torchrun, start_torchrun
 
 EXAMPLES = ROOT / "examples"
 # Two ranks can't share one GPU, and GPU kernels need not be deterministic.
@@ -32,10 +33,10 @@ def run_here(*commands: list[str]) -> list[str]:
     return done.stdout.split(f"{SEPARATOR}\n")[1:]
 
 
-def run_on_two(script: str, *arguments: str) -> str:
+def run_on_two(script: str, *arguments: str, stderr: str = "") -> str:
     """Run an example under torchrun with two processes; return what it printed."""
     done = run_torchrun(EXAMPLES / script, *arguments, env=ON_CPU)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr[: len(stderr) or None]) == (0, stderr)
     return done.stdout
 
 
@@ -155,6 +156,26 @@ def test_reinforce_learns(on_one_process: Callable[[str, str], Pair]) -> None:
     text = on_one_process("reinforce", "32-true").lite_text
     early, late = (float(steps) for steps in re.findall(r"stood for (\d+\.\d+)", text))
     assert late > early
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(tmp_path: Path) -> None:
+    """resume_lite.py under torchrun, killed with all its processes after a few checkpoints and started again."""
+
+    def options(name: str) -> list[str]:
+        return ["--epochs", "1", "--every-steps", "5", "--folder", str(tmp_path / name), "--losses"]
+
+    run_on_two("resume_lite.py", *options("whole"), str(tmp_path / "whole.json"))
+    arguments = [str(EXAMPLES / "resume_lite.py"), *options("cut"), str(tmp_path / "cut.json")]
+    started = start_torchrun(*arguments, env=ON_CPU)
+    try:
+        while not list((tmp_path / "cut").glob("step-*.ckpt")):
+            assert started.poll() is None
+            time.sleep(0.02)
+    finally:
+        kill_tree(started)
+    text = run_on_two("resume_lite.py", *options("cut"), str(tmp_path / "cut.json"), stderr="resumed from")
+    assert "step 45" in text
+    assert read(tmp_path / "cut.json") == read(tmp_path / "whole.json")
 
 
 def test_digits_takes_at_most_8_added_lines() -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -94,17 +96,41 @@ def run_torchrun(
     timeout: float = 180,
 ) -> subprocess.CompletedProcess[str]:
     """Run a script under the real torchrun."""
-    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={nproc}", f"--master-port={free_port()}"]
-    launcher.append(f"--max-restarts={max_restarts}")
-    return run_python(*launcher, str(script), *args, env=env, timeout=timeout)
+    return run_python(*_torchrun(nproc, max_restarts), str(script), *args, env=env, timeout=timeout)
+
+
+def start_torchrun(*args: str, nproc: int = 2, env: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
+    """Start a script under the real torchrun, and don't wait for it."""
+    nowhere = subprocess.DEVNULL
+    command = [sys.executable, *_torchrun(nproc, 0), *args]
+    return subprocess.Popen(command, stdout=nowhere, stderr=nowhere, env=_variables(env), cwd=ROOT)
+
+
+def kill_tree(process: subprocess.Popen[bytes]) -> None:
+    """SIGKILL a process and all that it has started, at once."""
+    pids = [process.pid]
+    for pid in pids:  # grows meanwhile
+        with suppress(OSError):
+            pids += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.wait()
 
 
 def run_python(*args: str, env: dict[str, str] | None = None, timeout: float = 180) -> subprocess.CompletedProcess[str]:
     """Run `python *args` with one thread and return its output."""
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(env or {})}
-    return subprocess.run(
-        [sys.executable, *map(str, args)], capture_output=True, text=True, timeout=timeout, env=variables, cwd=ROOT
-    )
+    command = [sys.executable, *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=_variables(env), cwd=ROOT)
+
+
+def _torchrun(nproc: int, max_restarts: int) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={nproc}", f"--master-port={free_port()}"]
+    return [*launcher, f"--max-restarts={max_restarts}"]
+
+
+def _variables(env: dict[str, str] | None) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(env or {})}
 
 
 def run_ranks(
