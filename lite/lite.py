@@ -106,6 +106,7 @@ class Lite(Resuming, Steps, Records):
         self._connected = False
         self._prepared = Prepared(self._plan.strategy, self._plan.precision)
         self._modules, self._weight = self._prepared.modules, self._prepared.weight
+        self._optimizers = self._prepared.optimizers
         self._scale: Callable[[Tensor], Tensor] | None = None
         if self._plan.started:
             self._connect()

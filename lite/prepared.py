@@ -45,6 +45,7 @@ class Prepared:
 
     Attributes:
         modules: The models that are set up, each with its engine.
+        optimizers: The optimizers that are set up.
         weight: What the current batch counts; loaders write it.
         facts: What was done, a line each, for `explain`.
     """
@@ -55,7 +56,7 @@ class Prepared:
         self.modules: dict[nn.Module, Engine | None] = {}
         self.weight = BatchWeight()
         self.facts: list[str] = []
-        self._optimizers: list[Optimizer] = []
+        self.optimizers: list[Optimizer] = []
         self._schedulers: list[LRScheduler] = []
         self._loaders: list[DataLoader[Any]] = []
 
@@ -118,7 +119,7 @@ class Prepared:
         for optimizer in [o for o in others if isinstance(o, Optimizer)]:
             move_optimizer_state(optimizer)
             wrap_optimizer(optimizer, self._precision)
-            self._optimizers.append(optimizer)
+            self.optimizers.append(optimizer)
             self._own(optimizer)
             if after_step:
                 _hooks[optimizer] = [
@@ -138,9 +139,9 @@ class Prepared:
 
     def release(self) -> None:
         """Give everything back, without a hook or patch."""
-        for thing in (*self.modules, *self._optimizers, *self._schedulers, *self._loaders):
+        for thing in (*self.modules, *self.optimizers, *self._schedulers, *self._loaders):
             _release(thing)
-        for kept in (self.modules, self._optimizers, self._schedulers, self._loaders, self.facts):
+        for kept in (self.modules, self.optimizers, self._schedulers, self._loaders, self.facts):
             kept.clear()
 
     def _own(self, thing: Any) -> None:
@@ -191,7 +192,7 @@ class Prepared:
                 )
 
     def _check_schedulers(self, schedulers: Sequence[LRScheduler], optimizers: Sequence[Optimizer]) -> None:
-        known = [*self._optimizers, *optimizers]
+        known = [*self.optimizers, *optimizers]
         for scheduler in schedulers:
             paced = getattr(scheduler, "optimizer", None)
             if paced is not None and not any(paced is optimizer for optimizer in known):
