@@ -32,6 +32,11 @@ class Options(argparse.Namespace):
 
 def parse_arguments(description: str | None, *, epochs: int, batch_size: int) -> Options:
     """Parse the command line; `epochs` and `batch_size` are the example's defaults."""
+    return make_parser(description, epochs=epochs, batch_size=batch_size).parse_args(namespace=Options())
+
+
+def make_parser(description: str | None, *, epochs: int, batch_size: int) -> argparse.ArgumentParser:
+    """The parser of what every example takes, for one that takes more."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     precision_help = "32-true (default), 64-true, bf16-mixed, ...; a raw script knows those that it spells out"
     parser.add_argument("--precision", help=precision_help)
@@ -44,7 +49,7 @@ def parse_arguments(description: str | None, *, epochs: int, batch_size: int) ->
         metavar="FILE",
         help="write the loss of each step and the final weights as JSON; rank r > 0 writes its own to FILE.r",
     )
-    return parser.parse_args(namespace=Options())
+    return parser
 
 
 def record(path: Path | None, losses: list[Tensor], *models: nn.Module) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from lite.errors import (
     CheckpointError,
     ConfigError,
+    DesyncError,
     LaunchError,
     LiteError,
     MissingExtraError,
     NonFiniteError,
+    PeerError,
     UsageError,
 )
 from lite.lite import Lite
@@ -22,11 +24,13 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DDPStrategy",
+    "DesyncError",
     "LaunchError",
     "Lite",
     "LiteError",
     "MissingExtraError",
     "NonFiniteError",
+    "PeerError",
     "SingleStrategy",
     "Stateful",
     "Strategy",

@@ -7,11 +7,12 @@ sent: with a plain gloo or NCCL call a mismatch ends the process or hangs it.
 
 from __future__ import annotations
 
+import functools
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,44 @@ _MAX_NDIM = 8
 _FOREVER = timedelta(days=365)
 _DTYPES = tuple(sorted((d for d in vars(torch).values() if isinstance(d, torch.dtype)), key=str))
 
+F = TypeVar("F", bound=Callable[..., Any])
+_explainer: Callable[[RuntimeError], Exception | None] | None = None
+
+
+def set_explainer(explainer: Callable[[RuntimeError], Exception | None] | None) -> None:
+    """Let `explainer` turn an error of a failed communication into the one that the user should see, or None."""
+    global _explainer
+    _explainer = explainer
+
+
+def raise_explained(error: RuntimeError) -> None:
+    """Raise what the explainer makes of `error`, from it; return where it has nothing to say."""
+    better = _explainer(error) if _explainer is not None else None
+    if better is not None:
+        raise better from error
+
+
+def explained(call: F) -> F:
+    """Let errors of `call`, which communicates, pass through the explainer."""
+
+    @functools.wraps(call)
+    def explaining(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return call(*args, **kwargs)
+        except RuntimeError as error:
+            raise_explained(error)
+            raise
+
+    return explaining  # type: ignore[return-value]
+
+
+def name_mismatches() -> None:
+    """Let process groups that are made from now on compare each collective over the ranks before they run it.
+
+    Source: https://pytorch.org/docs/stable/distributed.html#torch-distributed-debug, level DETAIL
+    """
+    dist.set_debug_level(dist.DebugLevel.DETAIL)  # type: ignore[attr-defined]
+
 
 def world_size(group: Any = None) -> int:
     """Number of ranks in `group`, 1 without a process group."""
@@ -36,12 +75,14 @@ def rank(group: Any = None) -> int:
     return dist.get_rank(group) if dist.is_available() and dist.is_initialized() else 0
 
 
+@explained
 def barrier(group: Any = None) -> None:
     """Wait until every rank is here. Collective: call on all ranks."""
     if world_size(group) > 1:
         dist.barrier(group=group)
 
 
+@explained
 def broadcast(obj: Any, src: int = 0, *, device: torch.device | None = None, group: Any = None) -> Any:
     """Return rank `src`'s `obj` on every rank. Collective: call on all ranks.
 
@@ -68,6 +109,7 @@ def broadcast(obj: Any, src: int = 0, *, device: torch.device | None = None, gro
     return tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, payload[0])
 
 
+@explained
 def all_reduce(data: Any, op: str = "mean", *, group: Any = None) -> Any:
     """Reduce every tensor and number in `data` over the ranks. Collective: call on all ranks.
 
@@ -111,6 +153,7 @@ def _reduce_leaf(leaf: Any, op: str, group: Any) -> Any:
     return value.div_(size) if op == "mean" else value
 
 
+@explained
 def all_gather(data: Any, *, cat: bool = False, sync_grads: bool = False, group: Any = None) -> Any:
     """Collect every tensor and number in `data` from all ranks. Collective: call on all ranks.
 
@@ -177,6 +220,7 @@ class _Gather(torch.autograd.Function):
         return total[rank(ctx.group)], None
 
 
+@explained
 def gather_for_metrics(data: Any, num_real: int | None = None, *, group: Any = None) -> Any:
     """Collect predictions and targets from all ranks, each sample once, in the order of the dataset's stream.
 
@@ -213,6 +257,16 @@ def gather_for_metrics(data: Any, num_real: int | None = None, *, group: Any = N
     return [item for part in gathered for item in part]
 
 
+@explained
+def all_gather_objects(obj: Any, *, group: Any = None) -> list[Any]:
+    """Every rank's object, which must pickle, in rank order. Collective: call on all ranks."""
+    if world_size(group) == 1:
+        return [obj]
+    gathered: list[Any] = [None] * world_size(group)
+    dist.all_gather_object(gathered, obj, group=group)
+    return gathered
+
+
 def any_rank(flag: bool, *, group: Any = None) -> bool:
     """Whether `flag` is true on at least one rank. Collective: call on all ranks."""
     return bool(all_reduce(int(flag), "max", group=group)) if world_size(group) > 1 else flag
@@ -221,6 +275,25 @@ def any_rank(flag: bool, *, group: Any = None) -> bool:
 def new_cpu_group() -> Any:
     """A gloo group of all ranks, for what runs beside training. Collective: call on all ranks."""
     return dist.new_group(backend="gloo")
+
+
+@explained
+def smallest(number: int) -> int:
+    """The smallest of all ranks' numbers, in one small all_reduce. Collective: call on all ranks."""
+    if world_size() == 1:
+        return number
+    value = torch.tensor(number, device=_object_device(None))
+    dist.all_reduce(value, op=dist.ReduceOp.MIN)
+    return int(value.item())
+
+
+@explained
+def gather_numbers(number: Tensor) -> list[int]:
+    """Every rank's int64 scalar, in one small all_gather. Collective: call on all ranks."""
+    if world_size() == 1:
+        return [int(number.item())]
+    number = number.to(_object_device(None)).reshape(1)
+    return [int(part) for part in torch.cat(_gather_equal(number, None)).tolist()]
 
 
 class FirstRank:

@@ -4,7 +4,9 @@ LiteError
 ├── ConfigError          (ValueError)    wrong input, found before any process starts
 ├── UsageError           (RuntimeError)  a call on the wrong object or at the wrong moment
 ├── LaunchError          (RuntimeError)  a process that `lite` started has failed
-├── NonFiniteError       (RuntimeError)  a gradient norm is inf or NaN
+├── PeerError            (RuntimeError)  another rank has failed, ended or hangs, so this one can't go on
+├── DesyncError          (RuntimeError)  ranks that must hold the same values don't
+├── NonFiniteError       (RuntimeError)  a gradient norm, a loss or a guarded tensor is inf or NaN
 ├── CheckpointError      (RuntimeError)  a checkpoint can't be written or read
 └── MissingExtraError    (ImportError)   an optional package is not installed
 """
@@ -31,8 +33,16 @@ class LaunchError(LiteError, RuntimeError):
     """A started process failed; the message holds the traceback of the process that failed first."""
 
 
+class PeerError(LiteError, RuntimeError):
+    """Another rank has failed, ended or hangs; the message says which one, with its traceback where it left one."""
+
+
+class DesyncError(LiteError, RuntimeError):
+    """Parameters, buffers or optimizer state differ between ranks; the message names the first tensor and the ranks."""
+
+
 class NonFiniteError(LiteError, RuntimeError):
-    """A gradient norm is inf or NaN and the policy is to raise."""
+    """A gradient norm is inf or NaN and the policy is to raise, or a tensor under a NaN guard is."""
 
 
 class CheckpointError(LiteError, RuntimeError):

@@ -17,12 +17,12 @@ from torch.utils.data import DataLoader
 
 from lite import collectives
 from lite.accelerators import Accelerator, probe_devices
-from lite.data import Shard, describe_dataloader, move_to_device, release_dataloader, setup_dataloader
+from lite.data.shares import Shard
+from lite.data.transfer import move_to_device
 from lite.environments import Environment, detect_environment
 from lite.errors import ConfigError, UsageError
-from lite.facets.checkpoints import Checkpoints
-from lite.facets.ranks import BetweenRanks
 from lite.facets.records import Records
+from lite.facets.resuming import Resuming
 from lite.facets.steps import Steps, compose_backward
 from lite.launchers import in_notebook
 from lite.loggers import Logger
@@ -35,7 +35,7 @@ from lite.strategies import Strategy, strategy_factories
 T = TypeVar("T")
 
 
-class Lite(BetweenRanks, Steps, Checkpoints, Records):
+class Lite(Resuming, Steps, Records):
     """Takes a raw PyTorch loop to any device, number of processes and precision.
 
     Under torchrun, srun or mpirun creating it joins the job (collective: create it on all ranks). Without one of them
@@ -56,7 +56,8 @@ class Lite(BetweenRanks, Steps, Checkpoints, Records):
         loggers: One or several Loggers that `log` writes to.
 
     The first five fall back to LITE_ACCELERATOR, LITE_STRATEGY, LITE_DEVICES, LITE_NUM_NODES and LITE_PRECISION: an
-    argument outranks the environment, which outranks the default.
+    argument outranks the environment, which outranks the default. LITE_DEBUG=1 compares each collective over the ranks
+    before it runs, so that one that doesn't match on all of them is named instead of hanging; it is slow.
 
     Raises:
         ConfigError: A setting is wrong, unavailable, or contradicts another one or the job.
@@ -153,12 +154,15 @@ class Lite(BetweenRanks, Steps, Checkpoints, Records):
         self._device = plan.accelerator.device(plan.devices[local])
         plan.accelerator.activate(self._device)
         check_device(plan, self._device)
+        if os.environ.get("LITE_DEBUG", "").lower() not in ("", "0", "false"):
+            collectives.name_mismatches()
         self._store = plan.strategy.connect(plan.environment, self._device)
         self._first_rank = collectives.FirstRank(self._store) if self._store is not None else None
         self._connected = True
         self._backward = compose_backward(self)
         if self._store is not None:
             atexit.register(plan.strategy.close)
+        self._guard_job()
         # At the end of the script, or of this object's life; a launched function's end comes first.
         writers = self._loggers if self.is_global_zero else ()
         self._close_loggers = weakref.finalize(self, _close_all, writers)
@@ -251,6 +255,9 @@ class Lite(BetweenRanks, Steps, Checkpoints, Records):
             ConfigError: None is given, or one is no DataLoader.
             UsageError: One is set up already, or the processes don't run yet.
         """
+        from lite.data.describe import describe_dataloader
+        from lite.data.loader import release_dataloader, setup_dataloader
+
         self._require_connected("setup_dataloaders")
         if not loaders:
             raise ConfigError("setup_dataloaders() got no loader; pass at least one DataLoader.")
@@ -341,9 +348,11 @@ def _run_in_process(lite: Lite, fn: Callable[..., T], args: tuple[Any, ...], kwa
     strategy = lite.strategy
     try:
         value = fn(lite, *args, **kwargs)
-    except SystemExit as end:
-        if end.code in (None, 0):
+    except BaseException as error:
+        if isinstance(error, SystemExit) and error.code in (None, 0):
             strategy.close()
+        else:
+            lite._tell_of_failure(error)
         raise
     finally:
         # After a failure the group is left alone: the other ranks learn of it by this process's end.

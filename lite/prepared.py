@@ -14,7 +14,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
-from lite.data import BatchWeight, release_dataloader
+from lite import collectives
+from lite.data.shares import BatchWeight
 from lite.errors import ConfigError, UsageError
 from lite.precision.base import Precision
 from lite.strategies.base import Engine, Strategy
@@ -98,7 +99,7 @@ class Prepared:
         self._precision.convert_module(model)
         if move:
             model.to(device)
-        engine = self._strategy.wrap(model, device)
+        engine = collectives.explained(self._strategy.wrap)(model, device)
         try:
             wrap_module(model, engine=engine, precision=self._precision, device=device)
         except Exception:
@@ -222,6 +223,8 @@ def _release(thing: Any) -> None:
     elif isinstance(thing, LRScheduler):
         unwrap_scheduler(thing)
     else:
+        from lite.data.loader import release_dataloader
+
         release_dataloader(thing)
 
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import atexit
+import functools
+import importlib
 import logging
 import os
 import sys
 import threading
 import traceback
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 _untold: list[Background] = []
+_running: weakref.WeakSet[Background] = weakref.WeakSet()
 
 
 class Background:
@@ -34,6 +38,8 @@ class Background:
     def start(self, write: Callable[[], None]) -> None:
         """Run `write` in a thread; wait for the one before it first."""
         self.wait()
+        _wait_at_exit()
+        _running.add(self)
         # Not a daemon: the interpreter waits for it.
         self._thread = threading.Thread(target=self._run, args=(write,), name="lite.save", daemon=False)
         self._thread.start()
@@ -59,6 +65,25 @@ class Background:
         except BaseException as error:
             self._error = error
             _untold.append(self)
+
+
+@functools.cache
+def _wait_at_exit() -> None:
+    """Let Python wait for writes before it closes the pools of threads that they use.
+
+    It waits for threads by itself, but closes the pools of concurrent.futures first; what is registered after those
+    runs before them. There is no public function for it (Python 3.9 to 3.14).
+    """
+    importlib.import_module("concurrent.futures.thread")  # registers its own
+
+    register: Any = getattr(threading, "_register_atexit", None)
+    if register is not None:
+        register(_wait_for_all)
+
+
+def _wait_for_all() -> None:
+    for background in list(_running):
+        background.wait()
 
 
 def _tell_at_exit() -> None:

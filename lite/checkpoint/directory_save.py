@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo, _StoragePrefix
+from torch.distributed.checkpoint.filesystem import _StorageInfo, _StoragePrefix
 from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.checkpoint.state_dict_saver import _save_state_dict
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
@@ -148,7 +149,8 @@ class _Writer(StorageWriter):
         return done
 
     def finish(self, metadata: Any, results: list[list[WriteResult]]) -> None:
-        metadata.version = CURRENT_DCP_VERSION
+        if hasattr(filesystem, "CURRENT_DCP_VERSION"):  # not before torch 2.8
+            metadata.version = filesystem.CURRENT_DCP_VERSION
         metadata.storage_data = {r.index: r.storage_data for part in results for r in part}
         metadata.storage_meta = self.storage_meta()
         files: dict[str, Any] = {}

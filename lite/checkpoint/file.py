@@ -17,6 +17,7 @@ import torch
 
 from lite.checkpoint.checksum import damage_in_zip
 from lite.checkpoint.storage import Storage, locate
+from lite.checkpoint.tree import walk
 from lite.errors import CheckpointError
 
 _log = logging.getLogger("lite")
@@ -54,6 +55,20 @@ def check_is_no_folder(path: str | os.PathLike[str]) -> None:
             f"path={str(path)!r} is a folder; give the name of a file in it, e.g. {storage.join(target, 'last.ckpt')}, "
             "or a name without a suffix for a sharded checkpoint."
         )
+
+
+def check_has_no_shards(content: dict[str, Any]) -> None:
+    """Refuse tensors of which this rank has only a part: rank 0 alone writes a file.
+
+    Raises:
+        CheckpointError: There is one; the message names it.
+    """
+    for name, value in walk(content).items():
+        if isinstance(value, torch.Tensor) and hasattr(value, "device_mesh"):
+            raise CheckpointError(
+                f"{name} is sharded over the ranks, and one file is written by rank 0 alone; save to a path without a "
+                "suffix, which every rank writes a part of, or gather it first."
+            )
 
 
 def load_file(path: str | os.PathLike[str], *, verify: bool = True, weights_only: bool = True) -> dict[str, Any]:

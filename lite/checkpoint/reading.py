@@ -1,4 +1,4 @@
-"""Reading whatever lies at a path: a file, or a directory."""
+"""Whatever lies at a path, a file or a directory: read, checked, or removed."""
 
 from __future__ import annotations
 
@@ -48,3 +48,20 @@ def damage(path: str | os.PathLike[str]) -> str | None:
     if index.save_id is None:
         return None
     return names.damage_in_files(storage, target, index)
+
+
+def remove(path: str | os.PathLike[str]) -> None:
+    """Remove a checkpoint, if it is there: a directory's index first, so that no reader finds a part of it.
+
+    Other files in the directory stay, and the directory with them.
+    """
+    storage, target, _ = locate(path)
+    kind = storage.kind(target)
+    if kind == "file":
+        storage.remove(target)
+    elif kind == "folder":
+        from lite.checkpoint import directory_format as names
+
+        storage.remove(storage.join(target, names.INDEX))
+        names.sweep(storage, target, keep="")
+        storage.remove_empty_folder(target)

@@ -67,7 +67,8 @@ class _Copier:
         source = value.detach()
         if hasattr(source, "__tensor_flatten__"):  # DTensor and other tensors made of tensors
             names, context = source.__tensor_flatten__()
-            inner = {name: self._tensor(getattr(source, name)) for name in names}
+            # In torch 2.13 a DTensor's parts are its own tensor and the mesh.
+            inner = {name: self.copy(getattr(source, name)) for name in names}
             made: Any = type(source)
             rebuilt: Tensor = made.__tensor_unflatten__(inner, context, source.size(), source.stride())
             return rebuilt

@@ -9,6 +9,8 @@ import errno
 import mmap
 import os
 import re
+import stat
+import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -19,6 +21,7 @@ from typing import Any, BinaryIO
 from lite.errors import ConfigError, MissingExtraError
 
 _DAY_S = 24 * 3600
+_LARGE_BYTES = 1 << 24
 _TEMPORARY = re.compile(r"^\.(.+)\.[0-9a-f]{32}\.tmp$")
 
 
@@ -27,7 +30,11 @@ class Storage:
 
     def kind(self, path: str) -> str | None:
         """ "file", "folder", or None where nothing is."""
-        return "folder" if os.path.isdir(path) else "file" if os.path.exists(path) else None
+        # One look: another process may be making it just now.
+        try:
+            return "folder" if stat.S_ISDIR(os.stat(path).st_mode) else "file"
+        except OSError:
+            return None
 
     def names(self, folder: str) -> list[str]:
         """What is in the folder, sorted; nothing where there is none."""
@@ -45,11 +52,13 @@ class Storage:
 
     def remove(self, path: str) -> None:
         """Remove a file, if it is there."""
-        with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError), _freed_later(path):
             os.unlink(path)
 
-    def size(self, path: str) -> int:
-        return os.path.getsize(path)
+    def remove_empty_folder(self, folder: str) -> None:
+        """Remove the folder if nothing is in it."""
+        with suppress(OSError):
+            os.rmdir(folder)
 
     def read(self, path: str) -> bytes:
         with open(path, "rb") as file:
@@ -81,7 +90,8 @@ class Storage:
 
     def rename(self, old: str, new: str) -> None:
         """Give a file another name in its folder, over what has that name, at once and durably."""
-        os.replace(old, new)
+        with _freed_later(new):
+            os.replace(old, new)
         self.sync(self.split(new)[0])
 
     def sync(self, folder: str) -> None:
@@ -159,7 +169,10 @@ class UrlStorage(Storage):
         self._fs = fs
 
     def kind(self, path: str) -> str | None:
-        return "folder" if self._fs.isdir(path) else "file" if self._fs.exists(path) else None
+        try:
+            return "folder" if self._fs.info(path)["type"] == "directory" else "file"
+        except FileNotFoundError:
+            return None
 
     def names(self, folder: str) -> list[str]:
         if not self._fs.isdir(folder):
@@ -181,8 +194,9 @@ class UrlStorage(Storage):
         with suppress(FileNotFoundError):
             self._fs.rm_file(path)
 
-    def size(self, path: str) -> int:
-        return int(self._fs.size(path))
+    def remove_empty_folder(self, folder: str) -> None:
+        with suppress(OSError):
+            self._fs.rmdir(folder)
 
     def read(self, path: str) -> bytes:
         return bytes(self._fs.cat_file(path))
@@ -259,6 +273,24 @@ def locate(path: str | os.PathLike[str]) -> tuple[Storage, str, bool]:
     except ValueError as error:
         raise ConfigError(f"path={text!r} is no URL that fsspec knows: {error}") from error
     return UrlStorage(fs), str(inside).rstrip("/"), is_folder
+
+
+@contextmanager
+def _freed_later(path: str) -> Iterator[None]:
+    """Within the block the file at `path` loses its name; its space is given back in a thread, without waiting.
+
+    The system frees a file when its last descriptor is closed; for a large one that takes half as long as writing it.
+    """
+    descriptor = -1
+    if os.name == "posix":
+        with suppress(OSError):
+            if os.path.getsize(path) >= _LARGE_BYTES and os.path.isfile(path):
+                descriptor = os.open(path, os.O_RDONLY)
+    try:
+        yield
+    finally:
+        if descriptor >= 0:
+            threading.Thread(target=os.close, args=(descriptor,), name="lite.free", daemon=True).start()
 
 
 def _create_locked(path: str) -> int:

@@ -74,6 +74,7 @@ class Iteration:
         self._stateful_samplers = [s for s in samplers if is_stateful(s)]
         self._last_epochs: list[Any] = []
         self._next: Pass | None = None  # the pass that a loaded state asks for
+        self._moment: RandomState | None = None  # the random state of the moment from which that pass goes on
         self._pass: Pass | None = None  # the newest one
         self.epoch = 0
 
@@ -84,6 +85,9 @@ class Iteration:
         if self._weight.outer() is None:
             self._weight.clear()
         current, self._next = self._next or self._fresh_pass(), None
+        if self._moment is not None:
+            self._moment.restore()
+            self._moment = None
         current.uses = current.began = self._weight.uses
         self.epoch = current.epoch + 1
         self._last_epochs = [_epochs(sampler) for sampler in self._epoch_samplers]
@@ -268,6 +272,11 @@ class Iteration:
             "stream": self._stream_state(current),
         }
 
+    def go_on_under(self, random_state: RandomState) -> None:
+        """Let a loaded position be gone on with under this rank's random state, whatever is drawn until then."""
+        if self._next is not None:
+            self._moment = random_state
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Let the next pass go on from there.
 
@@ -285,7 +294,7 @@ class Iteration:
                 f"the loader's state is of a dataset with {state['length']} samples, but this one has {length}; its "
                 "position means nothing here. Leave the loader out of what is loaded to begin the data anew."
             )
-        self._pass = None
+        self._pass = self._moment = None
         self.epoch = state["epoch"]
         if "items" not in state:
             self._next = None

@@ -67,6 +67,10 @@ class Environment(ABC):
         """Number of machines, or None where it can't be known."""
         return None
 
+    def num_restarts(self) -> int:
+        """How many times the whole job has been started again by whoever started it."""
+        return 0
+
     def init_method(self) -> str | None:
         """Where torch.distributed lets the ranks meet."""
         return f"tcp://{self.main_address()}:{self.main_port()}"

@@ -50,6 +50,9 @@ class TorchrunEnvironment(Environment):
     def num_nodes(self) -> int | None:
         return self._optional("GROUP_WORLD_SIZE")
 
+    def num_restarts(self) -> int:
+        return self._optional("TORCHELASTIC_RESTART_COUNT") or 0
+
     def job_id(self) -> str | None:
         return self._environ.get("TORCHELASTIC_RUN_ID")
 

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from lite.accelerators import Accelerator
-from lite.data import BatchWeight, move_to_device
+from lite.data.shares import BatchWeight
+from lite.data.transfer import move_to_device
 from lite.errors import UsageError
 from lite.plan import Plan
 from lite.precision.base import Precision

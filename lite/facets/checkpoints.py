@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from lite import collectives
+from lite.checkpoint import manifest, per_rank
 from lite.checkpoint.background import Background
 from lite.errors import CheckpointError, ConfigError, choose
 from lite.facets.base import Facet
@@ -34,6 +35,7 @@ class Checkpoints(Facet):
         *,
         async_save: bool = False,
         busy: str = "wait",
+        rng: bool = True,
     ) -> bool:
         """Write a checkpoint, whole or not at all. Collective: call on all ranks.
 
@@ -51,6 +53,7 @@ class Checkpoints(Facet):
                 1 if nobody has been told of a failure.
             busy: What to do when the background save before this one is still writing: "wait" for it, or "skip" this
                 one.
+            rng: Whether every rank's random states (Python, numpy, torch, CUDA) are kept, to go on from at `load`.
 
         Returns:
             Whether it was (or with `async_save`: is being) saved; False when it was skipped. The same on all ranks.
@@ -71,13 +74,14 @@ class Checkpoints(Facet):
         if problem is None and not is_busy:
             try:
                 is_folder, content = self._prepare(path, state, filter)
-                if async_save:
-                    content = self._stage(content, is_folder)
             except Exception as error:
                 problem = error
         if self._agree(problem, is_busy):
             return False
         assert content is not None
+        content[manifest.KEY] = self._manifest(content, state, rng)
+        if async_save:
+            content = self._stage(content, is_folder)
         write = self._writer(path, content, is_folder, async_save)
         if async_save:
             self._in_background().start(write)
@@ -118,6 +122,7 @@ class Checkpoints(Facet):
         *,
         verify: bool = True,
         weights_only: bool = True,
+        rng: bool = True,
     ) -> dict[str, Any]:
         """Read a checkpoint, file or directory, into the objects of `state`, in place. Every rank reads it.
 
@@ -130,6 +135,8 @@ class Checkpoints(Facet):
                 of, and kept in `load_report`.
             verify: Whether checksums are compared before anything is read.
             weights_only: False lets the checkpoint run code, so do it only with one that you trust; it is logged.
+            rng: Whether random number generators go on from their saved states. Where another number of processes saved
+                them, rank 0's do, and the other ranks are seeded from rank 0's state and their rank.
 
         Returns:
             The entries that `state` doesn't ask for.
@@ -137,12 +144,19 @@ class Checkpoints(Facet):
         Raises:
             CheckpointError: It is missing, damaged or holds code, or doesn't fit the objects.
         """
-        loaded, manifest = self._read(path, verify, weights_only)
+        loaded, about = self._read(path, verify, weights_only)
         if state is None:
             return loaded
-        self._restore_manifest(manifest)
+        per_rank.pick(loaded, state)
         rest, report = restore(state, loaded, strict=strict)
         self._report(path, report)
+        if "precision" in about:
+            self.precision.load_state_dict(about["precision"])
+        if rng and about.get("rng"):
+            random_state = per_rank.restore_random_state(about["rng"])
+            for value in state.values():
+                if hasattr(value, "go_on_under"):
+                    value.go_on_under(random_state)
         return rest
 
     def load_raw(
@@ -162,8 +176,8 @@ class Checkpoints(Facet):
         """
         if not hasattr(obj, "load_state_dict"):
             raise ConfigError(f"load_raw got a {type(obj).__name__}, which has no load_state_dict; pass a module, say.")
-        loaded, manifest = self._read(path, verify, weights_only)
-        if manifest:
+        loaded, about = self._read(path, verify, weights_only)
+        if about:
             raise CheckpointError(
                 f"path={str(path)!r} is a checkpoint of several objects ({', '.join(map(repr, loaded))}); use "
                 "lite.load(path, {'name': object}, strict=False)."
@@ -202,19 +216,14 @@ class Checkpoints(Facet):
 
     # ---- pieces
 
-    def _manifest_entries(self) -> dict[str, Any]:
-        """What a checkpoint holds besides the user's state. Collective: called on all ranks by every save."""
-        precision = self.precision.state_dict()
-        return {"precision": precision} if precision else {}
-
-    def _restore_manifest(self, manifest: Mapping[str, Any]) -> None:
-        """Take back what `_manifest_entries` gave."""
-        if "precision" in manifest:
-            self.precision.load_state_dict(manifest["precision"])
+    def _manifest(self, content: dict[str, Any], state: Mapping[str, Any], rng: bool) -> dict[str, Any]:
+        """What a checkpoint holds besides the user's state, whose parts of each rank are put together. Collective."""
+        entries: dict[str, Any] = {"precision": self.precision.state_dict()}
+        entries["rng"] = per_rank.gather(content, state, rng=rng)
+        return manifest.compose(self.world_size, {k: sanitise(v, manifest.KEY) for k, v in entries.items() if v})
 
     def _prepare(self, path: Path, state: Mapping[str, Any], filter: Filter | None) -> tuple[bool, dict[str, Any]]:
-        from lite.checkpoint import manifest
-        from lite.checkpoint.file import check_is_no_folder
+        from lite.checkpoint.file import check_has_no_shards, check_is_no_folder
         from lite.checkpoint.storage import locate
 
         is_folder = locate(path)[2]
@@ -222,8 +231,9 @@ class Checkpoints(Facet):
             check_is_no_folder(path)
         content = collect(state, filter)
         manifest.check_names(content)
-        entries = sanitise(self._manifest_entries(), manifest.KEY)
-        return is_folder, {**content, manifest.KEY: manifest.compose(self.world_size, entries)}
+        if not is_folder:
+            check_has_no_shards(content)
+        return is_folder, content
 
     def _stage(self, content: dict[str, Any], is_folder: bool) -> dict[str, Any]:
         from lite.checkpoint.staging import Staging

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lite import gradients
+from lite import collectives, gradients
 from lite.errors import ConfigError, UsageError
 from lite.facets.base import Facet
 
@@ -170,6 +170,10 @@ def compose_backward(lite: Steps) -> Callable[..., None]:
         weight.uses += 1
         if weight.value != 1.0:
             loss = loss * weight.use()
-        plain(loss, *args, **kwargs)
+        try:
+            plain(loss, *args, **kwargs)
+        except RuntimeError as error:
+            collectives.raise_explained(error)
+            raise
 
     return checked_backward if lite.world_size > 1 else backward

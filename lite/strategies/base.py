@@ -16,7 +16,13 @@ from lite.environments.base import Environment
 
 
 class Engine:
-    """What stands between the user's model and its forward, made by `Strategy.wrap` for one model."""
+    """What stands between the user's model and its forward, made by `Strategy.wrap` for one model.
+
+    Attributes:
+        syncs_buffers: Whether each forward starts with rank 0's buffers, so that they may differ between forwards.
+    """
+
+    syncs_buffers: bool = False
 
     def forward(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the whole forward by `run(*args, **kwargs)`, with what the strategy needs around it."""

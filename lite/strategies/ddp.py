@@ -95,9 +95,11 @@ class DDPStrategy(Strategy):
         store, _, _ = next(rendezvous(environment.init_method() or "env://", rank, self._world_size))
         store.set_timeout(self.timeout or timedelta(minutes=30))
         check_company(store, environment, device)
+        # torch 2.13: torchrun's store keeps the addresses of the processes that it restarted, and gloo would try them.
+        life = f"lite/{environment.num_restarts()}"
         dist.init_process_group(
             backend,
-            store=PrefixStore("lite", store),
+            store=PrefixStore(life, store),
             rank=rank,
             world_size=self._world_size,
             timeout=self.timeout,
@@ -207,6 +209,7 @@ class DDPEngine(Engine):
         self.ddp = nn.parallel.DistributedDataParallel(adapter, **options)
         if comm_hook is not None:
             self.ddp.register_comm_hook(None, _comm_hook(comm_hook))
+        self.syncs_buffers = bool(self.ddp.broadcast_buffers)
         self.backwards = 0
         self._module = weakref.ref(module)
         self._frozen = tuple((n, p) for n, p in module.named_parameters() if not p.requires_grad)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lite.collectives import raise_explained
 from lite.disguise import disguise
 from lite.errors import ConfigError, UsageError
 from lite.precision.base import Precision
@@ -122,6 +123,9 @@ class _Route:
             if whole:
                 return self.engine.forward(call, args, kwargs)
             return self.engine.announce(call(*args, **kwargs))
+        except RuntimeError as error:
+            raise_explained(error)
+            raise
         finally:
             self.inside = False
 

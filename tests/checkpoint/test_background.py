@@ -145,29 +145,30 @@ import sys, time, torch
 from lite import Lite
 from lite.checkpoint.storage import Storage
 lite = Lite(accelerator="cpu")
-real = Storage.rename
-def slow(self, old, new):
+real = Storage.make_folder
+def slow(self, *args):
     time.sleep(0.5)
     if sys.argv[2] == "fail":
         raise OSError(28, "No space left on device")
-    real(self, old, new)
-Storage.rename = slow
-lite.save(sys.argv[1], {"n": 1}, async_save=True)
+    real(self, *args)
+Storage.make_folder = slow
+lite.save(sys.argv[1], {"n": 1, "w": torch.ones(500_000)}, async_save=True)
 print("the end of the script")
 """
 
 
+@BOTH
 @pytest.mark.parametrize("how", ["finish", "fail"])
-def test_python_ends_when_the_write_has(tmp_path: Path, how: str) -> None:
-    """And tells of a failure that nobody has heard of, by its exit code too."""
-    path = tmp_path / "a.ckpt"
+def test_python_ends_when_the_write_has(tmp_path: Path, name: str, how: str) -> None:
+    """And tells of a failure that nobody has heard of, by its exit code too. The write begins when the script ends."""
+    path = tmp_path / name
     done = run_python("-c", EXIT, str(path), how)
     assert "the end of the script" in done.stdout
     if how == "finish":
         assert done.returncode == 0, done.stderr
-        assert Lite(accelerator="cpu").load(path) == {"n": 1}
+        assert Lite(accelerator="cpu").load(path)["n"] == 1
     else:
-        assert done.returncode == 1 and "No space left" in done.stderr and "a.ckpt" in done.stderr
+        assert done.returncode == 1 and "No space left" in done.stderr and str(path) in done.stderr
         assert not path.exists()
 
 
@@ -206,3 +207,27 @@ def test_every_kind_of_tensor_is_staged() -> None:
     assert isinstance(staged["parameter"], nn.Parameter)
     for name, tensor in state.items():
         assert torch.equal(staged[name].to_dense(), tensor.to_dense()), name
+
+
+def _train_meanwhile(path: str) -> float:
+    from lite.checkpoint.storage import Storage
+
+    lite = Lite(accelerator="cpu")
+    real, opened = Storage.create, threading.Event()
+    Storage.create = lambda *args: opened.wait(30) and real(*args)  # type: ignore[assignment,method-assign]
+    try:
+        lite.save(path, {"w": torch.ones(1000)}, async_save=True)
+        total = sum(lite.all_reduce(float(lite.global_rank + n), "sum") for n in range(200))
+        opened.set()
+        total += sum(lite.all_reduce(1.0, "sum") for n in range(200))
+    finally:
+        Storage.create = real  # type: ignore[method-assign]
+    lite.wait_for_save()
+    return total
+
+
+def test_training_communicates_while_a_directory_is_written(tmp_path: Path) -> None:
+    """The write agrees over a group of its own, so that neither waits for the other nor takes its messages."""
+    expected = float(sum(2 * n + 1 for n in range(200)) + 400)
+    assert run_distributed(_train_meanwhile, str(tmp_path / "a")) == [expected, expected]
+    assert Lite(accelerator="cpu").load(tmp_path / "a")["w"].sum() == 1000

@@ -235,3 +235,29 @@ def test_a_directory_is_not_written_over_a_file(tmp_path: Path) -> None:
 def test_splitting_and_joining_change_nothing(content: dict[str, Any]) -> None:
     """Empty containers included."""
     assert equal(tree.join(*tree.split(content)), content)
+
+
+def _sharded(folder: str, async_save: bool) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    lite = Lite(accelerator="cpu")
+    mesh = init_device_mesh("cpu", (2,))
+    whole = torch.arange(15.0).reshape(5, 3)
+    state = {
+        "rows": distribute_tensor(whole, mesh, [Shard(0)]),
+        "columns": distribute_tensor(whole, mesh, [Shard(1)]),
+        "same": distribute_tensor(whole, mesh, [Replicate()]),
+    }
+    lite.save(folder, state, async_save=async_save)
+    lite.wait_for_save()
+    with pytest.raises(CheckpointError, match="rows is sharded"):
+        lite.save(f"{folder}.ckpt", state)
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+def test_shards_come_together_again(tmp_path: Path, async_save: bool) -> None:
+    """Every rank writes its own part of a sharded tensor; one process reads the whole. A file refuses a part."""
+    run_distributed(_sharded, str(tmp_path / "a"), async_save)
+    whole = torch.arange(15.0).reshape(5, 3)
+    assert equal(Lite(accelerator="cpu").load(tmp_path / "a"), {"rows": whole, "columns": whole, "same": whole})

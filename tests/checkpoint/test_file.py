@@ -32,6 +32,7 @@ def test_a_manifest_says_who_wrote_it_and_stays_out_of_the_state(tmp_path: Path)
     lite.save(tmp_path / "a.ckpt", {"n": 1})
     manifest = torch.load(tmp_path / "a.ckpt", weights_only=True)["__lite__"]
     assert manifest.pop("time") > 0
+    assert len(manifest.pop("rng")) == 1
     assert manifest == {"format": 1, "lite": "0.1.0", "torch": torch.__version__, "world_size": 1}
     assert lite.load(tmp_path / "a.ckpt") == {"n": 1}
     with pytest.raises(ConfigError, match="__lite__"):

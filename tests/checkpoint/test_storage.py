@@ -75,11 +75,32 @@ def test_a_full_disk_leaves_the_old_checkpoint(monkeypatch: pytest.MonkeyPatch, 
         return super(MemoryFile, self).write(data)
 
     monkeypatch.setattr(MemoryFile, "write", write, raising=False)
-    with pytest.raises(CheckpointError, match="No space left.*unharmed"):
+    with pytest.raises(CheckpointError, match=r"No space left.*unharmed"):
         lite.save(f"memory://{name}", {"w": torch.zeros(500)})
     monkeypatch.undo()
     assert lite.load(f"memory://{name}")["w"].sum() == 500
     assert len(fsspec.filesystem("memory").find("/")) == (1 if "." in name else 4)
+
+
+@pytest.mark.parametrize("base", ["memory://runs", "local"])
+def test_a_checkpoint_is_removed_whole(tmp_path: Path, base: str) -> None:
+    """File and directory, with the folder unless something else is in it; one that isn't there is no error."""
+    from lite.checkpoint.reading import remove
+
+    base = str(tmp_path) if base == "local" else base
+    lite = Lite(accelerator="cpu")
+    for name in ("a.ckpt", "a"):
+        lite.save(f"{base}/{name}", {"w": torch.ones(3)})
+        for _ in range(2):
+            remove(f"{base}/{name}")
+        storage, target, _ = locate(f"{base}/{name}")
+        assert storage.kind(target) is None
+    lite.save(f"{base}/b", {"w": torch.ones(3)})
+    storage, target, _ = locate(f"{base}/b")
+    with storage.create(storage.join(target, "notes.txt")) as file:
+        file.write(b"mine")
+    remove(f"{base}/b")
+    assert storage.names(target) == ["notes.txt"]
 
 
 def test_local_paths_need_no_fsspec(tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ def test_it_is_found_by_its_own_variables_and_reads_only(name: str) -> None:
     assert 0 <= found.local_rank() < local_world <= found.world_size()
     assert nodes is not None
     assert 0 <= found.node_rank() < nodes
+    assert found.num_restarts() >= 0
     found.check()
     assert found.main_address()
     assert 0 < found.main_port() < 2**16

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from lite.data import BatchWeight, Shard, setup_dataloader
 from lite.data.checksum import checksum
+from lite.data.loader import setup_dataloader
+from lite.data.shares import BatchWeight, Shard
 from lite.errors import ConfigError, UsageError
 
 

@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torch.utils.data.distributed import DistributedSampler
 
 from lite import ConfigError, Lite, UsageError
-from lite.data import BatchWeight, Shard, setup_dataloader
+from lite.data.loader import setup_dataloader
+from lite.data.shares import BatchWeight, Shard
 from tests.support.processes import run_distributed
 
 

@@ -21,7 +21,8 @@ from torch.utils.data import (
     get_worker_info,
 )
 
-from lite.data import BatchWeight, Shard, setup_dataloader
+from lite.data.loader import setup_dataloader
+from lite.data.shares import BatchWeight, Shard
 from lite.errors import CheckpointError, UsageError
 from lite.seed import RandomState
 from tests.data.test_split import Generated, OwnGenerator, RankZero

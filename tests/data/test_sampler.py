@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, WeightedRandomSampler
 
-from lite.data import BatchWeight, Shard, setup_dataloader
+from lite.data.loader import setup_dataloader
+from lite.data.shares import BatchWeight, Shard
 
 
 def stream(make: Any, world: int, epochs: int = 2, diverge: bool = False) -> list[list[list[int]]]:

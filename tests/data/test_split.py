@@ -12,7 +12,8 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
 from torch.utils.data.distributed import DistributedSampler
 
-from lite.data import BatchWeight, Shard, setup_dataloader
+from lite.data.loader import setup_dataloader
+from lite.data.shares import BatchWeight, Shard
 from lite.errors import ConfigError, UsageError
 
 

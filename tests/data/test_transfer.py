@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from lite.data import move_to_device
+from lite.data.transfer import move_to_device
 
 Pair = namedtuple("Pair", "a b")
 META = torch.device("meta")

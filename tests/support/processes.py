@@ -86,10 +86,16 @@ def close_pools() -> None:
 
 
 def run_torchrun(
-    script: str | Path, *args: str, nproc: int = 2, env: dict[str, str] | None = None, timeout: float = 180
+    script: str | Path,
+    *args: str,
+    nproc: int = 2,
+    max_restarts: int = 0,
+    env: dict[str, str] | None = None,
+    timeout: float = 180,
 ) -> subprocess.CompletedProcess[str]:
     """Run a script under the real torchrun."""
     launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={nproc}", f"--master-port={free_port()}"]
+    launcher.append(f"--max-restarts={max_restarts}")
     return run_python(*launcher, str(script), *args, env=env, timeout=timeout)
 
 
@@ -99,6 +105,37 @@ def run_python(*args: str, env: dict[str, str] | None = None, timeout: float = 1
     return subprocess.run(
         [sys.executable, *map(str, args)], capture_output=True, text=True, timeout=timeout, env=variables, cwd=ROOT
     )
+
+
+def run_ranks(
+    script: str | Path, *args: str, world_size: int = 2, timeout: float = 90
+) -> list[subprocess.CompletedProcess[str]]:
+    """Run a script on every rank, as srun would: nobody ends one rank because another has failed."""
+    shared = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1"}
+    shared |= {"MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
+    running = []
+    for rank in map(str, range(world_size)):
+        variables = {**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank}
+        running.append(
+            subprocess.Popen(
+                [sys.executable, str(script), *args],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env=variables,
+                cwd=ROOT,
+            )
+        )
+    done = []
+    try:
+        for process in running:
+            output, errors = process.communicate(timeout=timeout)
+            done.append(subprocess.CompletedProcess(process.args, process.returncode, output, errors))
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+    return done
 
 
 def free_port() -> int:

@@ -1,0 +1,275 @@
+"""Kill a run at random moments, start it again until it ends, and compare it bit for bit with one that was left alone.
+
+    python -m benchmarks.kill_drill --rounds 30
+
+The run has what makes resuming hard: random augmentation in two loader workers, dropout, a loss scale, a scheduler.
+In turn all of its processes get SIGKILL, or one of them, at a random moment, during a save, during a background save.
+`--launcher torchrun` starts each life by torchrun instead of a fork of this process, which is the same but slower.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from lite import Lite
+
+KINDS = ("all", "one", "all during a save", "one during a save", "all during a background save")
+NUM_SAMPLES, GLOBAL_BATCH, EPOCHS, NUM_WORKERS = 560, 8, 3, 2
+STEPS = EPOCHS * (NUM_SAMPLES // GLOBAL_BATCH)
+EVERY_STEPS = 5
+LIFE_TIMEOUT_S = 120
+
+
+class Augmented(Dataset[Tensor]):
+    """Samples with noise from all three generators."""
+
+    def __len__(self) -> int:
+        return NUM_SAMPLES
+
+    def __getitem__(self, index: int) -> Tensor:
+        noise = torch.rand(6) + random.random() + float(np.random.rand())
+        return torch.cat([torch.full((2,), index / NUM_SAMPLES), noise])
+
+
+class Net(nn.Module):
+    """Large enough that saving takes a moment."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(8, 256), nn.ReLU(), nn.Dropout(0.2), nn.Linear(256, 256), nn.Linear(256, 1)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+def job(folder: str, async_save: bool) -> None:
+    """One life of the run: from its newest checkpoint to its end, or until it is killed."""
+    lite = Lite(accelerator="cpu", precision="16-mixed")
+    rank = lite.global_rank
+    Path(folder, f"pid-{rank}").write_text(str(os.getpid()))
+    lite.seed_everything(3)
+    torch.manual_seed(3 + rank)  # dropout differs between ranks
+    batch_size = GLOBAL_BATCH // lite.world_size
+    loader = DataLoader(Augmented(), batch_size=batch_size, shuffle=True, num_workers=NUM_WORKERS, drop_last=True)
+    loader = lite.setup_dataloaders(loader)
+    model = Net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=STEPS + 1)
+    lite.setup(model, optimizer, scheduler)
+    losses: list[float] = []
+    state = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "loader": loader, "losses": losses}
+    run = lite.resumable(state, f"{folder}/checkpoints", every_steps=EVERY_STEPS, async_save=async_save)
+    losses = state["losses"]  # type: ignore[assignment]
+    for _ in run.epochs(EPOCHS):
+        for batch in loader:
+            optimizer.zero_grad()
+            loss = (model(batch) - batch.sum(dim=1, keepdim=True)).pow(2).mean()
+            lite.backward(loss)
+            lite.clip_gradients(model, optimizer, max_norm=1.0)
+            optimizer.step()
+            scheduler.step()
+            losses.append(lite.all_reduce(loss.detach()).item())
+            Path(folder, f"begun-{rank}").touch()
+            run.step()
+    weights = b"".join(p.detach().numpy().tobytes() for p in model.parameters())
+    if lite.is_global_zero:
+        result = {"losses": losses, "weights": hashlib.sha256(weights).hexdigest(), "lr": scheduler.get_last_lr()}
+        Path(folder, "result.partial").write_text(json.dumps(result))
+        Path(folder, "result.partial").rename(Path(folder, "result"))
+
+
+class Life:
+    """The processes of one life of the run."""
+
+    def __init__(self, folder: Path, num_processes: int, launcher: str, async_save: bool) -> None:
+        self.folder = folder
+        for mark in [*folder.glob("pid-*"), *folder.glob("begun-*")]:
+            mark.unlink()
+        self._ranks = range(num_processes)
+        self._children: list[int] = []
+        self._torchrun: subprocess.Popen[bytes] | None = None
+        port = free_port()
+        if launcher == "torchrun":
+            command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={num_processes}"]
+            command += [f"--master-port={port}", "-m", "benchmarks.kill_drill", "--life", str(folder)]
+            command += ["--background"] if async_save else []
+            with open(folder / "log", "ab") as log:
+                self._torchrun = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+            return
+        for rank in self._ranks:
+            child = os.fork()
+            if child == 0:
+                self._be(rank, port, async_save)
+            self._children.append(child)
+
+    def _be(self, rank: int, port: int, async_save: bool) -> None:
+        code = 1
+        try:
+            os.setsid()
+            log = os.open(self.folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            world = len(self._ranks)
+            if world > 1:
+                names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+                os.environ.update(zip(names, map(str, (rank, rank, world, world, "127.0.0.1", port)), strict=True))
+            job(str(self.folder), async_save)
+            code = 0
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    def pids(self) -> list[int]:
+        """The processes that train, as far as they have begun."""
+        found = []
+        for rank in self._ranks:
+            mark = self.folder / f"pid-{rank}"
+            text = mark.read_text() if mark.exists() else ""
+            found += [int(text)] if text else []
+        return found
+
+    def has_begun(self) -> bool:
+        return all((self.folder / f"begun-{rank}").exists() for rank in self._ranks)
+
+    def ended(self) -> bool:
+        """Whether all processes are gone."""
+        if self._torchrun is not None:
+            return self._torchrun.poll() is not None
+        self._children = [c for c in self._children if os.waitpid(c, os.WNOHANG)[0] == 0]
+        return not self._children
+
+    def kill(self, which: str, chance: random.Random) -> None:
+        pids = self.pids()
+        for pid in pids if which == "all" else [chance.choice(pids)]:
+            try:
+                os.killpg(pid, signal.SIGKILL) if self._torchrun is None else os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+
+    def wait(self) -> None:
+        """Until all processes are gone; a survivor that hangs is an error."""
+        end = time.monotonic() + LIFE_TIMEOUT_S
+        while not self.ended():
+            if time.monotonic() > end:
+                self.kill("all", random.Random())
+                raise TimeoutError(f"a process went on for {LIFE_TIMEOUT_S} s; see {self.folder / 'log'}")
+            time.sleep(0.01)
+
+
+def drill(folder: Path, num_processes: int, launcher: str, kind: str | None, seed: int, kills: int) -> dict[str, Any]:
+    """One round: the run with up to `kills` kills of a kind (None: none), and what came out of it."""
+    chance = random.Random(seed)
+    folder.mkdir(parents=True)
+    done = 0
+    while not (folder / "result").exists():
+        life = Life(folder, num_processes, launcher, async_save=bool(kind and "background" in kind))
+        if kind is not None and done < kills and _moment(life, kind, chance):
+            life.kill(kind.split()[0], chance)
+            done += 1
+            life.wait()
+        else:
+            life.wait()
+            if not (folder / "result").exists():
+                raise RuntimeError(f"the run ended without a kill and without a result; see {folder / 'log'}")
+    result: dict[str, Any] = json.loads((folder / "result").read_text())
+    return {**result, "kills": done}
+
+
+def _moment(life: Life, kind: str, chance: random.Random) -> bool:
+    """Wait for the moment to kill; False when the run has ended before."""
+    while not life.has_begun():
+        if life.ended():
+            return False
+        time.sleep(0.002)
+    time.sleep(chance.random() * 0.6)
+    checkpoints = life.folder / "checkpoints"
+    while "save" in kind and not any(checkpoints.glob(".step-*.tmp")):
+        if life.ended():
+            return False
+        time.sleep(0.0002)
+    return not life.ended()
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def rounds(
+    count: int, num_processes: int, launcher: str, seed: int, kills: int, folder: Path
+) -> Iterator[tuple[str, int, bool]]:
+    """Yield each round's kind, number of kills, and whether it came out as the run that was left alone."""
+    alone = drill(folder / "alone", num_processes, launcher, None, seed, 0)
+    assert len(alone["losses"]) == STEPS
+    for number in range(count):
+        kind = KINDS[number % len(KINDS)]
+        result = drill(folder / str(number), num_processes, launcher, kind, seed + number, kills)
+        same = all(result[name] == alone[name] for name in ("losses", "weights", "lr"))
+        yield kind, result["kills"], same
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=30, help="for each number of processes, default 30")
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="default 1 2")
+    parser.add_argument("--launcher", choices=["fork", "torchrun"], default="fork")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments, default 0")
+    parser.add_argument("--kills", type=int, default=3, help="in each round at most, default 3")
+    parser.add_argument("--life", metavar="FOLDER", help=argparse.SUPPRESS)
+    parser.add_argument("--background", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.life:
+        job(args.life, args.background)
+        return
+    failed = 0
+    for num_processes in args.processes:
+        with tempfile.TemporaryDirectory(prefix="kill-drill-") as folder:
+            begun = time.monotonic()
+            outcomes = list(
+                _tell(rounds(args.rounds, num_processes, args.launcher, args.seed, args.kills, Path(folder)))
+            )
+        kills, bad = sum(k for _, k, _ in outcomes), sum(not same for _, _, same in outcomes)
+        failed += bad
+        print(
+            f"{num_processes} process(es): {len(outcomes) - bad} of {len(outcomes)} rounds equal to the uninterrupted "
+            f"run bit for bit, {kills} kills, {time.monotonic() - begun:.0f} s"
+        )
+    sys.exit(1 if failed else 0)
+
+
+def _tell(outcomes: Iterator[tuple[str, int, bool]]) -> Iterator[tuple[str, int, bool]]:
+    for number, (kind, kills, same) in enumerate(outcomes):
+        print(f"  round {number}: {kind}, {kills} kills: {'equal' if same else 'DIFFERENT'}", flush=True)
+        yield kind, kills, same
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""Random states are part of a checkpoint, and so is what each rank has for itself."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from lite import CheckpointError, Lite
+from tests.support.processes import run_distributed
+
+
+def draw() -> list[float]:
+    return [torch.rand(()).item(), random.random(), float(np.random.rand())]
+
+
+def seed(value: int) -> None:
+    torch.manual_seed(value)
+    random.seed(value)
+    np.random.seed(value)
+
+
+def save_and_draw(folder: str, suffix: str) -> list[float]:
+    lite = Lite(accelerator="cpu")
+    seed(lite.global_rank)
+    draw()
+    lite.save(f"{folder}/a{suffix}", {"n": 1})
+    return draw()
+
+
+def load_and_draw(folder: str, suffix: str, rng: bool = True) -> list[float]:
+    lite = Lite(accelerator="cpu")
+    seed(50)
+    assert lite.load(f"{folder}/a{suffix}", {}, rng=rng) == {"n": 1}
+    return draw()
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ""])
+def test_every_rank_goes_on_from_its_random_state(tmp_path: Path, suffix: str) -> None:
+    """Of all generators; another number of processes begins with rank 0's, the rest from numbers of their own."""
+    folder = str(tmp_path)
+    two = run_distributed(save_and_draw, folder, suffix)
+    assert two[0] != two[1]
+    assert run_distributed(load_and_draw, folder, suffix) == two
+    assert load_and_draw(folder, suffix) == two[0]
+    assert load_and_draw(folder, suffix, rng=False) not in two
+    one = save_and_draw(folder, suffix)
+    first, second = run_distributed(load_and_draw, folder, suffix)
+    assert first == one != second
+    assert run_distributed(load_and_draw, folder, suffix)[1] == second
+
+
+class Shard(IterableDataset):
+    """A dataset that splits itself by rank, unevenly, and knows its position."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.next = 0
+
+    def __iter__(self) -> Any:
+        while self.next < 6:
+            self.next += 1 + self.rank
+            yield self.next
+
+    def state_dict(self) -> dict[str, int]:
+        return {"next": self.next}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.next = state["next"]
+
+
+def loaders(lite: Lite) -> dict[str, Any]:
+    whole = DataLoader(range(8), shuffle=True)
+    return {
+        "whole": lite.setup_dataloaders(whole, use_distributed_sampler=False),
+        "stream": lite.setup_dataloaders(DataLoader(Shard(lite.global_rank), batch_size=None)),
+    }
+
+
+def interrupt(path: str) -> tuple[list[int], list[int]]:
+    lite = Lite(accelerator="cpu")
+    seed(lite.global_rank)
+    state = loaders(lite)
+    running = {name: iter(loader) for name, loader in state.items()}
+    for batches in running.values():
+        next(batches)
+    lite.save(path, state)
+    return [int(b) for b in running["whole"]], [int(b) for b in running["stream"]]
+
+
+def go_on(path: str) -> tuple[list[int], list[int]]:
+    lite = Lite(accelerator="cpu")
+    seed(9)
+    state = loaders(lite)
+    lite.load(path, state)
+    torch.rand(3)  # what is drawn before the loop begins does not matter
+    return [int(b) for b in state["whole"]], [int(b) for b in state["stream"]]
+
+
+def test_loaders_that_differ_between_ranks_keep_each_ranks_position(tmp_path: Path) -> None:
+    """A loader that is not split, shuffled by each rank for itself; a dataset that splits itself."""
+    path = str(tmp_path / "a.ckpt")
+    rest = run_distributed(interrupt, path)
+    assert rest[0] != rest[1]
+    assert run_distributed(go_on, path) == rest
+    with pytest.raises(CheckpointError, match="'whole' was saved by 2 processes"):
+        go_on(path)

@@ -1,0 +1,132 @@
+"""Scripts that the guards' tests run under torchrun; the first argument says what happens to rank 1."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from lite import DDPStrategy, Lite
+
+
+class Samples(Dataset[Any]):
+    """A data set that can fail."""
+
+    def __init__(self, fails: bool) -> None:
+        self.fails = fails
+
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, index: int) -> Any:
+        if self.fails and index >= 8:
+            raise ValueError("boom in the data")
+        return torch.ones(4)
+
+
+class Bad(torch.autograd.Function):
+    """Fails in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any) -> Any:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        raise ValueError("boom in backward")
+
+
+def train(what: str) -> None:
+    timeout_s = 8 if what == "hang" else 60
+    lite = Lite(accelerator="cpu", strategy=DDPStrategy(timeout=timedelta(seconds=timeout_s)))
+    one = lite.global_rank == 1
+    model = nn.Linear(4, 4)
+    lite.setup(model, optimizer := torch.optim.SGD(model.parameters(), lr=0.1))
+    loader = lite.setup_dataloaders(DataLoader(Samples(one and what == "data"), batch_size=2))
+    try:
+        for step, x in enumerate(loader):
+            bad = one and step == 2
+            if bad and what == "before":
+                raise ValueError("boom before")
+            if bad and what == "exit":
+                sys.exit(3)
+            if bad and what == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if bad and what == "early":
+                return
+            if bad and what == "hang":
+                time.sleep(100)
+            y = model(x)
+            lite.backward((Bad.apply(y) if bad and what == "backward" else y).sum())
+            optimizer.step()
+            if bad and what == "after":
+                raise ValueError("boom after")
+            if step == 2 and what == "asleep":  # rank 0 waits without a collective
+                if bad:
+                    raise ValueError("boom while rank 0 sleeps")
+                time.sleep(100)
+            if step == 2 and what == "barrier":
+                if bad:
+                    raise ValueError("boom at the barrier")
+                lite.barrier()
+            if step == 2 and what == "first":
+                with lite.rank_zero_first():
+                    if one:
+                        raise ValueError("boom in rank_zero_first")
+                lite.barrier()
+            if step == 2 and what == "own":  # a collective that lite doesn't know of
+                if bad:
+                    raise ValueError("boom at my own")
+                torch.distributed.barrier()
+    finally:
+        print(f"rank {lite.global_rank} cleans up", flush=True)
+
+
+def lives() -> None:
+    """The first life fails on rank 1 while a stop is asked for; the second knows nothing of it."""
+    life = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    lite = Lite(accelerator="cpu")
+    stopped = lite.should_stop()
+    if life == 0:
+        lite.request_stop("first life")
+        time.sleep(1)
+        for _ in range(3):
+            lite.should_stop()
+        if lite.global_rank == 1:
+            raise ValueError("boom in the first life")
+        time.sleep(100)
+    started = time.monotonic()
+    count = 0
+    while time.monotonic() < started + 8:  # past every grace period
+        lite.barrier()
+        time.sleep(0.05)
+        count += 1
+        if count < 80:
+            stopped = lite.should_stop()
+        elif count == 80:
+            break
+    print(f"life {life} rank {lite.global_rank} stopped {stopped} reason {lite.stop_reason}", flush=True)
+
+
+def stop_on_sigterm() -> None:
+    lite = Lite(accelerator="cpu")
+    with lite.stop_on_signals() as signals:
+        for step in range(10_000):
+            time.sleep(0.01)
+            if step == 20:
+                print("ready", flush=True)
+            if lite.should_stop():
+                break
+    print(f"rank {lite.global_rank} step {step} {lite.stop_signal} {signals.received!r}", flush=True)
+    lite.barrier()
+
+
+if __name__ == "__main__":
+    {"lives": lives, "sigterm": stop_on_sigterm}.get(sys.argv[1], lambda: train(sys.argv[1]))()

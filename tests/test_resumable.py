@@ -1,0 +1,337 @@
+"""A run that is interrupted goes on as if nothing had happened, from two lines in the user's loop."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lite import CheckpointError, ConfigError, Lite
+from tests.support.processes import ROOT, free_port, run_distributed, run_python
+
+EPOCHS, STEPS = 3, 4  # of each epoch
+
+
+class Interrupted(Exception):
+    """Stands for whatever ends a process."""
+
+
+def train(
+    folder: str,
+    log: list[Any],
+    *,
+    stop_after: int | None = None,
+    at_end: bool = False,
+    batch_size: int = 4,
+    **options: Any,
+) -> Any:
+    """A run with dropout and a shuffled loader; each step logs its number, the samples and the model's sum."""
+    lite = Lite(accelerator="cpu")
+    torch.manual_seed(1)
+    loader = lite.setup_dataloaders(DataLoader(torch.arange(16.0), batch_size=batch_size, shuffle=True))
+    model = nn.Sequential(nn.Linear(1, 4), nn.Dropout(0.5), nn.Linear(4, 1))
+    optimizer = torch.optim.Adam(model.parameters())
+    lite.setup(model, optimizer)
+    state: dict[str, Any] = {"model": model, "optimizer": optimizer, "loader": loader}
+    run = lite.resumable(state, folder, **options)
+    torch.rand(2)  # what a script draws before its loop does not matter
+    try:
+        for epoch in run.epochs(EPOCHS):
+            for batch in loader:
+                optimizer.zero_grad()
+                lite.backward(model(batch.unsqueeze(1)).pow(2).mean())
+                optimizer.step()
+                weights = round(sum(p.sum().item() for p in model.parameters()), 9)
+                log.append((epoch, sorted(batch.int().tolist()), weights))
+                if run.step():
+                    break
+                if stop_after is not None and len(log) >= stop_after:
+                    raise Interrupted
+            if at_end:
+                run.save()
+    finally:
+        run.close()
+    return run
+
+
+def interrupted(folder: str, log: list[Any], stop_after: int, **options: Any) -> None:
+    with pytest.raises(Interrupted):
+        train(folder, log, stop_after=stop_after, **options)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+@pytest.mark.parametrize("options", [{}, {"async_save": True}, {"sharded": True}], ids=["file", "async", "sharded"])
+def test_a_run_goes_on_from_its_newest_checkpoint(tmp_path: Path, options: dict[str, Any]) -> None:
+    """What was done since then is done again, alike; steps, epochs, samples and weights are those of one run."""
+    whole: list[Any] = []
+    train(str(tmp_path / "whole"), whole, every_steps=100)
+    assert len(whole) == EPOCHS * STEPS
+    for cut in (3, 4, 5, 9):
+        folder = tmp_path / str(cut)
+        log: list[Any] = []
+        interrupted(str(folder), log, cut, every_steps=3, **options)
+        del log[cut - cut % 3 :]  # since the last save
+        run = train(str(folder), log, every_steps=3, **options)
+        assert run.resumed_from is not None and f"step-{cut - cut % 3:08d}" in run.resumed_from
+        assert log == whole
+        assert run.steps == len(whole)
+    again: list[Any] = []
+    train(str(folder), again, every_steps=3, **options)
+    assert again == []  # it had come to its end
+
+
+def test_old_checkpoints_go_when_newer_ones_are_whole(tmp_path: Path) -> None:
+    """The last two stay, and those that are kept for good."""
+    train(str(tmp_path), [], every_steps=1, keep_last=2, keep_every=5)
+    assert names(tmp_path) == [f"step-{n:08d}.ckpt" for n in (5, 10, 11, 12)]
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path) -> None:
+    """With a warning that names it; the one before it serves."""
+    whole: list[Any] = []
+    train(str(tmp_path / "whole"), whole, every_steps=100)
+    log: list[Any] = []
+    interrupted(str(tmp_path / "cut"), log, 6, every_steps=2)
+    newest = tmp_path / "cut" / "step-00000006.ckpt"
+    newest.write_bytes(newest.read_bytes()[:-200])
+    del log[4:]
+    with pytest.warns(UserWarning, match=r"step-00000006\.ckpt is damaged"):
+        train(str(tmp_path / "cut"), log, every_steps=2)
+    assert log == whole
+
+
+def test_a_save_at_the_end_of_an_epoch_counts_it_as_done(tmp_path: Path) -> None:
+    """Neither trained on again nor left out."""
+    whole: list[Any] = []
+    train(str(tmp_path / "whole"), whole, at_end=True)
+    log: list[Any] = []
+    interrupted(str(tmp_path / "cut"), log, STEPS + 2, at_end=True)
+    del log[STEPS:]
+    train(str(tmp_path / "cut"), log, at_end=True)
+    assert log == whole
+
+
+def test_training_may_go_on_without_a_checkpoint_that_cannot_be_written(tmp_path: Path) -> None:
+    """If the user says so; otherwise the error comes, and the last good checkpoint is intact."""
+    good: list[Any] = []
+    interrupted(str(tmp_path), good, 2, every_steps=1)
+    (tmp_path / "step-00000003.ckpt").mkdir()  # in the way of the next one
+    (tmp_path / "step-00000003.ckpt" / "x").touch()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        log: list[Any] = []
+        train(str(tmp_path), log, every_steps=1, on_error="warn", keep_last=100)
+    assert any("goes on without this checkpoint" in str(w.message) for w in caught)
+    assert len(log) == EPOCHS * STEPS - 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for n in range(4, 13):
+            (tmp_path / f"step-{n:08d}.ckpt").unlink()
+        with pytest.raises(CheckpointError, match=r"step-00000003\.ckpt"):
+            train(str(tmp_path), [], every_steps=1)
+    assert Lite(accelerator="cpu").load(tmp_path / "step-00000002.ckpt")["resumable"]["steps"] == 2
+
+
+def test_wrong_arguments_are_refused(tmp_path: Path) -> None:
+    """Each by its name and value."""
+    lite = Lite(accelerator="cpu")
+    for options, words in (
+        ({"every_steps": 0}, "every_steps=0"),
+        ({"every_seconds": -1}, "every_seconds=-1"),
+        ({"keep_last": True}, "keep_last=True"),
+        ({"on_error": "ignore"}, "on_error='ignore'"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            lite.resumable({}, tmp_path, signals=(), **options)
+    with pytest.raises(ConfigError, match="without the name 'resumable'"):
+        lite.resumable({"resumable": 1}, tmp_path, signals=())
+
+
+def stopped(folder: str, how: str, rank: int) -> tuple[Any, int, list[str]]:
+    """Stop in the second step of the run, on one rank; return the exit code, the last step, and what was saved."""
+    lite = Lite(accelerator="cpu")
+    before = signal.getsignal(signal.SIGTERM)
+    run = lite.resumable({"n": 1}, folder, every_seconds=0.4 if how == "clock" else None)
+    code: Any = None
+    try:
+        for step in range(2000):
+            if step == 1 and lite.global_rank == rank:
+                if how == "signal":
+                    os.kill(os.getpid(), signal.SIGTERM)
+                elif how == "request":
+                    lite.request_stop("enough")
+            time.sleep(0.001)
+            lite.all_reduce(step)  # ranks keep in step, as gradients do
+            if run.step() or (how == "clock" and run.saved_steps is not None):
+                break
+    except SystemExit as end:
+        code = end.code
+    run.close()
+    assert signal.getsignal(signal.SIGTERM) is before
+    return code, run.steps, sorted(os.listdir(folder))
+
+
+@pytest.mark.parametrize("how", ["signal", "request", "clock"])
+def test_all_ranks_save_and_stop_at_the_same_step(tmp_path: Path, how: str) -> None:
+    """A signal or a request on one rank, or rank 0's clock; a signal ends the process with 128 + its number."""
+    for rank in (0, 1):
+        folder = tmp_path / str(rank)
+        folder.mkdir()
+        first, second = run_distributed(stopped, str(folder), how, rank)
+        assert first == second
+        code, steps, saved = first
+        assert code == (143 if how == "signal" else None)
+        assert saved == [f"step-{steps:08d}.ckpt"]
+        assert steps < 2000
+    folder = tmp_path / "alone"
+    folder.mkdir()
+    code, steps, saved = stopped(str(folder), how, 0)
+    assert code == (143 if how == "signal" else None)
+    assert saved == [f"step-{steps:08d}.ckpt"]
+    assert steps == 2 or how == "clock"
+
+
+def lifetime(folder: str, batch_size: int, stop_after: int | None) -> list[Any]:
+    log: list[Any] = []
+    with torch.random.fork_rng(), contextlib.suppress(Interrupted):
+        train(folder, log, stop_after=stop_after, batch_size=batch_size, every_steps=1)
+    return log
+
+
+def test_another_number_of_processes_goes_on_with_the_same_samples(tmp_path: Path) -> None:
+    """2 -> 1 -> 2 in mid-epoch: the global batches of the epoch are the uninterrupted run's."""
+    whole = lifetime(str(tmp_path / "whole"), 4, None)
+    folder = str(tmp_path / "cut")
+
+    def samples(parts: list[list[Any]]) -> list[list[int]]:
+        return [sorted(i for _, batch, _ in step for i in batch) for step in zip(*parts, strict=True)]
+
+    seen = samples(run_distributed(lifetime, folder, 2, 1))
+    seen += samples([lifetime(folder, 4, 2)])
+    seen += samples(run_distributed(lifetime, folder, 2, 1))
+    assert seen == [batch for _, batch, _ in whole[:4]]
+
+
+def test_killed_runs_equal_the_one_that_was_left_alone() -> None:
+    """Bit for bit, wherever SIGKILL strikes: all processes or one, at any moment, during a save, also in background."""
+    done = run_python(
+        "-m",
+        "benchmarks.kill_drill",
+        "--rounds",
+        "5",
+        "--kills",
+        "1",
+        "--seed",
+        str(time.time_ns() % 1000),
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("5 of 5 rounds equal") == 2
+
+
+RESTARTED = """
+import os, signal, sys
+from benchmarks import kill_drill
+from lite.resumable import Resumable
+
+step = Resumable.step
+
+def deadly(self):
+    stop = step(self)
+    if self.steps == 17 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return stop
+
+Resumable.step = deadly
+kill_drill.job(sys.argv[1], async_save=False)
+"""
+
+
+def test_torchrun_restarts_a_killed_rank_exactly(tmp_path: Path) -> None:
+    """--max-restarts: all ranks go on from the newest checkpoint, to the same numbers."""
+    from tests.support.processes import run_torchrun
+
+    script = tmp_path / "restarted.py"
+    script.write_text(RESTARTED)
+    (tmp_path / "cut").mkdir()
+    done = run_torchrun(script, str(tmp_path / "cut"), max_restarts=3)
+    assert done.returncode == 0, done.stderr
+    assert "resumed from" in done.stderr
+    script.write_text(RESTARTED.replace("== 17", "== 0"))
+    (tmp_path / "whole").mkdir()
+    done = run_torchrun(script, str(tmp_path / "whole"))
+    assert done.returncode == 0, done.stderr
+    results = [json.loads((tmp_path / name / "result").read_text()) for name in ("cut", "whole")]
+    assert results[0] == results[1]
+
+
+ELASTIC = """
+import os, sys, time
+import torch
+from torch.utils.data import DataLoader
+from lite import Lite
+
+lite = Lite(accelerator="cpu")
+torch.manual_seed(1)
+loader = DataLoader(torch.arange(400), batch_size=4 // lite.world_size, shuffle=True)
+state = {"loader": lite.setup_dataloaders(loader)}
+run = lite.resumable(state, sys.argv[1], every_steps=1, keep_last=3)
+for epoch in run.epochs(1):
+    for batch in state["loader"]:
+        samples = lite.all_gather(batch, cat=True).tolist()
+        if lite.is_global_zero:
+            with open(sys.argv[2], "a") as log:
+                log.write(f"{run.steps} {lite.world_size} {sorted(samples)}\\n")
+        time.sleep(0.05)
+        run.step()
+"""
+
+
+def test_an_elastic_job_goes_on_at_its_new_size(tmp_path: Path) -> None:
+    """torchrun --nnodes=1:2: as a second agent joins, both go on from the newest checkpoint, with the same samples."""
+    script = tmp_path / "elastic.py"
+    script.write_text(ELASTIC)
+    port = free_port()
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=3"]
+    command += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=elastic"]
+    command += ["--rdzv-conf=last_call_timeout=1", "--monitor-interval=0.5"]
+    command += [str(script), str(tmp_path / "checkpoints"), str(tmp_path / "log")]
+    # torch 2.13: without it, an agent that joins later waits for ever.
+    variables = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environ = {**os.environ, **variables}
+    log = tmp_path / "log"
+
+    def agent() -> subprocess.Popen[bytes]:
+        return subprocess.Popen(command, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    agents = [agent()]
+    try:
+        while not log.exists() or log.read_text().count("\n") < 5:
+            assert agents[0].poll() is None
+            time.sleep(0.1)
+        agents.append(agent())
+        for one in agents:
+            assert one.wait(timeout=150) == 0
+    finally:
+        for one in agents:
+            one.kill()
+    rows = [line.split(" ", 2) for line in log.read_text().splitlines()]
+    assert {world for _, world, _ in rows} == {"1", "2"}
+    samples = {int(step): json.loads(batch) for step, _, batch in rows}
+    assert sorted(samples) == list(range(100))
+    assert sorted(i for batch in samples.values() for i in batch) == list(range(400))
