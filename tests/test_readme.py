@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -32,8 +34,15 @@ def test_all_blocks_run_on_two_processes(tmp_path: Path) -> None:
     assert done.stdout.count("epoch 1:") == 1
 
 
-def test_ci_runs_the_readmes_test_command() -> None:
-    """The marker that .ci/run looks for stands before a command that runs the tests."""
+def test_ci_runs_the_readmes_test_command(tmp_path: Path) -> None:
+    """.ci/run takes its command from the README: here from one that says something else."""
     command = re.search(r"<!-- test command -->\n```bash\n(.*?)```", README, flags=re.S)
     assert command is not None
     assert "-m pytest" in command[1]
+    (tmp_path / ".ci").mkdir()
+    shutil.copy(ROOT / ".ci" / "run", tmp_path / ".ci")
+    (tmp_path / "README.md").write_text(README.replace(command[1], "echo the command\nfalse\necho never\n"))
+    done = subprocess.run([tmp_path / ".ci" / "run"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "the command\n")
+    (tmp_path / "README.md").write_text(README.replace("<!-- test command -->", ""))
+    assert subprocess.run([tmp_path / ".ci" / "run"], capture_output=True).returncode == 1

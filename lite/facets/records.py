@@ -56,6 +56,12 @@ class Records(Facet):
             for logger in self._loggers:
                 logger.log_metrics(values, step)
 
+    def log_hyperparameters(self, params: Mapping[str, Any]) -> None:
+        """Hand the run's settings to every logger, on rank 0."""
+        if self.is_global_zero:
+            for logger in self._loggers:
+                logger.log_hyperparameters(params)
+
     def call(self, hook: str, *args: Any, **kwargs: Any) -> None:
         """Call the method `hook` of every callback that has it, in their order."""
         for method in self._methods(hook):

@@ -32,7 +32,8 @@ def test_new_columns_keep_what_was_written(tmp_path: Path) -> None:
     assert [row["accuracy"] for row in written] == ["", "", "", "0.5", ""]
     assert logger.path == tmp_path / "run" / "version_0" / "metrics.csv"
     second = CSVLogger(tmp_path, "run")
-    second.log_hyperparameters({"lr": 0.1, "where": Path("x")})
+    Lite(accelerator="cpu", loggers=second).log_hyperparameters({"lr": 0.1, "where": Path("x")})
+    assert '"lr": 0.1' in (second.log_dir / "hyperparameters.json").read_text()
     assert second.version == "version_1"
     again = CSVLogger(tmp_path, "run", version=0)
     again.log_metrics({"loss": 11.0}, 4)
@@ -55,14 +56,18 @@ def test_only_rank_zero_writes(tmp_path: Path) -> None:
 
 
 def test_tensorboard_files_are_written(tmp_path: Path) -> None:
-    """Where the extra is installed."""
+    """Where the extra is installed; a new Lite may go on with the same logger."""
     pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     from lite.loggers import TensorBoardLogger
 
-    logger = TensorBoardLogger(tmp_path)
-    logger.log_metrics({"loss": torch.tensor(1.0)}, 0)
-    logger.close()
-    assert list(tmp_path.glob("events*"))
+    lite = Lite(accelerator="cpu", loggers=TensorBoardLogger(tmp_path))
+    lite.log_hyperparameters({"lr": 0.1, "where": tmp_path})
+    lite.log("loss", torch.tensor(1.5), 7)
+    del lite  # its end writes what is open
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(7, 1.5)]
 
 
 def test_a_value_is_logged_as_it_was(tmp_path: Path) -> None:
