@@ -10,7 +10,7 @@ import dataclasses
 import datetime
 import sys
 import types
-from collections import deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Mapping, MutableMapping
 from enum import Enum
 from pathlib import PurePath
@@ -22,6 +22,8 @@ from torch import nn
 
 from lite.errors import CheckpointError, ConfigError
 
+# What torch.compile puts before the names within a compiled module.
+_COMPILED = "_orig_mod."
 Filter = Mapping[str, Callable[[str, Any], bool]]
 
 
@@ -82,7 +84,12 @@ def collect(state: Mapping[str, Any], filter: Filter | None = None) -> dict[str,
             module_state(value) if isinstance(value, nn.Module) else value.state_dict() if _stateful(value) else value
         )
         if name in filter:
-            plain = {k: v for k, v in plain.items() if filter[name](k, v)}
+            if not isinstance(plain, Mapping):
+                raise ConfigError(
+                    f"filter[{name!r}] chooses among items, but state[{name!r}] is a {type(plain).__name__} without any; "
+                    "leave it out."
+                )
+            plain = like(plain, {k: v for k, v in plain.items() if filter[name](k, v)})
         collected[name] = sanitise(plain, name)
     return collected
 
@@ -106,9 +113,8 @@ def restore(
     missing = [name for name in state if name not in loaded]
     if missing and strict:
         raise CheckpointError(
-            f"the checkpoint has no {', '.join(map(repr, missing))}; it has {', '.join(map(repr, loaded))}. Leave "
-            "the name "
-            "out of state, or pass strict=False."
+            f"the checkpoint has no {', '.join(map(repr, missing))}; it has {', '.join(map(repr, loaded))}. Leave the "
+            "name out of state, or pass strict=False."
         )
     unexpected: list[str] = []
     for name, target in state.items():
@@ -144,8 +150,31 @@ def restore_object(target: Any, loaded: Any, name: str, *, strict: bool) -> Load
 
 
 def module_state(module: nn.Module) -> dict[str, Any]:
-    """The module's state dict with the raw model's keys, compiled parts included."""
-    return {key.replace("_orig_mod.", ""): value for key, value in module.state_dict().items()}
+    """The module's state dict with the raw model's keys, compiled parts included, and its modules' versions."""
+    state = module.state_dict()
+    plain = OrderedDict((key.replace(_COMPILED, ""), value) for key, value in state.items())
+    versions = getattr(state, "_metadata", None)
+    if versions is not None:
+        renamed = {f"{name}.".replace(_COMPILED, "")[:-1]: version for name, version in versions.items()}
+        plain._metadata = OrderedDict(renamed)  # type: ignore[attr-defined]  # where torch keeps and looks for them
+    return plain
+
+
+def like(mapping: Mapping[Any, Any], items: dict[Any, Any]) -> dict[Any, Any]:
+    """A mapping with new items of the kind that `mapping` is, where `torch.load(weights_only=True)` knows that kind.
+
+    A state dict keeps the versions of its modules, by which they recognise states of older code.
+    """
+    if type(mapping) is Counter:
+        return Counter(items)
+    if type(mapping) is not OrderedDict:
+        return items
+    ordered = OrderedDict(items)
+    versions = getattr(mapping, "_metadata", None)
+    if versions is not None:
+        plain = {str(name): {str(k): v for k, v in version.items()} for name, version in versions.items()}
+        ordered._metadata = OrderedDict(plain)  # type: ignore[attr-defined]
+    return ordered
 
 
 def load_module(module: nn.Module, loaded: Mapping[str, Any], name: str, *, strict: bool) -> LoadReport:
@@ -154,13 +183,20 @@ def load_module(module: nn.Module, loaded: Mapping[str, Any], name: str, *, stri
         raise CheckpointError(
             f"the checkpoint's {name!r} is a {type(loaded).__name__} and no state dict of {type(module).__name__}."
         )
-    keys = {key.replace("_orig_mod.", ""): key for key in module.state_dict()}
+    keys = {key.replace(_COMPILED, ""): key for key in module.state_dict()}
     # A new dict: modules may change the one that they are given.
-    result = module.load_state_dict({keys.get(key, key): value for key, value in loaded.items()}, strict=strict)
+    state = OrderedDict((keys.get(key, key), value) for key, value in loaded.items())
+    versions = getattr(loaded, "_metadata", None)
+    if versions is not None:
+        names = {f"{name}.".replace(_COMPILED, "")[:-1]: name for name, _ in module.named_modules()}
+        state._metadata = OrderedDict(  # type: ignore[attr-defined]
+            (names.get(name, name), version) for name, version in versions.items()
+        )
+    result = module.load_state_dict(state, strict=strict)
     if result is None:  # the module has a load_state_dict of its own
         return LoadReport()
     missing, unexpected = (
-        tuple(f"{name}.{key.replace('_orig_mod.', '')}" for key in side)
+        tuple(f"{name}.{key.replace(_COMPILED, '')}" for key in side)
         for side in (result.missing_keys, result.unexpected_keys)
     )
     return LoadReport(missing, unexpected)
@@ -170,8 +206,8 @@ def sanitise(value: Any, where: str) -> Any:
     """Turn a value into types that `torch.load(weights_only=True)` reads, or refuse it by its key `where`.
 
     numpy's scalars become numbers and its arrays tensors; enums their values; paths strings; dates ISO strings and
-    time differences seconds; dataclasses, namespaces and OmegaConf dicts; every mapping a dict; deques lists; named
-    tuples tuples.
+    time differences seconds; dataclasses, namespaces and OmegaConf dicts; every mapping a dict, but for Counter and
+    OrderedDict; deques lists; named tuples tuples.
 
     Raises:
         CheckpointError: It can't; the message has `where`.
@@ -206,7 +242,7 @@ def sanitise(value: Any, where: str) -> Any:
     if omegaconf is not None and omegaconf.OmegaConf.is_config(value):
         return sanitise(omegaconf.OmegaConf.to_container(value, resolve=True), where)
     if isinstance(value, Mapping):
-        return {sanitise(k, f"{where}'s key {k!r}"): sanitise(v, f"{where}.{k}") for k, v in value.items()}
+        return like(value, {sanitise(k, f"{where}'s key {k!r}"): sanitise(v, f"{where}.{k}") for k, v in value.items()})
     if isinstance(value, tuple):
         return tuple(sanitise(v, f"{where}[{i}]") for i, v in enumerate(value))
     if isinstance(value, (list, deque, set, frozenset)):
@@ -217,8 +253,7 @@ def sanitise(value: Any, where: str) -> Any:
         hint = "; give it a name of its own in state"
     raise CheckpointError(
         f"{where} is a {type(value).__name__}, which a checkpoint that is read without running code can't hold; "
-        "store its plain "
-        f"values, or give it state_dict and load_state_dict{hint}."
+        f"store its plain values, or give it state_dict and load_state_dict{hint}."
     )
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lite.state import like
+
 
 class Staging:
     """Holds one copy of a state.
@@ -50,7 +52,7 @@ class _Copier:
         if isinstance(value, Tensor):
             return self._tensor(value)
         if isinstance(value, Mapping):
-            return {key: self.copy(item) for key, item in value.items()}
+            return like(value, {key: self.copy(item) for key, item in value.items()})
         if isinstance(value, (list, tuple)):
             items = [self.copy(item) for item in value]
             return items if isinstance(value, list) else tuple(items)

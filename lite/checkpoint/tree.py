@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lite.state import like
+
 Path = tuple[Any, ...]
 
 
@@ -35,7 +37,7 @@ def split(content: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]
             tensors[name], places[name] = value, place
             return None
         if isinstance(value, Mapping):
-            return {key: take(item, (*place, key)) for key, item in value.items()}
+            return like(value, {key: take(item, (*place, key)) for key, item in value.items()})
         if isinstance(value, (list, tuple)):
             items = [take(item, (*place, index)) for index, item in enumerate(value)]
             return items if isinstance(value, list) else tuple(items)
@@ -57,7 +59,7 @@ def join(rest: Any, tensors: Mapping[str, Tensor], places: Mapping[str, Path]) -
         if place in names:
             return tensors[names[place]]
         if isinstance(value, dict):
-            return {key: put(item, (*place, key)) for key, item in value.items()}
+            return like(value, {key: put(item, (*place, key)) for key, item in value.items()})
         if isinstance(value, (list, tuple)):
             items = [put(item, (*place, index)) for index, item in enumerate(value)]
             return items if isinstance(value, list) else tuple(items)

@@ -56,9 +56,9 @@ PLAIN = {
     "dataclass": (Config(0.1, Path("y")), {"lr": 0.1, "where": "y"}),
     "set": ({1, 2}, {1, 2}),
     "named tuple": (Point(Path("z"), 1), ("z", 1)),
-    "ordered": (collections.OrderedDict(a=1), {"a": 1}),
+    "ordered": (collections.OrderedDict(a=1), collections.OrderedDict(a=1)),
     "default": (collections.defaultdict(list, a=[1]), {"a": [1]}),
-    "counter": (collections.Counter("aa"), {"a": 2}),
+    "counter": (collections.Counter("aa"), collections.Counter("aa")),
     "deque": (collections.deque([1, 2], maxlen=2), [1, 2]),
     "namespace": (argparse.Namespace(lr=0.1), {"lr": 0.1}),
     "simple namespace": (types.SimpleNamespace(a=Colour.RED), {"a": "red"}),
@@ -254,3 +254,65 @@ def test_a_plain_state_dict_loads_into_a_module_or_an_optimizer(tmp_path: Path) 
     lite.save(tmp_path / "all.ckpt", {"model": model})
     with pytest.raises(CheckpointError, match=r"lite\.load\(path"):
         lite.load_raw(tmp_path / "all.ckpt", model)
+
+
+class Versioned(nn.Module):
+    """A module that multiplies the weights of its first version by ten."""
+
+    _version = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+
+    def _load_from_state_dict(self, state: Any, prefix: str, metadata: Any, *args: Any) -> None:
+        if metadata.get("version", 1) < 2:
+            state[f"{prefix}weight"] = state[f"{prefix}weight"] * 10
+        super()._load_from_state_dict(state, prefix, metadata, *args)
+
+
+@pytest.mark.parametrize("name", ["a.ckpt", "a"])
+@pytest.mark.parametrize("background", [False, True])
+def test_modules_find_the_version_that_they_were_saved_in(tmp_path: Path, name: str, background: bool) -> None:
+    """Compiled or not, with lite or with plain torch: nothing of the present version is taken for old."""
+    lite = Lite(accelerator="cpu")
+    plain, compiled = nn.Sequential(Versioned()), nn.Sequential(torch.compile(Versioned()))
+    for saved in (plain, compiled):
+        lite.save(tmp_path / name, {"m": saved}, async_save=background)
+        for target in (plain, compiled):
+            lite.load(tmp_path / name, {"m": target})
+            assert [p.tolist() for p in target.parameters()] == [[1.0, 1.0]]
+        plain.load_state_dict(lite.load(tmp_path / name)["m"])
+        assert [p.tolist() for p in plain.parameters()] == [[1.0, 1.0]]
+    if name.endswith(".ckpt"):
+        plain.load_state_dict(torch.load(tmp_path / name, weights_only=True)["m"])
+        assert [p.tolist() for p in plain.parameters()] == [[1.0, 1.0]]
+
+
+@pytest.mark.parametrize("name", ["a.ckpt", "a"])
+def test_schedulers_that_count_milestones_go_on(tmp_path: Path, name: str) -> None:
+    """Their Counter stays one."""
+    lite = Lite(accelerator="cpu")
+
+    def make() -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+        optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0)
+        kinds = torch.optim.lr_scheduler
+        parts = [kinds.ConstantLR(optimizer), kinds.MultiStepLR(optimizer, [2, 3])]
+        return optimizer, kinds.SequentialLR(optimizer, parts, [3])
+
+    def rates(optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LRScheduler) -> list[float]:
+        found = []
+        for _ in range(6):
+            optimizer.step()
+            scheduler.step()
+            found.append(optimizer.param_groups[0]["lr"])
+        return found
+
+    optimizer, scheduler = make()
+    optimizer.step()
+    scheduler.step()
+    lite.save(tmp_path / name, {"o": optimizer, "s": scheduler})
+    expected = rates(optimizer, scheduler)
+    optimizer, scheduler = make()
+    lite.load(tmp_path / name, {"o": optimizer, "s": scheduler})
+    assert rates(optimizer, scheduler) == expected
