@@ -86,7 +86,7 @@ def collect(state: Mapping[str, Any], filter: Filter | None = None) -> dict[str,
         if name in filter:
             if not isinstance(plain, Mapping):
                 raise ConfigError(
-                    f"filter[{name!r}] chooses among items, but state[{name!r}] is a {type(plain).__name__} without any; "
+                    f"filter[{name!r}] chooses among items, but state[{name!r}] is a {type(plain).__name__}; "
                     "leave it out."
                 )
             plain = like(plain, {k: v for k, v in plain.items() if filter[name](k, v)})
