@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -31,6 +31,7 @@ from lite.facets.checkpoints import Checkpoints
 from lite.facets.ranks import BetweenRanks
 from lite.facets.records import Records
 from lite.facets.steps import Steps, compose_backward
+from lite.first_rank import FirstRank
 from lite.loggers import Logger
 from lite.plan import AUTO, FULL_PRECISION, ONE_NODE, Plan, given, resolve
 from lite.precision.base import Precision
@@ -38,10 +39,8 @@ from lite.seed import seed_everything
 from lite.strategies.base import Engine, Strategy
 from lite.wrapping.module import unwrap_module, wrap_module
 from lite.wrapping.optimizer import (
-    move_optimizer_state,
     unwrap_optimizer,
     unwrap_scheduler,
-    wrap_optimizer,
     wrap_scheduler,
 )
 
@@ -116,7 +115,7 @@ class Lite(BetweenRanks, Steps, Checkpoints, Records):
         self._loaders: list[DataLoader[Any]] = []
         self._facts: list[str] = []
         self._weight = BatchWeight()
-        self._scale: Callable[[Tensor], Tensor] | None = None
+        self._scale = None
         if self._plan.started:
             self._connect()
 
@@ -164,9 +163,9 @@ class Lite(BetweenRanks, Steps, Checkpoints, Records):
         self._device = plan.accelerator.device(plan.devices[local])
         plan.accelerator.activate(self._device)
         self._store = plan.strategy.connect(plan.environment, self._device)
-        self._first_rank = collectives.FirstRank(self._store) if self._store is not None else None
+        self._first_rank = FirstRank(self._store, self.global_rank) if self._store is not None else None
         self._connected = True
-        self._backward = compose_backward(self)
+        self._backward = compose_backward(self)  # type: ignore[method-assign]
         atexit.register(plan.strategy.close)
         for callback in self._callbacks:
             if hasattr(callback, "on_launch"):
@@ -254,8 +253,7 @@ class Lite(BetweenRanks, Steps, Checkpoints, Records):
         self._check_objects(None, optimizers)
         self._check_parameters(None, optimizers)
         for optimizer in optimizers:
-            move_optimizer_state(optimizer)
-            wrap_optimizer(optimizer, self.precision)
+            self._prepare_optimizer(optimizer)
             self._optimizers.append(optimizer)
             _set_up.add(optimizer)
             for callback in self._callbacks:
