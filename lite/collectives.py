@@ -1,30 +1,33 @@
 """Communication between ranks, as functions over nested data; each is a local no-op when there is only one process.
 
-They use torch.distributed's default process group, which a strategy has made. Shapes and dtypes are compared before
-data is
-sent: with a plain gloo or NCCL call a mismatch ends the process or hangs it.
+They use torch.distributed's default process group, which a strategy has made. Nestings, shapes and dtypes are compared
+before data is sent.
 """
 
 from __future__ import annotations
 
 import functools
-import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from datetime import timedelta
+import pickle
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
+from lite.agreement import compare, control_device
 from lite.errors import ConfigError, UsageError
+from lite.first_rank import refuse_alone
+from lite.nesting import NUMBERS, describe, flatten, is_value
 
 REDUCE_OPS = ("mean", "sum", "min", "max", "product")
-_MAX_NDIM = 8
-_FOREVER = timedelta(days=365)
-_DTYPES = tuple(sorted((d for d in vars(torch).values() if isinstance(d, torch.dtype)), key=str))
+_IRREDUCIBLE = {
+    getattr(torch, name)
+    for name in dir(torch)
+    if name.startswith("float8") or name in ("int16", "uint16", "uint32", "uint64")
+}
+
 
 F = TypeVar("F", bound=Callable[..., Any])
 _explainer: Callable[[RuntimeError], Exception | None] | None = None
@@ -79,6 +82,7 @@ def rank(group: Any = None) -> int:
 def barrier(group: Any = None) -> None:
     """Wait until every rank is here. Collective: call on all ranks."""
     if world_size(group) > 1:
+        refuse_alone("barrier")
         dist.barrier(group=group)
 
 
@@ -94,19 +98,17 @@ def broadcast(obj: Any, src: int = 0, *, device: torch.device | None = None, gro
 
     Raises:
         ConfigError: There is no rank `src`.
+        UsageError: (on all ranks) the object doesn't pickle.
     """
     size = world_size(group)
     if not isinstance(src, int) or not 0 <= src < size:
         raise ConfigError(f"src={src!r} is not a rank; there are {size} ranks, 0 to {size - 1}.")
     if size == 1:
         return obj
-    if rank(group) == src:
-        obj = tree_map(lambda x: x.detach().cpu() if isinstance(x, Tensor) else x, obj)
-    payload = [obj if rank(group) == src else None]
-    dist.broadcast_object_list(payload, src=src, group=group, device=_object_device(group))
-    if device is None or device.type == "cpu":
-        return payload[0]
-    return tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, payload[0])
+    refuse_alone("broadcast")
+    payload: list[Any] = [_pickled(obj) if rank(group) == src else None]
+    dist.broadcast_object_list(payload, src=src, group=group, device=control_device(group))
+    return _unpickled(payload[0], f"broadcast: rank {src}'s object", device)
 
 
 @explained
@@ -114,7 +116,8 @@ def all_reduce(data: Any, op: str = "mean", *, group: Any = None) -> Any:
     """Reduce every tensor and number in `data` over the ranks. Collective: call on all ranks.
 
     Args:
-        data: A tensor, a number, or a nested dict, list or tuple of them; shapes must be equal on all ranks.
+        data: A tensor, a number, or a nested dict, list or tuple of them; keys and shapes must be equal on all ranks,
+            the order of keys need not.
         op: "mean", "sum", "min", "max" or "product". The mean of whole numbers is a floating-point number.
         group: A process group; None is all ranks.
 
@@ -123,34 +126,50 @@ def all_reduce(data: Any, op: str = "mean", *, group: Any = None) -> Any:
 
     Raises:
         ConfigError: `op` is unknown.
-        UsageError: Shapes or dtypes differ between ranks.
+        UsageError: Nestings, shapes or dtypes differ between ranks, or torch can't reduce a tensor's dtype.
     """
     op = {"avg": "mean", "average": "mean", "prod": "product"}.get(op, op) if isinstance(op, str) else op
     if op not in REDUCE_OPS:
         raise ConfigError(f"op={op!r} is not a reduction; choose one of {', '.join(map(repr, REDUCE_OPS))}.")
-    return tree_map(lambda leaf: _reduce_leaf(leaf, op, group), data)
+    leaves, rebuild = flatten(data)
+    values = [_reducible(leaf, op) if is_value(leaf) else None for leaf in leaves]
+    if world_size(group) > 1:
+        refuse_alone("all_reduce")
+        device = control_device(group)
+        values = [v.to(device) if v is not None and device.type != "cpu" else v for v in values]
+        refusal = next((text for v in values if v is not None and (text := _irreducible(v))), None)
+        present = [v for v in values if v is not None]
+        compare(describe(data), present, same=True, group=group, refusal=refusal)
+        for value in values:
+            if value is not None:
+                torch_op = {"mean": "SUM", "sum": "SUM", "min": "MIN", "max": "MAX", "product": "PRODUCT"}[op]
+                dist.all_reduce(value, op=getattr(dist.ReduceOp, torch_op), group=group)
+                if op == "mean":
+                    value.div_(world_size(group))
+    results = [
+        leaf if value is None else value if isinstance(leaf, Tensor) else value.item()
+        for leaf, value in zip(leaves, values, strict=True)
+    ]
+    return rebuild(results)
 
 
-def _reduce_leaf(leaf: Any, op: str, group: Any) -> Any:
-    if isinstance(leaf, (bool, int, float)):
-        number = torch.tensor(leaf, dtype=torch.float64 if isinstance(leaf, float) else torch.int64)
-        if group is None and world_size() > 1:
-            number = number.to(_object_device(group))
-        return _reduce_leaf(number, op, group).item()
+def _reducible(leaf: Any, op: str) -> Tensor:
+    """A new tensor that can hold the reduction."""
     if not isinstance(leaf, Tensor):
-        return leaf
-    value = leaf.detach().clone(memory_format=torch.contiguous_format)
+        leaf = torch.tensor(leaf, dtype=torch.float64 if isinstance(leaf, float) else torch.int64)
+    value: Tensor = leaf.detach().clone(memory_format=torch.contiguous_format)
     if op == "mean" and not (value.is_floating_point() or value.is_complex()):
-        value = value.to(torch.get_default_dtype() if value.dtype != torch.int64 else torch.float64)
-    elif value.dtype == torch.bool:
-        value = value.to(torch.int64)
-    size = world_size(group)
-    if size == 1:
-        return value
-    _exchange_shapes(value, group, same=True)
-    torch_op = {"mean": "SUM", "sum": "SUM", "min": "MIN", "max": "MAX", "product": "PRODUCT"}[op]
-    dist.all_reduce(value, op=getattr(dist.ReduceOp, torch_op), group=group)
-    return value.div_(size) if op == "mean" else value
+        return value.to(torch.get_default_dtype() if value.dtype != torch.int64 else torch.float64)
+    if value.dtype == torch.bool:
+        return value.to(torch.int64)
+    return value
+
+
+def _irreducible(value: Tensor) -> str | None:
+    if value.dtype not in _IRREDUCIBLE:
+        return None
+    wider = "torch.float32" if value.is_floating_point() else "torch.int64"
+    return f"a tensor of dtype {value.dtype} can't be reduced between ranks; convert it first, e.g. by .to({wider})."
 
 
 @explained
@@ -158,7 +177,8 @@ def all_gather(data: Any, *, cat: bool = False, sync_grads: bool = False, group:
     """Collect every tensor and number in `data` from all ranks. Collective: call on all ranks.
 
     Args:
-        data: A tensor, a number, or a nested dict, list or tuple of them. First dimensions may differ between ranks.
+        data: A tensor, a number, or a nested dict, list or tuple of them. First dimensions may differ between ranks;
+            keys may not, but for their order.
         cat: Concatenate along the first dimension, in rank order, instead of adding a rank dimension.
         sync_grads: Let gradients flow back to each rank's own part.
         group: A process group; None is all ranks.
@@ -169,27 +189,35 @@ def all_gather(data: Any, *, cat: bool = False, sync_grads: bool = False, group:
         `out[r]` is rank r's value in both cases. Leaves that are neither tensors nor numbers are returned unchanged.
 
     Raises:
-        UsageError: Dtypes, or dimensions other than the first, differ between ranks.
+        UsageError: Nestings, dtypes, or dimensions other than the first, differ between ranks.
     """
-    return tree_map(lambda leaf: _gather_leaf(leaf, cat, sync_grads, group), data)
+    device = control_device(group) if world_size(group) > 1 else None
+    leaves, rebuild = flatten(data)
+    values = [torch.tensor(leaf, device=device) if isinstance(leaf, NUMBERS) else leaf for leaf in leaves]
+    gathered = iter(_gather_all(describe(data), [v for v in values if isinstance(v, Tensor)], sync_grads, group))
+    return rebuild([_joined(next(gathered), cat) if isinstance(v, Tensor) else v for v in values])
 
 
-def _gather_leaf(leaf: Any, cat: bool, sync_grads: bool, group: Any) -> Any:
-    if isinstance(leaf, (bool, int, float)):
-        leaf = torch.tensor(leaf, device=_object_device(group) if world_size(group) > 1 else None)
-    if not isinstance(leaf, Tensor):
-        return leaf
-    parts = _gather_tensors(leaf, sync_grads, group)
+def _joined(parts: list[Tensor], cat: bool) -> Any:
     if cat:
         return torch.cat([p.reshape(1) if p.ndim == 0 else p for p in parts])
     return torch.stack(parts) if len({p.shape for p in parts}) == 1 else parts
 
 
-def _gather_tensors(value: Tensor, sync_grads: bool, group: Any) -> list[Tensor]:
-    """Every rank's tensor, in rank order; first dimensions may differ."""
+def _gather_all(
+    nesting: str, values: list[Tensor], sync_grads: bool, group: Any, *, refusal: str | None = None
+) -> list[list[Tensor]]:
+    """Of each tensor every rank's, in rank order; first dimensions may differ."""
     if world_size(group) == 1:
-        return [value if sync_grads else value.detach()]
-    shapes = _exchange_shapes(value, group, same=False)
+        if refusal:
+            raise UsageError(refusal)
+        return [[value if sync_grads else value.detach()] for value in values]
+    refuse_alone("all_gather")
+    shapes = compare(nesting, values, same=False, group=group, refusal=refusal)
+    return [_gather_one(value, column, sync_grads, group) for value, column in zip(values, shapes, strict=True)]
+
+
+def _gather_one(value: Tensor, shapes: list[tuple[int, ...]], sync_grads: bool, group: Any) -> list[Tensor]:
     longest = max((s[0] for s in shapes if s), default=0)
     if value.ndim and value.shape[0] < longest:
         filler = value.new_zeros((longest - value.shape[0], *value.shape[1:]))
@@ -200,9 +228,14 @@ def _gather_tensors(value: Tensor, sync_grads: bool, group: Any) -> list[Tensor]
 
 
 def _gather_equal(value: Tensor, group: Any) -> list[Tensor]:
-    parts = [torch.empty_like(value) for _ in range(world_size(group))]
-    dist.all_gather(parts, value, group=group)
+    # As bytes: backends don't send every dtype, and a gathering doesn't compute.
+    parts = [torch.empty_like(value, memory_format=torch.contiguous_format) for _ in range(world_size(group))]
+    dist.all_gather([_as_bytes(p) for p in parts], _as_bytes(value.contiguous()), group=group)
     return parts
+
+
+def _as_bytes(value: Tensor) -> Tensor:
+    return value.view(-1).view(torch.uint8)
 
 
 class _Gather(torch.autograd.Function):
@@ -221,40 +254,58 @@ class _Gather(torch.autograd.Function):
 
 
 @explained
-def gather_for_metrics(data: Any, num_real: int | None = None, *, group: Any = None) -> Any:
+def gather_for_metrics(
+    data: Any,
+    num_real: int | None = None,
+    *,
+    device: torch.device | None = None,
+    group: Any = None,
+    refusal: str | None = None,
+) -> Any:
     """Collect predictions and targets from all ranks, each sample once, in the order of the dataset's stream.
 
     Collective: call on all ranks, once for each batch.
 
     Args:
-        data: A tensor of shape (n, ...), a list of n objects, or a nested dict or tuple of them, of this rank's batch.
+        data: A tensor of shape (n, ...), a list of n objects (one for each sample: strings, dicts of boxes, ...), or a
+            nested dict or tuple of them, of this rank's batch.
         num_real: How many of the n samples are real; None is all. A rank that had no sample left got one to stay in
             step with the others, and passes 0.
+        device: Where tensors in lists are put; None leaves them on the CPU.
         group: A process group; None is all ranks.
+        refusal: Why this rank can't take part; it is raised on all ranks.
 
     Returns:
         The same nesting; tensors of shape (sum of real n, ...), lists concatenated. A 0-dim tensor becomes one value
-        per rank that had real samples.
+        per rank that had real samples. Another leaf becomes a list with one entry for each such rank.
+
+    Raises:
+        UsageError: Nestings, dtypes or shapes differ between ranks, an object doesn't pickle, or one can't take part.
     """
-    if isinstance(data, Tensor):
-        value = data.reshape(1) if data.ndim == 0 else data
-        if num_real is not None and num_real < value.shape[0]:
-            value = value[:num_real]
-        return torch.cat(_gather_tensors(value, False, group))
-    if isinstance(data, dict):
-        return {k: gather_for_metrics(v, num_real, group=group) for k, v in data.items()}
-    if isinstance(data, tuple):
-        parts = [gather_for_metrics(v, num_real, group=group) for v in data]
-        return type(data)(*parts) if hasattr(data, "_fields") else tuple(parts)
-    if isinstance(data, list) and any(isinstance(leaf, Tensor) for leaf in tree_leaves(data)):
-        return [gather_for_metrics(v, num_real, group=group) for v in data]
-    items = data if isinstance(data, list) else [data]
+    leaves, rebuild = flatten(data, split_lists=False)
+    tensors = [_real(leaf, num_real) for leaf in leaves if isinstance(leaf, Tensor)]
+    gathered = iter(_gather_all(describe(data, split_lists=False), tensors, False, group, refusal=refusal))
+    results = [
+        torch.cat(next(gathered)) if isinstance(leaf, Tensor) else _gather_objects(leaf, num_real, device, group)
+        for leaf in leaves
+    ]
+    return rebuild(results)
+
+
+def _real(value: Tensor, num_real: int | None) -> Tensor:
+    value = value.reshape(1) if value.ndim == 0 else value
+    return value[:num_real] if num_real is not None else value
+
+
+def _gather_objects(leaf: Any, num_real: int | None, device: torch.device | None, group: Any) -> list[Any]:
+    items = leaf if isinstance(leaf, list) else [leaf]
     items = items if num_real is None else items[:num_real]
     if world_size(group) == 1:
         return items
-    gathered: list[Any] = [None] * world_size(group)
-    dist.all_gather_object(gathered, items, group=group)
-    return [item for part in gathered for item in part]
+    payloads: list[Any] = [None] * world_size(group)
+    dist.all_gather_object(payloads, _pickled(items), group=group)
+    parts = [_unpickled(p, f"gather_for_metrics: rank {r}'s list", device) for r, p in enumerate(payloads)]
+    return [item for part in parts for item in part]
 
 
 @explained
@@ -282,7 +333,7 @@ def smallest(number: int) -> int:
     """The smallest of all ranks' numbers, in one small all_reduce. Collective: call on all ranks."""
     if world_size() == 1:
         return number
-    value = torch.tensor(number, device=_object_device(None))
+    value = torch.tensor(number, device=control_device(None))
     dist.all_reduce(value, op=dist.ReduceOp.MIN)
     return int(value.item())
 
@@ -292,66 +343,22 @@ def gather_numbers(number: Tensor) -> list[int]:
     """Every rank's int64 scalar, in one small all_gather. Collective: call on all ranks."""
     if world_size() == 1:
         return [int(number.item())]
-    number = number.to(_object_device(None)).reshape(1)
+    number = number.to(control_device(None)).reshape(1)
     return [int(part) for part in torch.cat(_gather_equal(number, None)).tolist()]
 
 
-class FirstRank:
-    """Lets one rank of each `scope` run a block before the others, through the process group's store."""
-
-    def __init__(self, store: Any) -> None:
-        self._store = store
-
-    @contextmanager
-    def run(self, first: bool, scope: str, name: str) -> Iterator[None]:
-        """Enter the block: at once when `first`, otherwise after the first rank has left it without an error.
-
-        Raises:
-            UsageError: (on the ranks that wait) the first rank's block raised; they don't run it.
-        """
-        # A new key for each block: the store outlives this object and is shared with others.
-        key = f"lite/first/{broadcast(uuid.uuid4().hex)}/{scope}"
-        if first:
-            try:
-                yield
-            except BaseException as error:
-                self._store.set(key, f"{type(error).__name__}: {error}")
-                raise
-            self._store.set(key, "")
-            return
-        self._store.wait([key], _FOREVER)
-        problem = self._store.get(key).decode()
-        if problem:
-            raise UsageError(
-                f"{name} failed inside rank_zero_first, so this rank didn't enter the block. It said: {problem}"
-            )
-        yield
+def _pickled(obj: Any) -> bytes | str:
+    """The object as bytes, or why it can't be sent, so that the ranks that wait for it are told."""
+    try:
+        return pickle.dumps(tree_map(lambda x: x.detach().cpu() if isinstance(x, Tensor) else x, obj))
+    except Exception as error:  # pickling runs the user's own code
+        return f"{type(error).__name__}: {error}"
 
 
-def _exchange_shapes(value: Tensor, group: Any, *, same: bool) -> list[tuple[int, ...]]:
-    """Every rank's shape; raises on all ranks where dtypes, or shapes beyond the first dimension, differ."""
-    if value.ndim > _MAX_NDIM:
-        raise ConfigError(
-            f"a tensor of shape {tuple(value.shape)} has more than {_MAX_NDIM} dimensions; flatten it first."
-        )
-    row = [_DTYPES.index(value.dtype), value.ndim, *value.shape, *[0] * (_MAX_NDIM - value.ndim)]
-    mine = torch.tensor(row, dtype=torch.int64, device=value.device)
-    rows = [torch.empty_like(mine) for _ in range(world_size(group))]
-    dist.all_gather(rows, mine, group=group)
-    table = [r.tolist() for r in rows]
-    shapes = [tuple(r[2 : 2 + r[1]]) for r in table]
-    start: Callable[[tuple[int, ...]], tuple[int, ...]] = (lambda s: s) if same else (lambda s: (len(s), *s[1:]))
-    if len({(r[0], start(s)) for r, s in zip(table, shapes, strict=True)}) > 1:
-        found = ", ".join(
-            f"rank {i} has {_DTYPES[r[0]]} {list(s)}" for i, (r, s) in enumerate(zip(table, shapes, strict=True))
-        )
-        wanted = "the same shape and dtype" if same else "the same dtype and, after the first dimension, the same shape"
-        raise UsageError(f"a tensor must have {wanted} on all ranks, but {found}; pad or convert it before the call.")
-    return shapes
-
-
-def _object_device(group: Any) -> torch.device:
-    """Where small control tensors must lie for this group's backend."""
-    if dist.get_backend(group) == "nccl":
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
+def _unpickled(payload: bytes | str, what: str, device: torch.device | None) -> Any:
+    if isinstance(payload, str):
+        raise UsageError(f"{what} does not pickle, so it can't be sent ({payload}); pass plain values and tensors.")
+    obj = pickle.loads(payload)
+    if device is None or device.type == "cpu":
+        return obj
+    return tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, obj)

@@ -32,10 +32,34 @@ def disguise(obj: Any, body: dict[str, Any]) -> None:
         with undisguised(self, raw):
             return copy.deepcopy(self, memo)
 
+    def __new__(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        # type(obj)(...) makes another object of the user's class, which has nothing to do with this one.
+        if cls is disguised:
+            return raw(*args, **kwargs)
+        return raw.__new__(cls) if raw.__new__ is object.__new__ else raw.__new__(cls, *args, **kwargs)
+
     looks = {"__module__": raw.__module__, "__qualname__": raw.__qualname__, "__doc__": raw.__doc__}
-    copies = {"__reduce_ex__": __reduce_ex__, "__deepcopy__": __deepcopy__}
-    metaclass: Any = type(raw)
-    obj.__class__ = metaclass(raw.__name__, (raw,), {**looks, **copies, **body})
+    copies = {"__reduce_ex__": __reduce_ex__, "__deepcopy__": __deepcopy__, "__new__": __new__}
+    disguised = _subclass(raw, {**looks, **copies, **body})
+    obj.__class__ = disguised
+
+
+def _subclass(raw: Any, body: dict[str, Any]) -> Any:
+    """A subclass of which registries of the user's classes don't hear, where Python allows that."""
+    # Not by the metaclass's own call, and with a base in front whose __init_subclass__ says nothing.
+    made: Any = type.__new__(type(raw), raw.__name__, (_Unheard, raw), dict(body))
+    try:
+        made.__bases__ = (raw,)
+    except TypeError:  # a class with typing.Generic, say, among its bases is laid out differently
+        made = type.__new__(type(raw), raw.__name__, (raw,), dict(body))
+    return made
+
+
+class _Unheard:
+    """Stands in front while a class is made, so that no `__init_subclass__` is called."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        pass
 
 
 @contextmanager

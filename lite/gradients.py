@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,15 +36,13 @@ def clip(
     total_norm = strategy.grad_norm(parameters, norm_type)
     if nonfinite is None:
         nonfinite = "ignore" if precision.changes_step else "raise"
-    if nonfinite != "ignore" and _bad_on_any_rank(total_norm):
+    if nonfinite != "ignore" and _bad_on_any_rank(total_norm, strategy):
         if nonfinite == "raise":
-            raise NonFiniteError(
-                f"the gradient norm is {total_norm.item()}; find the cause with "
-                "torch.autograd.set_detect_anomaly(True), or pass "
-                "nonfinite='skip' (leave this step out) or 'zero' (step with zero gradients)."
-            )
+            raise NonFiniteError(_describe(total_norm))
         for parameter in parameters:
             parameter.grad = None if nonfinite == "skip" or parameter.grad is None else torch.zeros_like(parameter.grad)
+        if nonfinite == "zero" and optimizer is not None:
+            precision.accept(optimizer)
         return total_norm
     if max_norm is not None:
         strategy.clip_norm(parameters, max_norm, total_norm)
@@ -53,13 +52,22 @@ def clip(
     return total_norm
 
 
-def _bad_on_any_rank(total_norm: Tensor) -> bool:
-    """One decision for all ranks, also where gradients were left unsynchronised."""
-    return collectives.any_rank(not bool(torch.isfinite(total_norm)))
+def _bad_on_any_rank(total_norm: Tensor, strategy: Strategy) -> bool:
+    """One decision for all ranks; they are asked only where gradients, and so norms, may differ between them."""
+    bad = not bool(torch.isfinite(total_norm))
+    return bad if strategy.norms_agree() else collectives.any_rank(bad)
+
+
+def _describe(total_norm: Tensor) -> str:
+    remedy = "pass nonfinite='skip' (leave this step out) or 'zero' (step with zero gradients)."
+    value = total_norm.item()
+    if math.isfinite(value):
+        return f"the gradient norm is {value} on this rank, but inf or NaN on another one; look there, or {remedy}"
+    return f"the gradient norm is {value}; find the cause with torch.autograd.set_detect_anomaly(True), or {remedy}"
 
 
 def check_clip_arguments(
-    max_norm: Any, clip_val: Any, error_if_nonfinite: bool | None, nonfinite: str | None
+    max_norm: Any, clip_val: Any, norm_type: Any, error_if_nonfinite: bool | None, nonfinite: str | None
 ) -> str | None:
     """Check the user's arguments and return the policy; None means the default."""
     if (max_norm is None) == (clip_val is None):
@@ -67,6 +75,8 @@ def check_clip_arguments(
     name, value = ("max_norm", max_norm) if max_norm is not None else ("clip_val", clip_val)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
         raise ConfigError(f"{name}={value!r} must be a number above 0.")
+    if isinstance(norm_type, bool) or not isinstance(norm_type, (int, float)) or math.isnan(norm_type):
+        raise ConfigError(f"norm_type={norm_type!r} must be a number: the p of the p-norm, or float('inf').")
     if nonfinite is not None and nonfinite not in NONFINITE:
         raise ConfigError(f"nonfinite={nonfinite!r} is not known; choose one of {', '.join(map(repr, NONFINITE))}.")
     if error_if_nonfinite is None:
@@ -76,6 +86,13 @@ def check_clip_arguments(
             f"error_if_nonfinite={error_if_nonfinite!r} and nonfinite={nonfinite!r} say the same thing; give one."
         )
     return "raise" if error_if_nonfinite else "ignore"
+
+
+class Scale(NamedTuple):
+    """What an open window does to a loss, and whether that is by the user's own weights."""
+
+    apply: Callable[[Tensor], Tensor]
+    weighted: bool
 
 
 class Accumulation:
@@ -93,7 +110,7 @@ class Accumulation:
         steps: int,
         parameters: Callable[[], Iterator[nn.Parameter]],
         no_sync: Callable[[bool], AbstractContextManager[None]],
-        set_scale: Callable[[Callable[[Tensor], Tensor] | None], None],
+        scaled: Callable[[Scale], AbstractContextManager[None]],
         is_filler: Callable[[], bool],
         device: torch.device,
     ) -> None:
@@ -106,7 +123,7 @@ class Accumulation:
         self.ready = False
         self._parameters = parameters
         self._no_sync = no_sync
-        self._set_scale = set_scale
+        self._scaled = scaled
         self._is_filler = is_filler
         self._device = device
         self._weighted: bool | None = None
@@ -118,14 +135,15 @@ class Accumulation:
 
         Without weights the gradients become the mean over the window's micro-batches. With weights (tokens or samples
         of this micro-batch on this rank, whose loss is a mean over them) they become exactly those of the mean over all
-        tokens of the window on all ranks.
+        tokens of the window on all ranks; they take the place of what a ragged batch weighs, and a batch that only
+        keeps this rank in step counts nothing.
 
         Args:
             last: This is the last micro-batch there is; the window ends here, partial or not, and counts what it has.
             weight: Number of tokens or samples behind this micro-batch's mean loss. All or none of a window have one.
 
         Raises:
-            UsageError: Some micro-batches of the window have a weight and others not.
+            UsageError: Some micro-batches of the window have a weight and others not, or another window is open.
         """
         if self.ready:
             self.count, self.ready, self._weighted, self._total = 0, False, None, 0.0
@@ -135,16 +153,15 @@ class Accumulation:
             )
         self._weighted = weight is not None
         boundary = last or self.count + 1 == self.steps
-        factor = 1.0 / self.steps if weight is None else weight
-        with ExitStack() as stack:
-            stack.enter_context(self._no_sync(not boundary))
-            self._set_scale((lambda loss: loss * factor) if weight is not None else (lambda loss: loss / self.steps))
-            try:
-                yield
-            finally:
-                self._set_scale(None)
+        if weight is None:
+            scale = Scale(lambda loss: loss / self.steps, weighted=False)
+        else:
+            weight = 0.0 if self._is_filler() else weight
+            scale = Scale(lambda loss: loss * weight, weighted=True)
+        with self._scaled(scale), self._no_sync(not boundary):
+            yield
         self.count += 1
-        if weight is not None and not self._is_filler():
+        if weight is not None:
             self._total = self._total + weight
         if boundary:
             self._finish()
@@ -161,6 +178,6 @@ class Accumulation:
             self._multiply(self.steps / self.count)
 
     def _multiply(self, factor: Tensor | float) -> None:
-        for parameter in self._parameters():
+        for parameter in {id(p): p for p in self._parameters()}.values():
             if parameter.grad is not None:
                 parameter.grad.mul_(factor.to(parameter.grad.dtype) if isinstance(factor, Tensor) else factor)

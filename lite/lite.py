@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
@@ -24,6 +24,7 @@ from lite.errors import ConfigError, UsageError
 from lite.facets.records import Records
 from lite.facets.resuming import Resuming
 from lite.facets.steps import Steps, compose_backward
+from lite.first_rank import FirstRank
 from lite.launchers import in_notebook
 from lite.loggers import Logger
 from lite.plan import AUTO, FULL_PRECISION, ONE_NODE, Plan, check_device, given, resolve
@@ -107,7 +108,7 @@ class Lite(Resuming, Steps, Records):
         self._prepared = Prepared(self._plan.strategy, self._plan.precision)
         self._modules, self._weight = self._prepared.modules, self._prepared.weight
         self._optimizers = self._prepared.optimizers
-        self._scale: Callable[[Tensor], Tensor] | None = None
+        self._scale = None
         if self._plan.started:
             self._connect()
 
@@ -158,9 +159,9 @@ class Lite(Resuming, Steps, Records):
         if os.environ.get("LITE_DEBUG", "").lower() not in ("", "0", "false"):
             collectives.name_mismatches()
         self._store = plan.strategy.connect(plan.environment, self._device)
-        self._first_rank = collectives.FirstRank(self._store) if self._store is not None else None
+        self._first_rank = FirstRank(self._store, self.global_rank) if self._store is not None else None
         self._connected = True
-        self._backward = compose_backward(self)
+        self._backward = compose_backward(self)  # type: ignore[method-assign]
         if self._store is not None:
             atexit.register(plan.strategy.close)
         self._guard_job()
@@ -202,7 +203,7 @@ class Lite(Resuming, Steps, Records):
         others = (*optimizers, *_as_tuple(schedulers))
         self._prepared.check(model, others)
         self._prepared.add_module(model, self._device, move=move_to_device)
-        self._prepared.add_optimizers(others, self._methods("on_after_optimizer_step"))
+        self._prepared.add_optimizers(others, self._prepare_optimizer, self._methods("on_after_optimizer_step"))
         self.call("on_after_setup", self, model)
         return (model, *others) if others else model
 
@@ -224,7 +225,7 @@ class Lite(Resuming, Steps, Records):
         if not optimizers:
             raise ConfigError("setup_optimizers() got no optimizer; pass at least one.")
         self._prepared.check(None, optimizers)
-        self._prepared.add_optimizers(optimizers, self._methods("on_after_optimizer_step"))
+        self._prepared.add_optimizers(optimizers, self._prepare_optimizer, self._methods("on_after_optimizer_step"))
         return optimizers if len(optimizers) > 1 else optimizers[0]
 
     def setup_dataloaders(

@@ -22,10 +22,8 @@ from lite.strategies.base import Engine, Strategy
 from lite.wrapping.module import check_class, unwrap_module, wrap_module
 from lite.wrapping.optimizer import (
     check_optimizer,
-    move_optimizer_state,
     unwrap_optimizer,
     unwrap_scheduler,
-    wrap_optimizer,
     wrap_scheduler,
 )
 
@@ -114,11 +112,12 @@ class Prepared:
         name, done = type(model).__name__, self._strategy.explain(model)
         self.facts.append(f"{name}: {done}; precision {self._precision.name}")
 
-    def add_optimizers(self, others: Sequence[Any], after_step: Sequence[AfterStep] = ()) -> None:
-        """Let checked optimizers and schedulers step as the precision needs it, and tell `after_step` of each step."""
+    def add_optimizers(
+        self, others: Sequence[Any], prepare: Callable[[Optimizer], None], after_step: Sequence[AfterStep] = ()
+    ) -> None:
+        """Let checked optimizers and schedulers step as `prepare` does it, and tell `after_step` of each step."""
         for optimizer in [o for o in others if isinstance(o, Optimizer)]:
-            move_optimizer_state(optimizer)
-            wrap_optimizer(optimizer, self._precision)
+            prepare(optimizer)
             self.optimizers.append(optimizer)
             self._own(optimizer)
             if after_step:

@@ -13,7 +13,7 @@ import pytest
 LITE = Path(__file__).resolve().parents[1] / "lite"
 LAYERS = [
     {"errors", "disguise"},
-    {"state", "seed"},
+    {"state", "seed", "nesting", "agreement", "first_rank"},
     {"collectives"},
     {"launchers", "environments", "accelerators", "precision", "checkpoint", "loggers", "data"},
     {"strategies", "wrapping"},

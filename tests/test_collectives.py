@@ -6,8 +6,10 @@ from collections import namedtuple
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader
 
-from lite import Lite
+from lite import Lite, UsageError, collectives
 from tests.support.processes import run_distributed
 
 Pair = namedtuple("Pair", "a b")
@@ -25,6 +27,8 @@ def reductions() -> dict[str, object]:
         "int mean": lite.all_reduce(torch.tensor([1 + r, 2])),
         "sum": lite.all_reduce(torch.tensor(1 + r), "sum").item(),
         "max": lite.all_reduce(1.5 + r, "max"),
+        "order": lite.all_reduce({"a": 1.0, "b": 10.0} if r else {"b": 10.0, "a": 1.0}),
+        "subgroup": collectives.all_reduce({"n": 1 + r}, "sum", group=dist.new_group([0, 1])),
         "bool": lite.all_reduce(torch.tensor([True, r == 0]), "sum").tolist(),
     }
 
@@ -36,6 +40,7 @@ def test_all_reduce_returns_new_values_and_keeps_fractions() -> None:
         assert (out["mean"]["n"], out["mean"]["f"], out["mean"]["s"]) == (1.5, 1.0, "text")
         assert out["int mean"].tolist() == [1.5, 2.0]
         assert (out["sum"], out["max"], out["bool"]) == (3, 2.5, [2, 1])
+        assert (out["order"], out["subgroup"]) == ({"a": 1.0, "b": 10.0}, {"n": 3})
 
 
 def gathers() -> dict[str, object]:
@@ -114,6 +119,93 @@ def ordered(path: str) -> str:
 def test_rank_zero_runs_the_block_first(tmp_path: object) -> None:
     """Rank 1 waits, however long rank 0 takes."""
     assert run_distributed(ordered, f"{tmp_path}/order") == ["01", "01"]
+
+
+DTYPES = ["bool", "uint8", "int8", "int16", "uint16", "int64", "float16", "bfloat16", "float8_e4m3fn", "complex64"]
+
+
+def every_dtype() -> list[bool]:
+    lite = Lite(accelerator="cpu")
+    wanted = torch.arange(6).view(3, 2) % 2
+    kept = []
+    for name in DTYPES:
+        dtype = getattr(torch, name)
+        mine = (wanted[:1] if lite.global_rank == 0 else wanted[1:]).to(dtype)
+        for out in (lite.all_gather(mine, cat=True), lite.gather_for_metrics(mine)):
+            kept.append(out.dtype == dtype and torch.equal(out.to(torch.complex64), wanted.to(torch.complex64)))
+    assert lite.all_gather(torch.ones(2, 3).t())[1].shape == (3, 2)
+    return kept
+
+
+def test_every_dtype_can_be_gathered() -> None:
+    """Also those that the backend doesn't send, with unequal first dimensions."""
+    assert all(all(kept) for kept in run_distributed(every_dtype))
+
+
+def objects() -> list[object]:
+    lite = Lite(accelerator="cpu")
+    loader = lite.setup_dataloaders(DataLoader(range(5), batch_size=4))
+    out: list[object] = []
+    with torch.no_grad():
+        for batch in loader:
+            boxes = [torch.full((i + 1,), float(i)) for i in batch.tolist()]
+            found = lite.gather_for_metrics({"boxes": [{"box": box} for box in boxes], "pair": (batch, boxes)})
+            out.append([entry["box"].tolist() for entry in found["boxes"]])
+            out.append([found["pair"][0].tolist(), [box.tolist() for box in found["pair"][1]]])
+    return out
+
+
+def test_a_list_holds_one_object_per_sample() -> None:
+    """Tensors of different shapes, or dicts of them; tuples and dicts are nesting."""
+    boxes = [[float(i)] * (i + 1) for i in range(5)]
+    assert run_distributed(objects) == [[boxes, [[0, 1, 2, 3, 4], boxes]]] * 2
+
+
+def gather_late() -> list[str]:
+    lite = Lite(accelerator="cpu")
+    messages = []
+    for use_list in (False, True):
+        seen = []
+        with torch.no_grad():
+            for batch in lite.setup_dataloaders(DataLoader(range(5), batch_size=2)):
+                seen.append(batch)
+        everything = torch.cat(seen)
+        try:
+            lite.gather_for_metrics(everything.tolist() if use_list else everything)
+        except UsageError as error:
+            messages.append(str(error))
+    return messages
+
+
+def test_gathering_after_the_loop_is_refused_where_it_would_count_a_filler() -> None:
+    """On all ranks, also those whose own last batch is real."""
+    for messages in run_distributed(gather_late):
+        assert len(messages) == 2
+        assert all("gather each batch inside the loop" in message for message in messages)
+
+
+def nested_blocks() -> list[str]:
+    lite = Lite(accelerator="cpu")
+    order = []
+    with lite.rank_zero_first(), lite.rank_zero_first(), lite.rank_zero_first(local=True):
+        order.append("in")
+    other = Lite(accelerator="cpu")  # shares the store
+    for it in (lite, other, other, lite):
+        with it.rank_zero_first():
+            order.append("again")
+    for call in (lite.barrier, lambda: lite.all_reduce(1), lambda: lite.setup(torch.nn.Linear(1, 1))):
+        try:
+            with lite.rank_zero_first():
+                call()
+        except UsageError as error:
+            order.append("needs all ranks" if "needs all ranks" in str(error) else str(error))
+    lite.barrier()
+    return order
+
+
+def test_blocks_may_be_nested_and_collectives_inside_are_refused() -> None:
+    """Neither waits for a rank that has not entered yet."""
+    assert run_distributed(nested_blocks) == [["in", *["again"] * 4, *["needs all ranks"] * 3]] * 2
 
 
 @pytest.mark.parametrize("op", ["mean", "avg", "sum", "min", "max", "product"])

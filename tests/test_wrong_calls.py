@@ -145,6 +145,13 @@ def mixed_weights() -> None:
             it.backward(model(torch.ones(2, 4)).sum())
 
 
+def nested_windows() -> None:
+    it = lite()
+    first, second = it.setup(MLP()), it.setup(MLP())
+    with it.accumulate(first, steps=2)(), it.accumulate(second, steps=4)():
+        pass
+
+
 CALLS: list[tuple[Callable[[], Any], type[Exception], list[str]]] = [
     (setup_twice, UsageError, ["set up already", "teardown"]),
     (optimizer_twice, UsageError, ["SGD", "set up already"]),
@@ -185,6 +192,12 @@ CALLS: list[tuple[Callable[[], Any], type[Exception], list[str]]] = [
     (lambda: lite().accumulate(MLP(), steps=2), UsageError, ["MLP", "lite.setup"]),
     (lambda: lite().accumulate(steps=2), ConfigError, ["no model"]),
     (mixed_weights, UsageError, ["weight"]),
+    (nested_windows, UsageError, ["open already", "lite.accumulate(first, second"]),
+    (lambda: lite(devices=2).backward(torch.ones(1)), UsageError, ["backward", "lite.launch(fn)"]),
+    (lambda: lite().backward(torch.ones(1), model=MLP()), UsageError, ["backward", "MLP"]),
+    (lambda: lite().clip_gradients("x", max_norm=1.0), ConfigError, ["clip_gradients got 'x'", "torch.nn.Module"]),
+    (lambda: lite().clip_gradients(MLP(), max_norm=1.0), UsageError, ["clip_gradients", "MLP", "lite.setup"]),
+    (clip(max_norm=1, norm_type="x"), ConfigError, ["norm_type='x'", "inf"]),
     (lambda: lite().all_reduce(torch.ones(2), op="median"), ConfigError, ["op='median'", "mean"]),
     (lambda: lite().broadcast(1, src=3), ConfigError, ["src=3", "1 ranks"]),
     (lambda: seed_everything(-1), ConfigError, ["seed=-1"]),
@@ -234,6 +247,11 @@ def wrong_on_two_ranks() -> list[str]:
     collect(lambda: it.all_reduce(torch.ones(2 + it.global_rank)))
     collect(lambda: it.all_gather(torch.ones(1, dtype=torch.float64 if it.global_rank else torch.float32)))
     collect(lambda: it.all_gather(torch.ones(2, 1 + it.global_rank)))
+    collect(lambda: it.all_reduce({"a": 1.0} if it.global_rank else {"a": 1.0, "b": 2.0}))
+    collect(lambda: it.gather_for_metrics(torch.ones(1) if it.global_rank else None))
+    collect(lambda: it.all_reduce(torch.ones(1, dtype=torch.int16), "sum"))
+    collect(lambda: it.broadcast((lambda: 1) if it.is_global_zero else None))
+    collect(lambda: it.gather_for_metrics([lambda: 1] if it.global_rank else [1]))
     collect(lambda: it.save("/proc/nowhere/x.ckpt", {"model": VAE()}))
 
     def first() -> None:
@@ -252,6 +270,11 @@ def test_errors_on_several_ranks_are_known_to_all() -> None:
         assert "rank 0 has torch.float32 [2], rank 1 has torch.float32 [3]" in messages[0]
         assert "rank 1 has torch.float64" in messages[1]
         assert "after the first dimension" in messages[2]
-        assert "/proc/nowhere/x.ckpt" in messages[3]
-        assert "the download failed" in messages[4]
+        assert "rank 0 has {'a': value, 'b': value}, rank 1 has {'a': value}" in messages[3]
+        assert "rank 0 has other, rank 1 has value" in messages[4]
+        assert "torch.int16" in messages[5]
+        assert "rank 0's object does not pickle" in messages[6]
+        assert "rank 1's list does not pickle" in messages[7]
+        assert "/proc/nowhere/x.ckpt" in messages[8]
+        assert "the download failed" in messages[9]
         assert "entered" not in messages

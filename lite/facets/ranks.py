@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from lite import collectives
 from lite.facets.base import Facet
+from lite.first_rank import FirstRank
 
 T = TypeVar("T")
 
@@ -16,7 +17,7 @@ T = TypeVar("T")
 class BetweenRanks(Facet):
     """The side of `Lite` that communicates."""
 
-    _first_rank: collectives.FirstRank | None
+    _first_rank: FirstRank | None
 
     def print(self, *args: Any, **kwargs: Any) -> None:
         """`print` on rank 0 alone."""
@@ -50,21 +51,35 @@ class BetweenRanks(Facet):
         Collective: call on all ranks, for each batch of a set-up loader.
 
         Args:
-            data: Tensors of shape (n, ...), lists of n objects, or a nested dict or tuple of them, for the rank's n
-                samples.
+            data: Tensors of shape (n, ...), lists of n objects (strings, dicts of boxes, ...), or a nested dict or
+                tuple of them, for the rank's n samples.
 
         Returns:
-            The same nesting with all ranks' samples along the first dimension.
+            The same nesting with all ranks' samples along the first dimension, or in one list.
+
+        Raises:
+            UsageError: (on all ranks) it comes after the loop, and a batch in it held a sample twice.
         """
         self._require_connected("gather_for_metrics")
-        self._weight.filler_pending = False
-        self._weight.uses += 1
-        return collectives.gather_for_metrics(self._for_group(data), self._weight.num_real)
+        weight, refusal = self._weight, None
+        if weight.filler_pending and weight.num_real is None:
+            refusal = (
+                "lite.gather_for_metrics was called after the loop, but a rank's last batch repeats one sample, to "
+                "stay in step with the others, and can't be told from the real ones any more; gather each batch "
+                "inside the loop."
+            )
+        weight.filler_pending = False
+        weight.uses += 1
+        cuda = self._device if self._device.type == "cuda" else None
+        tensors = self._for_group(data)
+        return collectives.gather_for_metrics(tensors, weight.num_real, device=cuda, refusal=refusal)
 
     @contextmanager
     def rank_zero_first(self, local: bool = False) -> Iterator[None]:
-        """Rank 0 runs the block first, the others after it, or not at all when it failed. Collective: enter on all
-        ranks.
+        """Rank 0 runs the block first, the others after it, or not at all when it failed.
+
+        Collective: enter on all ranks. Inside, ranks are alone: other collectives are refused there, but a block within
+        a block is this rank's turn already.
 
         Args:
             local: The first rank of each machine goes first, instead of rank 0 of the job.
@@ -83,7 +98,7 @@ class BetweenRanks(Facet):
             self._weight.filler_pending = False
             warnings.warn(
                 "this rank's last evaluation batch repeats one sample, to stay in step with the other ranks; a sum "
-                "or mean "
-                "over it counts that sample twice. Use lite.gather_for_metrics(predictions), which leaves it out.",
+                "or mean over it counts that sample twice. Use lite.gather_for_metrics(predictions), which leaves it "
+                "out.",
                 stacklevel=3,
             )

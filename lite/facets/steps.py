@@ -12,13 +12,13 @@ from torch.optim import Optimizer
 from lite import collectives, gradients
 from lite.errors import ConfigError, UsageError
 from lite.facets.base import Facet
+from lite.wrapping.optimizer import move_optimizer_state, wrap_optimizer
 
 
 class Steps(Facet):
     """The side of `Lite` that a training step calls."""
 
-    _backward: Callable[..., None]
-    _scale: Callable[[Tensor], Tensor] | None
+    _scale: gradients.Scale | None
 
     def backward(self, loss: Tensor, *args: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
         """Compute gradients of `loss` instead of `loss.backward()`: scaled where the precision needs it, averaged over
@@ -29,13 +29,19 @@ class Steps(Facet):
         Args:
             loss: A tensor that comes from a set-up model's output.
             *args: As for `Tensor.backward`.
-            model: The model that it is for, where a strategy has to know; unused otherwise.
-            **kwargs: As for `Tensor.backward`.
+            model: The set-up model that it is for, where a strategy has to know; unused otherwise.
+            **kwargs: As for `Tensor.backward`. With several ranks `inputs` is refused while they synchronise.
 
         Raises:
-            UsageError: The gradients would not be synchronised over the ranks.
+            UsageError: The gradients would not be synchronised over the ranks, or `model` is not set up.
         """
+        if model is not None:
+            self._check_set_up("backward", model)
         self._backward(loss, *args, **kwargs)
+
+    def _backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """What `compose_backward` replaces once the processes run."""
+        self._require_connected("backward")
 
     def autocast(self) -> AbstractContextManager[Any]:
         """A context that computes as a set-up model's forward does, for code outside it (a loss function, say)."""
@@ -48,17 +54,15 @@ class Steps(Facet):
         Raises:
             UsageError: `model` is not set up.
         """
-        if model not in self._modules:
-            raise UsageError(
-                f"no_backward_sync got a {type(model).__name__} that lite.setup has not prepared; pass its result."
-            )
+        self._check_set_up("no_backward_sync", model)
         return self.strategy.no_sync(self._modules[model], enabled)
 
     def accumulate(self, *models: nn.Module, steps: int) -> gradients.Accumulation:
         """Accumulate gradients over `steps` micro-batches before each optimizer step.
 
         Use it as `with window(last=...): forward; lite.backward(loss)`, then step when `window.ready`. Inside it
-        `backward` divides the loss, so don't do it yourself.
+        `backward` divides the loss, so don't do it yourself. One window at a time: models that are trained together
+        share one.
 
         Args:
             *models: The set-up models that are trained.
@@ -68,10 +72,7 @@ class Steps(Facet):
             The counter that is called for each micro-batch; see `lite.gradients.Accumulation`.
         """
         for model in models:
-            if model not in self._modules:
-                raise UsageError(
-                    f"accumulate got a {type(model).__name__} that lite.setup has not prepared; pass its result."
-                )
+            self._check_set_up("accumulate", model)
         if not models:
             raise ConfigError("accumulate() got no model; pass the models that are trained.")
 
@@ -86,7 +87,7 @@ class Steps(Facet):
             steps,
             lambda: (p for m in models for p in m.parameters()),
             no_sync,
-            self._set_scale,
+            self._scaled,
             lambda: self._weight.value == 0.0,
             self._device,
         )
@@ -119,14 +120,17 @@ class Steps(Facet):
             The total norm before clipping, 0-dim, on the device.
 
         Raises:
-            NonFiniteError: The norm is inf or NaN and the policy is "raise".
+            NonFiniteError: The norm is inf or NaN, here or on another rank, and the policy is "raise".
             ConfigError: An argument is wrong.
+            UsageError: The model is not set up.
         """
-        policy = gradients.check_clip_arguments(max_norm, clip_val, error_if_nonfinite, nonfinite)
+        policy = gradients.check_clip_arguments(max_norm, clip_val, norm_type, error_if_nonfinite, nonfinite)
         if optimizer is None and self.precision.changes_step:
             raise ConfigError(
                 f"clip_gradients needs optimizer= with precision={self.precision.name!r}, to unscale its gradients."
             )
+        if model is not None:
+            self._check_set_up("clip_gradients", model)
         if optimizer is not None:
             if not isinstance(optimizer, Optimizer):
                 raise ConfigError(f"optimizer={optimizer!r} is no torch optimizer.")
@@ -150,30 +154,72 @@ class Steps(Facet):
         """Whether the optimizer's last step was left out because a loss scale made gradients inf or NaN."""
         return self.precision.step_was_skipped(optimizer)
 
-    def _set_scale(self, scale: Callable[[Tensor], Tensor] | None) -> None:
+    @contextmanager
+    def _scaled(self, scale: gradients.Scale) -> Iterator[None]:
+        """An open accumulation window, which `backward` asks what to do with the loss."""
+        if self._scale is not None:
+            raise UsageError(
+                "lite.accumulate: a window is open already, and backward would not know which one a loss is for; use "
+                "one window for all models, lite.accumulate(first, second, steps=...), or close the first one before."
+            )
         self._scale = scale
+        try:
+            yield
+        finally:
+            self._scale = None
+
+    def _check_set_up(self, call: str, model: Any) -> None:
+        if not isinstance(model, nn.Module):
+            raise ConfigError(f"{call} got {model!r} as the model; pass a torch.nn.Module that lite.setup returned.")
+        if model not in self._modules:
+            raise UsageError(
+                f"{call} got a {type(model).__name__} that lite.setup has not prepared; pass the model that it "
+                "returned, not a part or a copy of it."
+            )
+
+    def _prepare_optimizer(self, optimizer: Optimizer) -> None:
+        """Route the optimizer's step, with what this number of ranks needs."""
+        if self.world_size > 1:
+            check = self.strategy.check_optimizer
+            check(optimizer)
+            wrap_optimizer(optimizer, self.precision, check=check, mean_loss=self._mean_loss)
+        else:
+            wrap_optimizer(optimizer, self.precision)
+        move_optimizer_state(optimizer, self.precision)
+
+    def _mean_loss(self, loss: Any) -> Any:
+        """What one process would have seen: the mean of the ranks' losses, each counted by its samples."""
+        return loss if loss is None else collectives.all_reduce(loss * self._weight.value, "mean")
 
 
 def compose_backward(lite: Steps) -> Callable[..., None]:
     """The backward of this job, with nothing in it that it doesn't need."""
-    plain, check, weight = lite.precision.backward, lite.strategy.check_backward, lite._weight
+    lite.precision.connect(lite.device)
+    plain, strategy, weight = lite.precision.backward, lite.strategy, lite._weight
 
     def backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
         if lite._scale is not None:
-            loss = lite._scale(loss)
+            loss = lite._scale.apply(loss)
         plain(loss, *args, **kwargs)
 
     def checked_backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        check(loss)
-        if lite._scale is not None:
-            loss = lite._scale(loss)
+        # Tensor.backward(gradient, retain_graph, create_graph, inputs)
+        loss = strategy.prepare_backward(loss, partial=len(args) > 3 or kwargs.get("inputs") is not None)
+        scale = lite._scale
+        if scale is not None:
+            loss = scale.apply(loss)
         weight.uses += 1
         if weight.value != 1.0:
-            loss = loss * weight.use()
+            factor = weight.use()
+            if scale is None or not scale.weighted:
+                loss = loss * factor
         try:
             plain(loss, *args, **kwargs)
         except RuntimeError as error:
             collectives.raise_explained(error)
-            raise
+            advice = strategy.explain_backward_error(error)
+            if advice is None:
+                raise
+            raise UsageError(advice) from error
 
     return checked_backward if lite.world_size > 1 else backward

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import operator
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_is_leaf, tree_map
+from torch.utils._pytree import tree_flatten, tree_is_leaf, tree_unflatten
 
 _LEAVES = (type(None), bool, int, float, str)
 
@@ -38,6 +39,9 @@ class Precision:
     output_dtype: torch.dtype | None = None
     changes_forward = False
     changes_step = False
+
+    def connect(self, device: torch.device) -> None:
+        """This process computes on `device`; refuse one that the precision was not made for."""
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         """Convert the parameters and buffers, in place."""
@@ -63,12 +67,28 @@ class Precision:
         """Compute gradients."""
         loss.backward(*args, **kwargs)  # type: ignore[no-untyped-call]
 
+    def add_optimizer(self, optimizer: Optimizer) -> None:
+        """This optimizer is set up: its steps go through `step`."""
+
+    def forget_optimizer(self, optimizer: Optimizer) -> None:
+        """This optimizer is the user's own again."""
+
     def unscale(self, optimizer: Optimizer) -> None:
         """Bring the optimizer's gradients to their true size; nothing the second time before a step."""
 
-    def step(self, optimizer: Optimizer, raw_step: Callable[..., Any], closure: Callable[[], Any] | None) -> Any:
-        """Take one optimizer step by `raw_step`."""
-        return raw_step() if closure is None else raw_step(closure)
+    def accept(self, optimizer: Optimizer) -> None:
+        """The optimizer's inf or NaN gradients were replaced by good ones: don't leave its next step out."""
+
+    def step(
+        self,
+        optimizer: Optimizer,
+        raw_step: Callable[..., Any],
+        closure: Callable[[], Any] | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Take one optimizer step by `raw_step`, with whatever else the user's optimizer takes."""
+        return raw_step(*args, **kwargs) if closure is None else raw_step(closure, *args, **kwargs)
 
     def note_run(self, optimizer: Optimizer) -> None:
         """The optimizer's own step is about to run, from within `step`."""
@@ -76,6 +96,10 @@ class Precision:
     def step_was_skipped(self, optimizer: Optimizer) -> bool:
         """Whether the optimizer's last step was left out because of inf or NaN gradients."""
         return False
+
+    def step_counts(self, optimizer: Optimizer) -> tuple[int, int | Tensor]:
+        """How many steps the optimizer was asked for so far, and how many of them were left out."""
+        return 0, 0
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must hold; empty without a loss scale."""
@@ -98,19 +122,39 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 def cast_floating(data: Any, dtype: torch.dtype, only: tuple[torch.dtype, ...] | None = None) -> Any:
     """Convert floating-point tensors in nested data; a single tensor takes the short way. Parameters are left alone.
 
+    A container in which nothing has to be converted is returned itself, so that what a model writes into one (a cache,
+    a list) is where the user looks for it.
+
     Args:
         data: A tensor or nested data.
         dtype: The wanted dtype.
         only: Convert these dtypes alone; None is every floating-point dtype.
+
+    Example:
+        >>> cache = {"keys": []}
+        >>> cast_floating(cache, torch.float64) is cache
+        True
     """
     if isinstance(data, Tensor):
         wanted = data.is_floating_point() if only is None else data.dtype in only
         return data.to(dtype) if wanted and not isinstance(data, nn.Parameter) else data
-    if dataclasses.is_dataclass(data) and not isinstance(data, (type, dict)):
-        twin = copy.copy(data)
-        for field in dataclasses.fields(data):
-            object.__setattr__(twin, field.name, cast_floating(getattr(data, field.name), dtype, only))
-        return twin
-    if type(data) in _LEAVES or tree_is_leaf(data):
+    if type(data) in _LEAVES:
         return data
-    return tree_map(lambda leaf: cast_floating(leaf, dtype, only), data)
+    if dataclasses.is_dataclass(data) and not isinstance(data, (type, dict)):
+        return _cast_dataclass(data, dtype, only)
+    if tree_is_leaf(data):
+        return data
+    parts, spec = tree_flatten(data, is_leaf=lambda part: part is not data)
+    cast = [cast_floating(part, dtype, only) for part in parts]
+    return data if all(map(operator.is_, cast, parts)) else tree_unflatten(cast, spec)
+
+
+def _cast_dataclass(data: Any, dtype: torch.dtype, only: tuple[torch.dtype, ...] | None) -> Any:
+    twin = data
+    for field in dataclasses.fields(data):
+        value = getattr(data, field.name)
+        cast = cast_floating(value, dtype, only)
+        if cast is not value:
+            twin = copy.copy(data) if twin is data else twin
+            object.__setattr__(twin, field.name, cast)
+    return twin

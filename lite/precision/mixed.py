@@ -1,4 +1,4 @@
-"""Mixed precision: float32 parameters, 16-bit computation by torch.autocast, loss scaling where float16 needs it."""
+"""Mixed precision: float32 parameters and 16-bit computation by torch.autocast; float16 with a loss scale."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from lite.errors import ConfigError, UsageError
 from lite.precision.base import Precision, cast_floating
+from lite.precision.scaling import LossScaling
 
 
 class MixedPrecision(Precision):
@@ -41,9 +42,15 @@ class MixedPrecision(Precision):
             )
         self.scaler = (scaler or GradScaler(device_type)) if name == "16-mixed" else None
         self.changes_step = self.scaler is not None
-        self._unscaled: set[int] = set()
-        self._stepped: dict[int, bool | Tensor] = {}  # optimizers that stepped since the last update: was it skipped?
-        self._skipped: dict[int, bool | Tensor] = {}  # the same of the iteration before
+        self._scaling = LossScaling(self.scaler, device_type) if self.scaler is not None else None
+
+    def connect(self, device: torch.device) -> None:
+        if self.device_type != device.type:
+            raise ConfigError(
+                f"MixedPrecision({self.name!r}, {self.device_type!r}) can't compute on {device}: autocast and loss "
+                f"scaling would silently be off; make it with {device.type!r}, or pass precision={self.name!r} instead "
+                "of a plugin."
+            )
 
     def convert_output(self, data: Any) -> Any:
         assert self.compute_dtype is not None
@@ -53,29 +60,40 @@ class MixedPrecision(Precision):
         return torch.autocast(self.device_type, dtype=self.compute_dtype)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        if self.scaler is not None:
-            self._update()
-            loss = self.scaler.scale(loss)
+        if self._scaling is not None:
+            loss = self._scaling.scale(loss)
         loss.backward(*args, **kwargs)  # type: ignore[no-untyped-call]
 
-    def unscale(self, optimizer: Optimizer) -> None:
-        if self.scaler is not None and id(optimizer) not in self._unscaled:
-            self._update()
-            self.scaler.unscale_(optimizer)
-            self._unscaled.add(id(optimizer))
+    def add_optimizer(self, optimizer: Optimizer) -> None:
+        if self._scaling is not None:
+            self._scaling.add(optimizer)
 
-    def step(self, optimizer: Optimizer, raw_step: Callable[..., Any], closure: Callable[[], Any] | None) -> Any:
-        if self.scaler is None:
-            return super().step(optimizer, raw_step, closure)
-        key = id(optimizer)
-        if key in self._stepped:
-            self._update()
+    def forget_optimizer(self, optimizer: Optimizer) -> None:
+        if self._scaling is not None:
+            self._scaling.forget(optimizer)
+
+    def unscale(self, optimizer: Optimizer) -> None:
+        if self._scaling is not None:
+            self._scaling.unscale(optimizer)
+
+    def accept(self, optimizer: Optimizer) -> None:
+        if self._scaling is not None:
+            self._scaling.accept(optimizer)
+
+    def step(
+        self,
+        optimizer: Optimizer,
+        raw_step: Callable[..., Any],
+        closure: Callable[[], Any] | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        if self._scaling is None:
+            return super().step(optimizer, raw_step, closure, *args, **kwargs)
         value = closure() if closure is not None else None
-        self._stepped[key] = True
         try:
-            self.scaler.step(optimizer)
+            self._scaling.step(optimizer, raw_step, args, kwargs)
         except AssertionError as error:
-            del self._stepped[key]
             raise UsageError(
                 f"{type(optimizer).__name__}.step() found no gradient that lite.backward has scaled; under "
                 f"precision={self.name!r} call lite.backward(loss) instead of loss.backward(), before each step."
@@ -83,28 +101,18 @@ class MixedPrecision(Precision):
         return value
 
     def note_run(self, optimizer: Optimizer) -> None:
-        found_inf = getattr(
-            optimizer, "found_inf", None
-        )  # set by the scaler for fused optimizers, which skip on the device
-        self._stepped[id(optimizer)] = False if found_inf is None else found_inf.clone()
+        if self._scaling is not None:
+            self._scaling.note_run(optimizer)
 
     def step_was_skipped(self, optimizer: Optimizer) -> bool:
-        return bool(self._stepped.get(id(optimizer), self._skipped.get(id(optimizer), False)))
+        return self._scaling is not None and self._scaling.was_skipped(optimizer)
+
+    def step_counts(self, optimizer: Optimizer) -> tuple[int, int | Tensor]:
+        return (0, 0) if self._scaling is None else self._scaling.counts(optimizer)
 
     def state_dict(self) -> dict[str, Any]:
-        if self.scaler is None:
-            return {}
-        self._update()
-        return self.scaler.state_dict()
+        return {} if self._scaling is None else self._scaling.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if self.scaler is not None and state_dict:
-            self.scaler.load_state_dict(state_dict)
-
-    def _update(self) -> None:
-        """Adjust the scale once for all optimizers that have stepped: the next iteration has begun."""
-        if self._stepped:
-            assert self.scaler is not None
-            self.scaler.update()
-            self._skipped, self._stepped = self._stepped, {}
-            self._unscaled.clear()
+        if self._scaling is not None and state_dict:
+            self._scaling.load_state_dict(state_dict)

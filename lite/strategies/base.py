@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lite.environments.base import Environment
 
@@ -28,8 +29,8 @@ class Engine:
         """Run the whole forward by `run(*args, **kwargs)`, with what the strategy needs around it."""
         raise NotImplementedError
 
-    def announce(self, outputs: Any) -> Any:
-        """A method other than forward has computed `outputs`: prepare for a backward through them, and return them."""
+    def method(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a method other than forward, and prepare for a backward through what it returns."""
         raise NotImplementedError
 
     def no_sync(self) -> AbstractContextManager[None]:
@@ -73,8 +74,28 @@ class Strategy:
         """How many parts a loader's batches are split into, and which is this rank's."""
         return world_size, rank
 
-    def check_backward(self, loss: Tensor) -> None:
-        """Refuse a loss whose gradients would not be synchronised; called before each backward where `distributed`."""
+    def prepare_backward(self, loss: Tensor, *, partial: bool = False) -> Tensor:
+        """Refuse a loss whose gradients would not be synchronised; called before each backward with several ranks.
+
+        Args:
+            loss: What backward is called on.
+            partial: Whether gradients of some inputs alone are asked for.
+
+        Returns:
+            The loss to differentiate.
+        """
+        return loss
+
+    def explain_backward_error(self, error: RuntimeError) -> str | None:
+        """What to do about torch's error in a backward, where the strategy knows."""
+        return None
+
+    def check_optimizer(self, optimizer: Optimizer) -> None:
+        """Refuse an optimizer with parameters whose gradients would not be synchronised."""
+
+    def norms_agree(self) -> bool:
+        """Whether gradients, and so their norms, are equal on all ranks now."""
+        return False
 
     def no_sync(self, engine: Engine | None, enabled: bool) -> AbstractContextManager[None]:
         """A context in which gradients stay local, where there is anything to keep local."""

@@ -1,60 +1,103 @@
-"""Marks on the autograd graph that tell which set-up model a loss comes from, and in which state its forward ran.
+"""Marks on the autograd graph that tell which set-up models a loss comes from, and in which state their forwards ran.
 
 Forward tags the graph nodes of its outputs; before a backward the loss's graph is walked from the loss to the first
-tags, a few nodes for a usual loss. Nodes carry the tag (`Node.metadata`), so nothing keeps a graph alive.
+tags, a few nodes for a usual loss. What lies behind a tag was found when it was set, and is kept on it. Nodes carry the
+tag (`Node.metadata`), so nothing keeps a graph alive.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+import types
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 _KEY = "lite"
+_DEPTH = 20
+_OBJECT_DEPTH = 5
+_PLAIN = (type(None), bool, int, float, str, bytes)
+_OPAQUE = (type, torch.nn.Module, types.ModuleType, types.FunctionType, types.MethodType)
 
 
-def tensors_with_grad(outputs: Any) -> Iterator[Tensor]:
-    """The computed tensors in nested `outputs` that a backward could pass; parameters are none. Attributes count."""
-    if isinstance(outputs, Tensor):
-        if outputs.grad_fn is not None:
-            yield outputs
+@dataclass(frozen=True, eq=False)
+class Mark:
+    """What the tensors of one output come from.
+
+    Attributes:
+        states: Of every model on the way, the own one included: what was agreed when it ran.
+        leaves: Parameters on the way that were reached through no model.
+    """
+
+    states: frozenset[Any]
+    leaves: tuple[Tensor, ...]
+
+
+def tensors_with_grad(data: Any, depth: int = _DEPTH) -> Iterator[Tensor]:
+    """The computed tensors in nested `data` that a backward could pass; parameters are none.
+
+    Objects are looked into by their attributes, and these again, a few levels deep.
+    """
+    if isinstance(data, Tensor):
+        if data.grad_fn is not None:
+            yield data
+    elif type(data) in _PLAIN or depth <= 0 or isinstance(data, _OPAQUE):
         return
-    for leaf in tree_leaves(outputs):
-        if isinstance(leaf, Tensor):
-            if leaf.grad_fn is not None:
-                yield leaf
-        elif hasattr(leaf, "__dict__") and not isinstance(leaf, (type, torch.nn.Module)):
-            for value in vars(leaf).values():
-                if isinstance(value, Tensor) and value.grad_fn is not None:
-                    yield value
+    elif isinstance(data, (list, tuple, set)):
+        for part in data:
+            yield from tensors_with_grad(part, depth - 1)
+    elif isinstance(data, Mapping):
+        for part in data.values():
+            yield from tensors_with_grad(part, depth - 1)
+    else:
+        for part in _attributes(data):
+            yield from tensors_with_grad(part, depth - _OBJECT_DEPTH)
 
 
-def tag(outputs: Any, mark: object) -> None:
-    """Attach `mark` to the graph nodes of all tensors in `outputs`."""
-    for tensor in tensors_with_grad(outputs):
-        assert tensor.grad_fn is not None
-        metadata: Any = tensor.grad_fn.metadata  # a property, though torch's stubs have it as a method
-        metadata[_KEY] = mark
+def _attributes(thing: Any) -> Iterable[Any]:
+    if dataclasses.is_dataclass(thing):  # one with slots has no __dict__
+        return [getattr(thing, field.name, None) for field in dataclasses.fields(thing)]
+    return list(getattr(thing, "__dict__", {}).values())
 
 
-def marks(loss: Tensor) -> list[Any]:
-    """The marks nearest to `loss` in its graph; empty when it comes from no tagged output."""
-    if loss.grad_fn is None:
-        return []
-    found: list[Any] = []
+def origins(tensors: Iterable[Tensor]) -> tuple[list[Mark], list[Tensor]]:
+    """Where `tensors` come from: the nearest marks in their graph, and the leaves that are reached past none."""
+    pending: list[Any] = [t.grad_fn for t in tensors]
+    marks: list[Mark] = []
+    leaves: list[Tensor] = []
     seen: set[Any] = set()
-    pending: list[Any] = [loss.grad_fn]
     while pending:
         node = pending.pop()
-        if node in seen:
+        if node is None or node in seen:
             continue
         seen.add(node)
         mark = node.metadata.get(_KEY)
         if mark is not None:
-            found.append(mark)
+            marks.append(mark)
             continue
-        pending.extend(parent for parent, _ in node.next_functions if parent is not None)
-    return found
+        parents = node.next_functions
+        if parents:
+            pending.extend([parent for parent, _ in parents])
+        else:
+            leaf = getattr(node, "variable", None)  # of AccumulateGrad nodes
+            if leaf is not None:
+                leaves.append(leaf)
+    return marks, leaves
+
+
+def tag(outputs: Any, mark: Mark, before: list[Mark]) -> None:
+    """Attach `mark` to the graph nodes of all tensors in `outputs`.
+
+    Args:
+        outputs: What a model returned.
+        mark: Where they come from.
+        before: The marks of its inputs; one that was handed through keeps its own.
+    """
+    for tensor in tensors_with_grad(outputs):
+        assert tensor.grad_fn is not None
+        metadata: Any = tensor.grad_fn.metadata  # a property, though torch's stubs have it as a method
+        if not any(metadata.get(_KEY) is other for other in before):
+            metadata[_KEY] = mark

@@ -114,15 +114,18 @@ class _Route:
 
     def run(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], whole: bool) -> Any:
         """Run `call(*args, **kwargs)`; `whole` says that it is the model's forward rather than another method."""
+        if self.engine is not None and torch.compiler.is_dynamo_compiling():
+            _refuse_compiler()
         self.inside = True
         try:
             if self.precision.changes_forward:
                 return self._with_precision(call, args, kwargs, whole)
-            if self.engine is None:
+            engine = self.engine
+            if engine is None:
                 return call(*args, **kwargs)
-            if whole:
-                return self.engine.forward(call, args, kwargs)
-            return self.engine.announce(call(*args, **kwargs))
+            if torch.is_autocast_enabled(self.device_type):
+                self.check_autocast()
+            return engine.forward(call, args, kwargs) if whole else engine.method(call, args, kwargs)
         except RuntimeError as error:
             raise_explained(error)
             raise
@@ -138,13 +141,24 @@ class _Route:
         if precision.param_dtype is not None:
             args = tuple([precision.convert_input(a) for a in args])
             kwargs = {k: precision.convert_input(v) for k, v in kwargs.items()}
+        if engine is None:
+            return precision.convert_output(self._compute(call, args, kwargs))
+        if whole:
+            return precision.convert_output(self._compute(functools.partial(self._forward, call), args, kwargs))
+        return engine.method(functools.partial(self._converted, call), args, kwargs)
+
+    def _compute(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.autocast is None:
-            outputs = engine.forward(call, args, kwargs) if engine is not None and whole else call(*args, **kwargs)
-        else:
-            with self.autocast:
-                outputs = engine.forward(call, args, kwargs) if engine is not None and whole else call(*args, **kwargs)
-        outputs = precision.convert_output(outputs)
-        return outputs if engine is None or whole else engine.announce(outputs)
+            return call(*args, **kwargs)
+        with self.autocast:
+            return call(*args, **kwargs)
+
+    def _forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        assert self.engine is not None
+        return self.engine.forward(call, args, kwargs)
+
+    def _converted(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return self.precision.convert_output(self._compute(call, args, kwargs))
 
     def check_autocast(self) -> None:
         """A surrounding autocast must ask for the same as the precision does."""
@@ -153,8 +167,19 @@ class _Route:
             raise UsageError(
                 f"the forward was called inside torch.autocast(dtype={found}), but the model was set up with "
                 f"precision={self.precision.name!r}; leave autocast out, or create Lite with the precision that you "
-                "want."
+                "want (precision='bf16-mixed' is autocast)."
             )
+
+
+def _refuse_compiler() -> None:
+    raise UsageError(
+        "torch.compile was called on a model that is set up for several processes, and can't trace what keeps them in "
+        "step; compile it before: call model.compile() or model = torch.compile(model), then lite.setup(model)."
+    )
+
+
+# torch 2.13: the compiler leaves a function with this mark to Python, so that its error reaches the user.
+_refuse_compiler._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
 def _routed_call(raw: type[nn.Module], route: _Route) -> Callable[..., Any]:
@@ -206,17 +231,18 @@ def _guarded_apply(raw: type[nn.Module], precision: Precision) -> Callable[..., 
     raw_apply = raw._apply
 
     def _apply(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        for name, parameter in self.named_parameters():
-            if parameter.is_floating_point():
-                wanted = fn(parameter.detach().new_empty(0)).dtype
-                if wanted != parameter.dtype:
-                    raise UsageError(
-                        f"converting a model that is set up from {parameter.dtype} to {wanted} (at {name!r}) would "
-                        "leave its "
-                        f"precision={precision.name!r}; create Lite with another precision, or call lite.teardown() "
-                        "first."
-                    )
-                break
+        seen: set[torch.dtype] = set()
+        for name, parameter in self.named_parameters(recurse=recurse):
+            if parameter.dtype in seen or not parameter.is_floating_point():
+                continue
+            seen.add(parameter.dtype)
+            wanted = fn(parameter.detach().new_empty(0)).dtype
+            if wanted != parameter.dtype:
+                raise UsageError(
+                    f"converting a model that is set up from {parameter.dtype} to {wanted} (at {name!r}) would leave "
+                    f"its precision={precision.name!r}; create Lite with another precision, or call lite.teardown() "
+                    "first."
+                )
         return raw_apply(self, fn, recurse)  # type: ignore[no-untyped-call]
 
     return _apply

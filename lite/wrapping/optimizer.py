@@ -1,24 +1,32 @@
-"""What `Lite.setup` hands back for an optimizer and a scheduler: the user's own object, whose step goes through
-precision.
+"""What `Lite.setup` hands back for an optimizer and a scheduler: the user's own object, stepping through the precision.
 
-Where the precision leaves the step alone, both stay exactly as they are.
+Where the precision leaves the step alone, both keep their own class and step; with several ranks hooks watch over it.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lite.disguise import disguise
 from lite.errors import ConfigError
 from lite.precision.base import Precision
 
-_wrapped: weakref.WeakKeyDictionary[Any, tuple[type, Any]] = weakref.WeakKeyDictionary()
+
+class _Original(NamedTuple):
+    """What an object was before."""
+
+    raw: type | None
+    step: Callable[..., Any] | None  # of the instance: a scheduler that was built before has put its counter there
+    undo: tuple[Callable[[], None], ...]
+
+
+_wrapped: weakref.WeakKeyDictionary[Any, _Original] = weakref.WeakKeyDictionary()
 
 
 def check_optimizer(optimizer: Optimizer, precision: Precision) -> None:
@@ -34,66 +42,151 @@ def check_optimizer(optimizer: Optimizer, precision: Precision) -> None:
         )
 
 
-def wrap_optimizer(optimizer: Optimizer, precision: Precision) -> None:
-    """Route `optimizer.step` through `precision`, in place; nothing is done where it stays the optimizer's own."""
-    if not precision.changes_step:
-        return
-    raw = type(optimizer)
-    patched = optimizer.__dict__.pop("step", None)  # a scheduler that was built before has put its counter there
-    raw_step: Callable[..., Any] = patched or raw.step.__get__(optimizer)
+def wrap_optimizer(
+    optimizer: Optimizer,
+    precision: Precision,
+    *,
+    check: Callable[[Optimizer], None] | None = None,
+    mean_loss: Callable[[Any], Any] | None = None,
+) -> None:
+    """Prepare an optimizer, in place; nothing is done where its step stays its own.
+
+    Args:
+        optimizer: The user's.
+        precision: What its step goes through.
+        check: Called, with several ranks, when the optimizer is found to hold other parameters than at first.
+        mean_loss: With several ranks, the mean over them of what a closure returned. An optimizer that calls its
+            closure several times decides by it, and all ranks must decide alike.
+    """
+    undo: list[Callable[[], None]] = []
+    if check is not None:
+        undo.append(optimizer.register_step_pre_hook(_watch_parameters(optimizer, check)).remove)
+    if mean_loss is not None and not precision.changes_step and _decides_by_loss(optimizer):
+        undo.append(optimizer.register_step_pre_hook(_with_mean_loss(mean_loss)).remove)
+    raw = patched = None
+    if precision.changes_step:
+        raw, patched = type(optimizer), optimizer.__dict__.pop("step", None)
+        precision.add_optimizer(optimizer)
+        undo.append(_forgetting(optimizer, precision))
+        disguise(optimizer, {"step": _scaled_step(patched or raw.step.__get__(optimizer), precision)})
+    _wrapped[optimizer] = _Original(raw, patched, tuple(undo))
+
+
+def _scaled_step(raw_step: Callable[..., Any], precision: Precision) -> Callable[..., Any]:
     inside = False
 
-    def step(self: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self: Optimizer, closure: Callable[[], Any] | None = None, *args: Any, **kwargs: Any) -> Any:
         nonlocal inside
         if inside:
             precision.note_run(self)
-            return raw_step()
+            return raw_step(*(() if closure is None else (closure,)), *args, **kwargs)
         inside = True
         self._opt_called = True  # type: ignore[attr-defined]  # schedulers ask whether step was called at all
         try:
-            return precision.step(self, raw_step, closure)
+            return precision.step(self, raw_step, closure, *args, **kwargs)
         finally:
             inside = False
 
     step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # schedulers need no counter of their own around it
     step.hooked = True  # type: ignore[attr-defined]  # neither does torch's profiler: the raw step has it
-    disguise(optimizer, {"step": step})
-    _wrapped[optimizer] = (raw, patched)
+    return step
+
+
+def _watch_parameters(optimizer: Optimizer, check: Callable[[Optimizer], None]) -> Callable[..., None]:
+    """Call `check` when parameters came in after setup (add_param_group)."""
+    before = [len(group["params"]) for group in optimizer.param_groups]
+
+    def watch(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        nonlocal before
+        now = [len(group["params"]) for group in optimizer.param_groups]
+        if now != before:
+            check(optimizer)
+            before = now
+
+    return watch
+
+
+def _decides_by_loss(optimizer: Optimizer) -> bool:
+    """Of torch's own optimizers LBFGS alone does; of others it is unknown."""
+    return isinstance(optimizer, LBFGS) or not type(optimizer).__module__.startswith("torch.optim.")
+
+
+def _with_mean_loss(mean_loss: Callable[[Any], Any]) -> Callable[..., Any]:
+    def replace_closure(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if not callable(closure):
+            return None
+
+        def everybodys() -> Any:
+            return mean_loss(closure())
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": everybodys}
+        return (args[0], everybodys, *args[2:]), kwargs
+
+    return replace_closure
+
+
+def _forgetting(optimizer: Optimizer, precision: Precision) -> Callable[[], None]:
+    reference = weakref.ref(optimizer)
+
+    def forget() -> None:
+        if (it := reference()) is not None:
+            precision.forget_optimizer(it)
+
+    return forget
 
 
 def unwrap_optimizer(optimizer: Optimizer) -> None:
     """Give the optimizer its own class and step back."""
-    raw, patched = _wrapped.pop(optimizer, (None, None))
-    if raw is not None:
-        optimizer.__class__ = raw
-        if patched is not None:
-            optimizer.__dict__["step"] = patched
+    original = _wrapped.pop(optimizer, None)
+    if original is None:
+        return
+    for undo in original.undo:
+        undo()
+    if original.raw is not None:
+        optimizer.__class__ = original.raw
+        if original.step is not None:
+            optimizer.__dict__["step"] = original.step
 
 
 def wrap_scheduler(scheduler: LRScheduler, precision: Precision) -> None:
-    """Let the scheduler stand still when its optimizer's step was skipped, in place; see PyTorch's AMP notes."""
-    if not precision.changes_step:
+    """Let the scheduler stand still when every step of its optimizer since its own last one was skipped, in place.
+
+    So a scheduler that steps per batch follows the optimizer (see PyTorch's AMP notes), and one that steps per epoch
+    doesn't lose an epoch for one bad batch. ReduceLROnPlateau follows a metric, not steps.
+    """
+    if not precision.changes_step or isinstance(scheduler, ReduceLROnPlateau):
         return
     raw = type(scheduler)
+    before: tuple[int, int | Tensor] = (0, 0)
 
     def step(self: LRScheduler, *args: Any, **kwargs: Any) -> None:
-        if not precision.step_was_skipped(self.optimizer):
+        nonlocal before
+        (steps, skipped), last = precision.step_counts(self.optimizer), before
+        before = (steps, skipped)
+        if steps == last[0] or bool(skipped - last[1] < steps - last[0]):
             raw.step(self, *args, **kwargs)
 
     disguise(scheduler, {"step": step})
-    _wrapped[scheduler] = (raw, None)
+    _wrapped[scheduler] = _Original(raw, None, ())
 
 
 def unwrap_scheduler(scheduler: LRScheduler) -> None:
     """Give the scheduler its own class back."""
-    raw, _ = _wrapped.pop(scheduler, (None, None))
-    if raw is not None:
-        scheduler.__class__ = raw
+    original = _wrapped.pop(scheduler, None)
+    if original is not None and original.raw is not None:
+        scheduler.__class__ = original.raw
 
 
-def move_optimizer_state(optimizer: Optimizer) -> None:
-    """Bring state that the optimizer already has to where its parameters are now."""
+def move_optimizer_state(optimizer: Optimizer, precision: Precision) -> None:
+    """Bring state that the optimizer already has to where its parameters are now, and to the dtype they got."""
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
-            if isinstance(value, Tensor) and value.ndim > 0 and value.device != parameter.device:
-                state[key] = value.to(parameter.device)
+            if not isinstance(value, Tensor) or value.ndim == 0:
+                continue
+            if value.device != parameter.device:
+                value = value.to(parameter.device)
+            if precision.param_dtype is not None and value.is_floating_point() and value.shape == parameter.shape:
+                value = value.to(precision.param_dtype)
+            state[key] = value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -135,3 +136,82 @@ def test_partial_window_counts_what_it_has() -> None:
         for grad, p in zip(grads, model.parameters(), strict=True):
             torch.testing.assert_close(grad, p.grad, rtol=0, atol=1e-12)
     assert not torch.equal(results[0][1], results[1][1])
+
+
+def accumulate_ragged(num_samples: int) -> tuple[list[torch.Tensor], list[str]]:
+    lite = Lite(accelerator="cpu", precision="64-true")
+    torch.manual_seed(5)
+    model = lite.setup(MLP(torch.float64))
+    loader = lite.setup_dataloaders(DataLoader(regression(num_samples, torch.float64), batch_size=4))
+    window = lite.accumulate(model, steps=10)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for i, (x, y) in enumerate(loader):
+            with window(last=i + 1 == len(loader), weight=len(x)):
+                lite.backward((model(x) - y).pow(2).sum(1).mean())
+    return [p.grad.clone() for p in model.parameters()], [str(w.message) for w in caught]
+
+
+@pytest.mark.parametrize("num_samples", [13, 9])
+def test_weights_over_a_ragged_loader_count_each_sample_once(num_samples: int) -> None:
+    """The user's weight takes the place of the loader's; 9: one rank's last batch is a filler."""
+    torch.manual_seed(5)
+    model = MLP(torch.float64)
+    x, y = regression(num_samples, torch.float64).tensors
+    (model(x) - y).pow(2).sum(1).mean().backward()
+    for grads, messages in run_distributed(accumulate_ragged, num_samples):
+        assert not messages
+        for grad, p in zip(grads, model.parameters(), strict=True):
+            torch.testing.assert_close(grad, p.grad, rtol=0, atol=1e-12)
+
+
+def shared_window() -> list[float]:
+    lite = Lite(accelerator="cpu")
+    first, second = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
+    nn.init.ones_(first.weight)
+    second.weight = first.weight
+    both = lite.setup(nn.ModuleList([first, second]))
+    lite._modules[first] = lite._modules[second] = lite._modules[both]
+    window = lite.accumulate(both, first, second, steps=4)
+    first.weight.grad = torch.full((1, 1), 0.5)
+    with window(last=True):
+        pass
+    return first.weight.grad.flatten().tolist()
+
+
+def test_a_shared_parameter_is_counted_once() -> None:
+    """A partial window multiplies it by 4 once, however many models hold it."""
+    assert shared_window() == [2.0]
+
+
+def lbfgs(line_search: str | None, num_samples: int) -> list[float]:
+    lite = Lite(accelerator="cpu", precision="64-true")
+    torch.manual_seed(0)
+    model = MLP(torch.float64)
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.5, max_iter=10, line_search_fn=line_search)
+    lite.setup(model, optimizer)
+    loader = lite.setup_dataloaders(
+        DataLoader(regression(num_samples, torch.float64), batch_size=32 // lite.world_size)
+    )
+    losses = []
+    for _ in range(3):
+        for x, y in loader:
+
+            def closure(x: torch.Tensor = x, y: torch.Tensor = y) -> torch.Tensor:
+                optimizer.zero_grad()
+                loss = (model(x) - y).pow(2).mean()
+                lite.backward(loss)
+                return loss
+
+            losses.append(optimizer.step(closure).item())
+    lite.teardown()
+    return [*losses, *(p.sum().item() for p in model.parameters())]
+
+
+@pytest.mark.parametrize("line_search", [None, "strong_wolfe"])
+def test_an_optimizer_that_decides_by_the_loss_sees_everybodys(line_search: str | None) -> None:
+    """LBFGS on two ranks, with a ragged batch, is LBFGS on one; 30 evaluations add up rounding to about 1e-10."""
+    expected = lbfgs(line_search, 21)
+    first, second = run_distributed(lbfgs, line_search, 21)
+    assert first == second
+    assert first == pytest.approx(expected, rel=1e-7)

@@ -7,6 +7,7 @@ import io
 import os
 import subprocess
 import sys
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -121,21 +122,90 @@ def test_own_methods_are_synchronised(method: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def rank_zero_calls_methods() -> int:
+def rank_zero_works_alone() -> list[float]:
     lite = Lite(accelerator="cpu")
+    torch.manual_seed(lite.global_rank)
     model = lite.setup(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)))
-    if lite.is_global_zero:
+    out = model(torch.randn(8, 4))
+    lite.backward(out.sum())
+    alone = 0.0
+    if lite.is_global_zero:  # the model has buffers, which DDP would broadcast
         with torch.no_grad():
-            model.eval()
-            model[0](torch.ones(2, 4))
-        model.requires_grad_(False)
+            alone = model.eval()(torch.ones(2, 4)).sum().item()
+            model.train()
     lite.barrier()
-    return 1
+    model(torch.randn(8, 4))
+    return [alone, model[1].num_batches_tracked.item()]
 
 
-def test_methods_on_one_rank_do_not_hang() -> None:
-    """Using parts of the model on rank 0 alone is no collective."""
-    assert run_distributed(rank_zero_calls_methods) == [1, 1]
+def test_one_rank_may_evaluate_alone() -> None:
+    """A forward without gradients is no collective, also of a model with buffers, and later steps go on."""
+    (alone, steps), (_, other_steps) = run_distributed(rank_zero_works_alone)
+    assert alone != 0.0
+    assert steps == other_steps == 2
+
+
+class Registered(nn.Module):
+    """A base class that keeps a register of its subclasses."""
+
+    register: ClassVar[dict[str, type]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.register[cls.__name__] = cls
+
+
+class Net(Registered):
+    """With an argument."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(width, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x)
+
+
+def test_another_object_of_the_models_type_is_raw() -> None:
+    """type(model)(...) has nothing to do with the set-up one, and registers don't hear of the exchanged class."""
+    lite = Lite(accelerator="cpu", precision="64-true")
+    model = lite.setup(Net(3))
+    other = type(model)(2)
+    assert type(other) is Net
+    assert Registered.register["Net"] is Net
+    assert other(torch.ones(1, 2)).dtype == torch.float32
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+    scaled = Lite(accelerator="cpu", precision="16-mixed")
+    scaled.setup(other, optimizer)
+    assert type(type(optimizer)([nn.Parameter(torch.ones(1))], lr=0.1)) is torch.optim.SGD
+
+
+class Cached(nn.Module):
+    """Fills what it is given, as a key-value cache does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        self.seen: list[int] = []
+
+    def forward(self, x: torch.Tensor, cache: dict[str, list[torch.Tensor]]) -> torch.Tensor:
+        cache["keys"].append(self.layer(x))
+        return cache["keys"][-1]
+
+    def history(self) -> list[int]:
+        return self.seen
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_containers_stay_the_users_own(precision: str) -> None:
+    """What a model writes into a cache or list that was passed in or handed out is seen by both."""
+    model = Lite(accelerator="cpu", precision=precision).setup(Cached())
+    cache: dict[str, list[torch.Tensor]] = {"keys": []}
+    for count in (1, 2):
+        model(torch.ones(1, 2), cache)
+        assert len(cache["keys"]) == count
+    model.history().append(1)
+    assert model.seen == [1]
 
 
 def unsynchronised_calls() -> list[str]:
@@ -201,31 +271,14 @@ def test_unused_parameters_are_named_with_the_remedy() -> None:
         assert "ddp_find_unused_parameters_true" in message
 
 
-def unfreeze_late() -> str:
-    lite = Lite(accelerator="cpu")
-    model = VAE()
-    model.encoder.requires_grad_(False)
-    model = lite.setup(model)
-    model.encoder.weight.requires_grad_(True)
-    try:
-        model(torch.ones(2, 4))
-    except UsageError as error:
-        return str(error)
-    return "not refused"
-
-
-def test_a_parameter_that_is_unfrozen_after_setup_is_refused() -> None:
-    """DDP would never average its gradient."""
-    assert all("encoder.weight" in message for message in run_distributed(unfreeze_late))
-
-
 def test_another_precision_is_refused() -> None:
     """A surrounding autocast of another dtype, and a conversion after setup."""
     model = Lite(accelerator="cpu", precision="bf16-mixed").setup(VAE())
     with torch.autocast("cpu", dtype=torch.float16), pytest.raises(UsageError, match="bf16-mixed"):
         model(torch.ones(2, 4))
-    with pytest.raises(UsageError, match="another precision"):
-        model.half()
+    for convert in (model.half, model.double):
+        with pytest.raises(UsageError, match="another precision"):
+            convert()
     assert next(model.parameters()).dtype == torch.float32
     model.float().to("cpu")
 

@@ -1,0 +1,144 @@
+"""Loss scaling for several optimizers that step at their own pace, around torch's GradScaler.
+
+The scale may change only between iterations, and gradients that are not stepped yet must keep one size. So the scale is
+updated once, at the first backward after a step or a clipping, and gradients that an optimizer still holds then are
+brought to the new scale.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+
+
+class LossScaling:
+    """What has happened to each optimizer's gradients since the scale was updated last.
+
+    Args:
+        scaler: Torch's scaler, which knows the scale and looks for inf and NaN.
+        device_type: Where it does so.
+    """
+
+    def __init__(self, scaler: GradScaler, device_type: str) -> None:
+        self.scaler = scaler
+        self._device_type = device_type
+        self._known: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._unscaled: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._stepped: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._accepted: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._skipped: weakref.WeakKeyDictionary[Optimizer, bool | Tensor] = weakref.WeakKeyDictionary()
+        self._counts: weakref.WeakKeyDictionary[Optimizer, tuple[int, int | Tensor]] = weakref.WeakKeyDictionary()
+
+    def scale(self, loss: Tensor) -> Tensor:
+        """The loss to call backward on; a new iteration begins where something was stepped or unscaled before."""
+        self.renew()
+        return self.scaler.scale(loss)
+
+    def add(self, optimizer: Optimizer) -> None:
+        """From now on keep this optimizer's gradients in mind."""
+        self._known.add(optimizer)
+
+    def forget(self, optimizer: Optimizer) -> None:
+        """Let go of an optimizer; its gradients stay as they are."""
+        if optimizer in self._unscaled or optimizer in self._stepped:
+            self._stepped.add(optimizer)
+            self.renew()
+        self._known.discard(optimizer)
+        self._skipped.pop(optimizer, None)
+        self._counts.pop(optimizer, None)
+
+    def unscale(self, optimizer: Optimizer) -> None:
+        """Bring gradients to their true size, where they aren't."""
+        if optimizer in self._unscaled or optimizer in self._stepped or not _gradients(optimizer):
+            return
+        self.scaler.unscale_(optimizer)
+        self._unscaled.add(optimizer)
+
+    def accept(self, optimizer: Optimizer) -> None:
+        """The optimizer's bad gradients were replaced by good ones: take its next step."""
+        self._accepted.add(optimizer)
+
+    def step(self, optimizer: Optimizer, raw_step: Callable[..., Any], args: Any, kwargs: Any) -> None:
+        """Step, unless gradients are inf or NaN.
+
+        Raises:
+            AssertionError: No gradient was scaled.
+        """
+        if optimizer in self._stepped:  # a second step on the same gradients, which have their true size now
+            if not self.was_skipped(optimizer):
+                raw_step(*args, **kwargs)
+            return
+        self._skipped[optimizer] = True
+        if optimizer in self._accepted:
+            raw_step(*args, **kwargs)
+            self._skipped[optimizer] = False
+        else:
+            try:
+                self.scaler.step(optimizer, *args, **kwargs)
+            except BaseException:
+                del self._skipped[optimizer]
+                raise
+        self._stepped.add(optimizer)
+        steps, skipped = self._counts.get(optimizer, (0, 0))
+        self._counts[optimizer] = (steps + 1, skipped + self._skipped[optimizer])
+
+    def note_run(self, optimizer: Optimizer) -> None:
+        """The optimizer's own step is about to run."""
+        # The scaler sets found_inf for fused optimizers, which skip on the device.
+        found_inf = getattr(optimizer, "found_inf", None)
+        self._skipped[optimizer] = False if found_inf is None else found_inf.clone().bool()
+
+    def was_skipped(self, optimizer: Optimizer) -> bool:
+        """Whether its last step was left out."""
+        return bool(self._skipped.get(optimizer, False))
+
+    def counts(self, optimizer: Optimizer) -> tuple[int, int | Tensor]:
+        """Steps so far, and how many of them were left out."""
+        return self._counts.get(optimizer, (0, 0))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The scaler's state with the last step's effect in it."""
+        if self._stepped:
+            self.renew()
+        return self.scaler.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over another scaler's state; what happened before it no longer counts."""
+        if self._stepped or self._unscaled:
+            self.scaler.update(float(state_dict.get("scale", 1.0)))  # also forgets what the optimizers did
+        self._clear()
+        self.scaler.load_state_dict(state_dict)
+
+    def renew(self) -> None:
+        """Update the scale where an iteration has ended, and bring gradients that are still held to the new one."""
+        if not self._stepped and not self._unscaled:
+            return
+        holding = [(o, grads) for o in self._known if o not in self._stepped and (grads := _gradients(o))]
+        before = self._now() if holding else torch.ones(())
+        self.scaler.update()
+        for optimizer, grads in holding:
+            factor = self._now() if optimizer in self._unscaled else self._now() / before
+            for grad in grads:
+                grad.mul_(factor.to(grad.device))
+        self._clear()
+
+    def _now(self) -> Tensor:
+        """The present scale, 0-dim, without waiting for the device."""
+        scale = self.scaler.scale(torch.ones((), device=self._device_type))
+        assert isinstance(scale, Tensor)
+        return scale
+
+    def _clear(self) -> None:
+        self._stepped.clear()
+        self._unscaled.clear()
+        self._accepted.clear()
+
+
+def _gradients(optimizer: Optimizer) -> list[Tensor]:
+    return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]

@@ -1,0 +1,302 @@
+"""What stands around one model under DDP: whose gradients are averaged, by which backward, and who is told when not.
+
+Relies on parts of torch that it doesn't document, as they are in torch 2.13: `AccumulateGrad.variable`,
+`DistributedDataParallel.require_forward_param_sync` and `require_backward_grad_sync`, the texts of DDP's errors, and
+`torch._C._current_graph_task_id`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lite.errors import UsageError
+from lite.strategies import provenance
+from lite.strategies.base import Engine
+from lite.strategies.ddp_parameters import Averaged, some
+
+_NO_OUTPUT = (
+    "lite.backward got a loss that does not come from the output of a model that lite.setup returned, so gradients "
+    "would stay different on each rank; compute it from the output of the model (or of one of its own public methods), "
+    "not of a submodule or a copy of it. A loss made of gradients (torch.autograd.grad with create_graph=True) has to "
+    "be added to one that is computed from the output."
+)
+
+
+class Engines:
+    """The engines of one job: which model a parameter belongs to, and whose method is running.
+
+    Attributes:
+        running: Engines of which a method other than forward runs now, the innermost last.
+    """
+
+    def __init__(self) -> None:
+        self.running: list[DDPEngine] = []
+        self._all: list[weakref.ref[DDPEngine]] = []
+
+    def add(self, engine: DDPEngine) -> None:
+        self._all = [ref for ref in self._all if ref() is not None]
+        self._all.append(weakref.ref(engine))
+
+    def __iter__(self) -> Iterator[DDPEngine]:
+        """The engines of models that are set up."""
+        return (engine for ref in self._all if (engine := ref()) is not None and not engine.closed)
+
+    def owners(self, parameter: Tensor) -> list[DDPEngine]:
+        """The engines that know the parameter."""
+        return [engine for engine in self if id(parameter) in engine.names]
+
+    def strayed(self, parameter: Tensor, states: Iterable[State]) -> bool:
+        """Whether nobody averages it: it belongs to none of the models that ran in these states.
+
+        A leaf that is no parameter and of no model is somebody's input, whose gradient is this rank's own.
+        """
+        owners = self.owners(parameter)
+        if not owners:
+            return isinstance(parameter, nn.Parameter)
+        return not any(state.engine() in owners for state in states)
+
+    def prepare_backward(self, loss: Tensor, *, partial: bool) -> Tensor:
+        """Check the loss and prepare the models that it comes from; see `Strategy.prepare_backward`."""
+        if not loss.requires_grad:
+            raise UsageError(
+                "lite.backward got a loss that needs no gradient; was the forward run under torch.no_grad(), or the "
+                "loss detached?"
+            )
+        for outer in reversed(self.running):  # the loss was computed within a method of this model
+            loss = outer.announce(loss)
+        marks, leaves = provenance.origins([loss])
+        states: set[State] = set().union(*(mark.states for mark in marks))
+        if not states:
+            raise UsageError(_NO_OUTPUT)
+        for leaf in (*leaves, *(leaf for mark in marks for leaf in mark.leaves)):
+            if self.strayed(leaf, states):
+                raise UsageError(_stray(leaf, self.owners(leaf)))
+        engines = {engine for state in states if (engine := state.check()) is not None}
+        if partial and engines:
+            raise UsageError(
+                "lite.backward(loss, inputs=[...]) leaves out parameters that the ranks wait for, so no gradient would "
+                "be averaged; leave inputs= out, or use torch.autograd.grad and average by lite.all_reduce."
+            )
+        for engine in engines:
+            loss = engine.begin_backward(loss)
+        return loss
+
+    def check_optimizer(self, optimizer: Optimizer) -> None:
+        """Refuse an optimizer with parameters that no engine knows."""
+        known: set[int] = set().union(*(engine.names for engine in self))
+        held = [p for group in optimizer.param_groups for p in group["params"]]
+        foreign = [p for p in held if id(p) not in known]
+        if foreign:
+            raise UsageError(
+                f"{type(optimizer).__name__} holds {len(foreign)} of {len(held)} parameters (the first of shape "
+                f"{tuple(foreign[0].shape)}) that came into being after lite.setup or belong to no model that is set "
+                "up, so their gradients would stay different on each rank; put them into the model before lite.setup, "
+                "or call lite.teardown() and set up again."
+            )
+
+
+@dataclass(frozen=True)
+class State:
+    """What was agreed when a forward ran: all of one phase are equal."""
+
+    engine: weakref.ref[DDPEngine]
+    generation: int | None  # of the engine's DDP; None where there was nothing to average
+    synchronised: bool
+    backwards: int
+
+    def check(self) -> DDPEngine | None:
+        """Return the engine if this backward will synchronise it; refuse one that would leave it out unnoticed."""
+        engine = self.engine()
+        if engine is None or engine.closed:
+            raise UsageError(
+                "lite.backward got a loss of a model that lite.teardown() has given back since its forward, so its "
+                "gradients would stay different on each rank; call backward before teardown."
+            )
+        if self.generation is None:
+            return None
+        if self.generation != engine.generation:
+            raise UsageError(
+                "parameters were frozen or unfrozen between a forward and its backward; do so before the forward."
+            )
+        if self.synchronised != engine.synchronise:
+            where = ("outside", "inside") if self.synchronised else ("inside", "outside")
+            raise UsageError(
+                f"the forward ran {where[0]} no_backward_sync but the backward {where[1]} it; DDP decides at the "
+                "forward, so put both into the same `with lite.no_backward_sync(model, ...)` block."
+            )
+        if self.synchronised and self.backwards != engine.backwards:
+            raise UsageError(
+                "a second backward after one forward phase would not be synchronised: the gradients of this model were "
+                "already averaged by an earlier lite.backward since this forward. Add the losses up and call "
+                "lite.backward once, call each backward right after its own forward, or put all but the last pair into "
+                "lite.no_backward_sync(model)."
+            )
+        return engine if self.synchronised else None
+
+
+class DDPEngine(Engine):
+    """DDP around one model, without a trace of it in the model's own attributes or keys.
+
+    Buffers follow rank 0's at each forward that trains, as DDP has it. A forward without gradients is the module's own
+    and communicates nothing, so one rank may evaluate alone.
+
+    Attributes:
+        names: The model's parameters at setup, id to name.
+        backwards: How many backwards have averaged its gradients.
+        gradients_agree: Whether the last forward prepared gradients that are equal on all ranks.
+        closed: The model has been given back.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        engines: Engines,
+        comm_hook: Callable[..., Any] | None,
+        options: dict[str, Any],
+    ) -> None:
+        self._self = weakref.ref(self)
+        self._engines = engines
+        self._averaged = Averaged(module, comm_hook, options)
+        self._static = bool(options.get("static_graph"))
+        self._unused = bool(options.get("find_unused_parameters")) and not self._static
+        self.names = self._averaged.names
+        self.syncs_buffers = bool(options.get("broadcast_buffers", True))
+        self._started = self.closed = False
+        self.backwards = 0
+        self.gradients_agree = not self._averaged.ignored
+        engines.add(self)
+
+    @property
+    def generation(self) -> int:
+        """Counts the DDPs: there is a new one when parameters are frozen or unfrozen."""
+        return self._averaged.generation
+
+    @property
+    def synchronise(self) -> bool:
+        """Whether forwards and backwards average gradients now: false within `no_sync`."""
+        return self._averaged.synchronise
+
+    # ---- forward and methods
+
+    def forward(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # Within a backward it is activation checkpointing that runs the forward again.
+        if not torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1:
+            return run(*args, **kwargs)
+        ddp = self._averaged.current()
+        inputs = list(provenance.tensors_with_grad((args, kwargs)))
+        outputs = run(*args, **kwargs) if ddp is None else self._through(ddp, run, *args, **kwargs)
+        self._tag(outputs, inputs, ddp)
+        return outputs
+
+    def method(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1:
+            return run(*args, **kwargs)
+        inputs = list(provenance.tensors_with_grad((args, kwargs)))
+        self._engines.running.append(self)
+        try:
+            outputs = run(*args, **kwargs)
+        finally:
+            self._engines.running.pop()
+        return self.announce(outputs, inputs)
+
+    def announce(self, outputs: Any, inputs: Sequence[Tensor] = ()) -> Any:
+        """Prepare for a backward through what was computed without DDP's forward; return it."""
+        if next(provenance.tensors_with_grad(outputs), None) is None:
+            return outputs
+        ddp = self._averaged.current()
+        if ddp is not None:
+            outputs = self._prepare(ddp, outputs)
+        self._tag(outputs, inputs, ddp)
+        return outputs
+
+    def begin_backward(self, loss: Tensor) -> Tensor:
+        """The loss is about to be differentiated, and this model's gradients with it; return it."""
+        self.backwards += 1
+        if self._unused and self._averaged.ddp is not None:
+            # DDP has looked for unused parameters in the last outputs alone; the loss knows better.
+            return self._prepare(self._averaged.ddp, loss)  # type: ignore[no-any-return]
+        return loss
+
+    def _prepare(self, ddp: nn.parallel.DistributedDataParallel, outputs: Any) -> Any:
+        # Broadcasting buffers now would change what the backward needs, and methods communicate nothing.
+        before, ddp.require_forward_param_sync = ddp.require_forward_param_sync, False
+        try:
+            return self._through(ddp, _identity, outputs)
+        except BaseException:
+            ddp.require_forward_param_sync = before
+            raise
+
+    def _through(self, ddp: nn.parallel.DistributedDataParallel, run: Callable[..., Any], *args: Any, **kw: Any) -> Any:
+        try:
+            return ddp(run, *args, **kw)
+        except RuntimeError as error:
+            self._explain_unused(error)
+            raise
+
+    def _tag(self, outputs: Any, inputs: Sequence[Tensor], ddp: nn.parallel.DistributedDataParallel | None) -> None:
+        self._started = True
+        if ddp is not None:
+            self.gradients_agree = self.synchronise and not self._averaged.ignored
+        generation = None if ddp is None else self.generation
+        states = {State(self._self, generation, self.synchronise, self.backwards)}
+        before, leaves = provenance.origins(inputs)
+        for mark in before:
+            states |= mark.states
+            leaves.extend(mark.leaves)
+        stray = {id(leaf): leaf for leaf in leaves if self._engines.strayed(leaf, states)}
+        provenance.tag(outputs, provenance.Mark(frozenset(states), tuple(stray.values())), before)
+
+    # ---- synchronisation
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        if self._static and not self._started:
+            raise UsageError(
+                "no_backward_sync on the first step is impossible with DDPStrategy(static_graph=True); let the first "
+                "step synchronise (enabled=False), or leave static_graph out."
+            )
+        return self._no_sync()
+
+    @contextmanager
+    def _no_sync(self) -> Iterator[None]:
+        before = self.synchronise
+        self._averaged.set_synchronise(False)
+        try:
+            yield
+        finally:
+            self._averaged.set_synchronise(before)
+
+    def close(self) -> None:
+        self._averaged.close()
+        self.closed = True
+
+    def _explain_unused(self, error: RuntimeError) -> None:
+        if "Expected to have finished reduction in the prior iteration" not in str(error):
+            return
+        unused = [n for n, p in self._averaged.module.named_parameters() if p.requires_grad and p.grad is None]
+        which = f" ({some(unused)})" if unused else ""
+        raise UsageError(
+            f"some parameters{which} got no gradient in the last backward, so its synchronisation never finished; use "
+            'strategy="ddp_find_unused_parameters_true", or make every parameter take part in the loss.'
+        ) from error
+
+
+def _identity(outputs: Any) -> Any:
+    return outputs
+
+
+def _stray(leaf: Tensor, owners: list[DDPEngine]) -> str:
+    if not owners:
+        return (
+            f"lite.backward got a loss that depends on a parameter of shape {tuple(leaf.shape)} of no model that is "
+            "set up, so its gradient would stay different on each rank; make it part of a model that you pass to "
+            "lite.setup, or a plain tensor where each rank is meant to have its own."
+        )
+    return f"{_NO_OUTPUT} (It reaches the parameter {owners[0].names[id(leaf)]!r} past the model.)"

@@ -1,0 +1,165 @@
+"""The parameters of one model under DDP: which ones are averaged, and whether the model still has those that it had."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from operator import attrgetter
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lite.errors import UsageError
+
+_requires_grad = attrgetter("requires_grad")
+
+
+class Averaged:
+    """Keeps a DDP for the parameters that are trained: a new one when some are frozen or unfrozen.
+
+    Args:
+        module: The model.
+        comm_hook: What sends gradients, instead of DDP itself.
+        options: DDP's.
+
+    Attributes:
+        ddp: The newest one; None for a model of which nothing was ever trained.
+        names: The model's parameters at setup, id to name.
+        ignored: Names of parameters and buffers that DDP leaves alone, as torch's users know how to ask for.
+        generation: How many DDPs there were.
+    """
+
+    def __init__(self, module: nn.Module, comm_hook: Callable[..., Any] | None, options: dict[str, Any]) -> None:
+        self._module = weakref.ref(module)
+        self._hook = comm_hook
+        self._options = options
+        self.ignored: set[str] = set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
+        self.names = {id(p): name for name, p in module.named_parameters()}
+        self._parameters = self._first = list(module.parameters())  # kept, so that no id is given to another one
+        self._tables = Tables(module)
+        self._trained: list[bool] = []
+        self.ddp: nn.parallel.DistributedDataParallel | None = None
+        self.generation = 0
+        self.synchronise = True
+        trained = list(map(_requires_grad, self._parameters))
+        if any(trained):
+            self._build(trained, first=True)
+        else:
+            self._broadcast(module)
+
+    @property
+    def module(self) -> nn.Module:
+        """The model."""
+        module = self._module()
+        assert module is not None
+        return module
+
+    def current(self) -> nn.parallel.DistributedDataParallel | None:
+        """The DDP for the parameters that are trained now; None where none is.
+
+        Raises:
+            UsageError: The model has parameters that it didn't have at setup.
+        """
+        if not self._tables.unchanged():
+            self._look_again()
+        trained = list(map(_requires_grad, self._parameters))
+        if trained == self._trained:
+            return self.ddp
+        if not any(trained):
+            return None
+        if not (self._options.get("find_unused_parameters") and _within(trained, self._trained)):
+            self._build(trained)
+        return self.ddp
+
+    def set_synchronise(self, value: bool) -> None:
+        """Whether backwards average from now on."""
+        self.synchronise = value
+        if self.ddp is not None:
+            self.ddp.require_backward_grad_sync = value
+
+    def close(self) -> None:
+        """Let go of the parameters: the reducer's hooks on them go with it."""
+        self.ddp = None
+
+    def _look_again(self) -> None:
+        module = self.module
+        new = [name for name, p in module.named_parameters() if id(p) not in self.names]
+        if new:
+            raise UsageError(
+                f"{type(module).__name__} has parameters that were added or replaced after lite.setup ({some(new)}), "
+                "and their gradients would stay different on each rank; change the model before lite.setup, or call "
+                "lite.teardown() and set it up again (torch.func.functional_call needs a raw copy of the model)."
+            )
+        self._parameters = list(module.parameters())
+        self._trained = []
+        self._tables = Tables(module)
+
+    def _build(self, trained: list[bool], *, first: bool = False) -> None:
+        """Make a DDP for the parameters that are to be trained; the first one broadcasts rank 0's weights."""
+        self.ddp = None
+        adapter = _Adapter(self.module)
+        if self.ignored:
+            adapter._ddp_params_and_buffers_to_ignore = [f"module.{name}" for name in self.ignored]  # type: ignore[assignment]
+        self.ddp = nn.parallel.DistributedDataParallel(adapter, init_sync=first, **self._options)
+        if self._hook is not None:
+            self.ddp.register_comm_hook(None, self._hook)
+        self.ddp.require_backward_grad_sync = self.synchronise
+        self._trained = trained
+        self.generation += 1
+
+    def _broadcast(self, module: nn.Module) -> None:
+        """Rank 0's weights for a model without a parameter to train, for which there is no DDP."""
+        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+            if name not in self.ignored and tensor.numel():
+                sent = tensor.detach().contiguous()
+                dist.broadcast(sent.view(-1).view(torch.uint8), src=0)
+                if sent.data_ptr() != tensor.data_ptr():
+                    tensor.detach().copy_(sent)
+
+
+class _Adapter(nn.Module):
+    """What DDP holds: the user's model as a submodule, and a forward that runs whatever it is given."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return run(*args, **kwargs)
+
+
+class Tables:
+    """A module's tables of parameters and submodules as they are now.
+
+    Dicts are compared entry by entry, by identity first: equal entries are identical ones, but for tensors of one
+    element, which are looked at one by one.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._live = [table for m in module.modules() for table in (m._parameters, m._modules)]
+        self._then = [dict(table) for table in self._live]
+        self._single = [
+            (table, key, value)
+            for table in self._live
+            for key, value in table.items()
+            if isinstance(value, Tensor) and value.numel() <= 1
+        ]
+
+    def unchanged(self) -> bool:
+        """Whether nothing was added, replaced or removed since."""
+        try:
+            same = self._live == self._then
+        except (RuntimeError, TypeError):  # another tensor where one was: the truth of their comparison is ambiguous
+            return False
+        return same and all(table[key] is value for table, key, value in self._single)
+
+
+def some(names: Sequence[str]) -> str:
+    """The first few names."""
+    return f"{', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
+
+
+def _within(now: list[bool], then: list[bool]) -> bool:
+    return len(now) == len(then) and all(was or not is_now for was, is_now in zip(then, now, strict=True))
