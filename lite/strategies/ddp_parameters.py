@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lite.errors import UsageError
 
-_requires_grad = attrgetter("requires_grad")
+_requires_grad, _dtype = attrgetter("requires_grad"), attrgetter("dtype")
 
 
 class Averaged:
@@ -39,6 +39,7 @@ class Averaged:
         self.names = {id(p): name for name, p in module.named_parameters()}
         self._parameters = self._first = list(module.parameters())  # kept, so that no id is given to another one
         self._tables = Tables(module)
+        self._dtypes = list(map(_dtype, self._parameters))
         self._trained: list[bool] = []
         self.ddp: nn.parallel.DistributedDataParallel | None = None
         self.generation = 0
@@ -60,10 +61,12 @@ class Averaged:
         """The DDP for the parameters that are trained now; None where none is.
 
         Raises:
-            UsageError: The model has parameters that it didn't have at setup.
+            UsageError: The model has parameters that it didn't have at setup, or some were converted.
         """
         if not self._tables.unchanged():
             self._look_again()
+        if list(map(_dtype, self._parameters)) != self._dtypes:
+            self._refuse_conversion()
         trained = list(map(_requires_grad, self._parameters))
         if trained == self._trained:
             return self.ddp
@@ -92,9 +95,23 @@ class Averaged:
                 "and their gradients would stay different on each rank; change the model before lite.setup, or call "
                 "lite.teardown() and set it up again (torch.func.functional_call needs a raw copy of the model)."
             )
+        left = {id(p): dtype for p, dtype in zip(self._parameters, self._dtypes, strict=True)}
         self._parameters = list(module.parameters())
+        self._dtypes = [left.get(id(p), p.dtype) for p in self._parameters]
         self._trained = []
         self._tables = Tables(module)
+
+    def _refuse_conversion(self) -> None:
+        # torch drops the hooks of a parameter that changes its dtype, and DDP's with them.
+        name, before, now = next(
+            (self.names[id(p)], dtype, p.dtype)
+            for p, dtype in zip(self._parameters, self._dtypes, strict=True)
+            if p.dtype != dtype
+        )
+        raise UsageError(
+            f"parameter {name!r} was converted from {before} to {now} after lite.setup, and DDP no longer averages its "
+            "gradient; convert before lite.setup, or call lite.teardown() and set the model up again."
+        )
 
     def _build(self, trained: list[bool], *, first: bool = False) -> None:
         """Make a DDP for the parameters that are to be trained; the first one broadcasts rank 0's weights."""

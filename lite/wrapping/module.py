@@ -48,7 +48,7 @@ def wrap_module(module: nn.Module, *, engine: Engine | None, precision: Precisio
     call = _routed_call(raw, route)
     if engine is None and route.autocast is not None:
         call = _autocast_call(raw, route, route.autocast)
-    body: dict[str, Any] = {"__call__": call, "_apply": _guarded_apply(raw, precision)}
+    body: dict[str, Any] = {"__call__": call, "_apply": _guarded_apply(raw, precision, fixed=engine is not None)}
     for name, method in own_methods(raw):
         body[name] = _routed_method(method, route, whole=name == "forward")
     _disguise(module, body)
@@ -227,16 +227,24 @@ def _routed_method(method: Callable[..., Any], route: _Route, *, whole: bool) ->
     return routed
 
 
-def _guarded_apply(raw: type[nn.Module], precision: Precision) -> Callable[..., Any]:
+def _guarded_apply(raw: type[nn.Module], precision: Precision, *, fixed: bool) -> Callable[..., Any]:
     raw_apply = raw._apply
 
     def _apply(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        seen: set[torch.dtype] = set()
+        seen: set[tuple[torch.dtype, torch.device]] = set()
         for name, parameter in self.named_parameters(recurse=recurse):
-            if parameter.dtype in seen or not parameter.is_floating_point():
+            kind = (parameter.dtype, parameter.device)
+            if kind in seen:
                 continue
-            seen.add(parameter.dtype)
-            wanted = fn(parameter.detach().new_empty(0)).dtype
+            seen.add(kind)
+            probe = fn(parameter.detach().new_empty(0))
+            if fixed and probe.device != parameter.device:
+                raise UsageError(
+                    f"moving a model that is set up for several processes from {parameter.device} to {probe.device} "
+                    "would end the averaging of its gradients; call lite.teardown() first, or move a copy of its "
+                    "state_dict."
+                )
+            wanted = probe.dtype
             if wanted != parameter.dtype:
                 raise UsageError(
                     f"converting a model that is set up from {parameter.dtype} to {wanted} (at {name!r}) would leave "

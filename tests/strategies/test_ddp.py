@@ -65,6 +65,11 @@ def changed_models() -> list[str]:
         new = torch.optim.SGD(model.parameters(), lr=0.1)
         messages.append(told(lambda new=new: lite.setup_optimizers(new)))
         lite.teardown()
+    model = lite.setup(MLP())
+    model.body[0].double()
+    messages.append(told(lambda: model(inputs(lite))))
+    messages.append(told(lambda: model.to("meta")))
+    lite.teardown()
     model = MLP()
     lite.setup(model, optimizer := torch.optim.SGD(model.parameters(), lr=0.1))
     optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))]})
@@ -74,12 +79,14 @@ def changed_models() -> list[str]:
 
 
 def test_parameters_that_come_after_setup_are_refused() -> None:
-    """LoRA, a new head, a replaced scalar, weight_norm, add_param_group: named at the forward, setup or step."""
+    """LoRA, a new head, a replaced scalar, weight_norm, a converted part, add_param_group: named at once."""
     names = ["lora.weight", "body.2.weight", "scale", "weight.original0"]
     for messages in run_distributed(changed_models):
         forwards, optimizers = messages[:8:2], messages[1:8:2]
         assert all(name in message for name, message in zip(names, forwards, strict=True)), forwards
-        assert all("came into being after lite.setup" in m for m in (*optimizers, messages[8])), optimizers
+        assert "'body.0.weight' was converted from torch.float32 to torch.float64" in messages[8]
+        assert "from cpu to meta" in messages[9]
+        assert all("came into being after lite.setup" in m for m in (*optimizers, messages[10])), optimizers
 
 
 def test_a_changed_module_is_noticed_and_an_unchanged_one_is_not() -> None:
