@@ -22,13 +22,6 @@ def step_scheduler(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler
     return torch.optim.lr_scheduler.StepLR(optimizer, 1)
 
 
-class Final(nn.Linear):
-    """Its class can't be exchanged."""
-
-    def __init_subclass__(cls) -> None:
-        raise TypeError("no subclasses")
-
-
 def test_a_refused_setup_changes_nothing() -> None:
     """Whatever is wrong with a later object, the model stays raw and can be set up afterwards."""
     lite = Lite(accelerator="cpu", precision="16-mixed")
@@ -47,7 +40,7 @@ def test_a_refused_setup_changes_nothing() -> None:
         assert type(model) is MLP
         assert type(optimizer) is torch.optim.SGD
     half = Lite(accelerator="cpu", precision="16-true")
-    final = Final(2, 2)
+    final = torch.jit.script(nn.Linear(2, 2))
     with pytest.raises(ConfigError, match="does not allow a subclass"):
         half.setup(final)
     assert final.weight.dtype == torch.float32
