@@ -39,7 +39,7 @@ def wrap_module(module: nn.Module, *, engine: Engine | None, precision: Precisio
         device: Where the model computes.
 
     Raises:
-        ConfigError: The module's class can't be exchanged (TorchScript).
+        ConfigError: The module's class can't be exchanged (its metaclass forbids it).
     """
     if engine is None and not precision.changes_forward:
         return
@@ -59,7 +59,7 @@ def check_class(module: nn.Module) -> None:
     """Refuse a module whose class can't be exchanged, and leave it as it is.
 
     Raises:
-        ConfigError: A subclass can't take the place of its class (TorchScript).
+        ConfigError: A subclass can't take the place of its class.
     """
     raw = type(module)
     _disguise(module, {})
