@@ -231,3 +231,17 @@ def test_training_communicates_while_a_directory_is_written(tmp_path: Path) -> N
     expected = float(sum(2 * n + 1 for n in range(200)) + 400)
     assert run_distributed(_train_meanwhile, str(tmp_path / "a")) == [expected, expected]
     assert Lite(accelerator="cpu").load(tmp_path / "a")["w"].sum() == 1000
+
+
+@pytest.mark.gpu
+def test_what_is_staged_from_a_gpu_is_pinned_and_independent() -> None:
+    """The copy is complete when staging returns; its buffers are used again."""
+    weights = torch.arange(1000.0, device="cuda")
+    staging = Staging()
+    staged = staging.stage({"w": weights, "half": weights[:500]})
+    weights.zero_()
+    assert staged["w"].is_pinned() and staged["w"].device.type == "cpu"
+    assert torch.equal(staged["w"], torch.arange(1000.0))
+    assert staged["half"].untyped_storage().data_ptr() == staged["w"].untyped_storage().data_ptr()
+    again = staging.stage({"w": weights, "half": weights[:500]})
+    assert again["w"].data_ptr() == staged["w"].data_ptr()
