@@ -82,6 +82,7 @@ class Iteration:
 
     def begin(self) -> Pass:
         """Start a pass: count the epoch, and tell it to samplers that want to know and weren't told by the user."""
+        self._weight.filler_pending = False
         if self._weight.outer() is None:
             self._weight.clear()
         current, self._next = self._next or self._fresh_pass(), None
