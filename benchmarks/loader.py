@@ -5,6 +5,7 @@ python -m benchmarks.loader
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -39,7 +40,9 @@ def main() -> None:
             make = {"raw": DataLoader, "raw again": DataLoader}
             loaders = {name: kind(dataset, shuffle=order == "shuffled", **options) for name, kind in make.items()}
             loaders["lite"] = lite.setup_dataloaders(DataLoader(dataset, shuffle=order == "shuffled", **options))
-            times = interleave({name: passes(loader) for name, loader in loaders.items()}, args.rounds, args.batches)
+            clock = time.perf_counter if workers else time.process_time
+            contenders = {name: passes(loader) for name, loader in loaders.items()}
+            times = interleave(contenders, args.rounds, args.batches, clock=clock)
             rows += compare(f"{order}, {workers} workers, batch {BATCH_SIZE} (us/step is us per batch)", times)
             del loaders
     finish(rows, args.json)
