@@ -13,6 +13,7 @@ from collections.abc import Iterator, MutableMapping
 from typing import Any, Protocol
 
 from lite import collectives
+from lite.checkpoint.directory_format import INDEX
 from lite.checkpoint.reading import damage, remove
 from lite.checkpoint.storage import locate
 from lite.errors import CheckpointError, ConfigError
@@ -171,19 +172,27 @@ class Resumable:
         positions = [value.state_dict() for value in self._state.values() if hasattr(value, "go_on_under")]
         return bool(positions) and not any("items" in position for position in positions)
 
-    def _names(self) -> list[str]:
-        """The checkpoints that have their name, so are whole, oldest first."""
+    def _names(self, *, whole: bool) -> list[str]:
+        """The checkpoints that are whole, or those that are not, oldest first."""
         found = [(int(m[1]), name) for name in self._storage.names(self._folder) if (m := _NAME.match(name))]
-        return [name for _, name in sorted(found)]
+        return [name for _, name in sorted(found) if self._is_whole(name) == whole]
+
+    def _is_whole(self, name: str) -> bool:
+        # A file gets its name when it is; a directory its index.
+        path = self._storage.join(self._folder, name)
+        return self._storage.kind(path) == "file" or INDEX in self._storage.names(path)
 
     def _prune(self) -> None:
         """Remove what need not be kept; a background save in flight has no name yet, and replaces nothing."""
         if not self._run.is_global_zero:
             return
-        for name in self._names()[: -self._keep_last]:
-            match = _NAME.match(name)
-            assert match is not None
-            if self._keep_every is None or int(match[1]) % self._keep_every:
+        there = self._names(whole=True)
+        for name in there[: -self._keep_last]:
+            if self._keep_every is None or _steps(name) % self._keep_every:
+                remove(f"{self._shown}/{name}")
+        # Directories whose save was killed or failed. A newer one may be a save in flight.
+        for name in self._names(whole=False):
+            if there and _steps(name) < _steps(there[-1]):
                 remove(f"{self._shown}/{name}")
 
     # ---- resuming
@@ -192,7 +201,7 @@ class Resumable:
         """Begin from the newest checkpoint that is whole. Collective."""
         chosen, told = None, []
         if self._run.is_global_zero:
-            for name in reversed(self._names()):
+            for name in reversed(self._names(whole=True)):
                 path = f"{self._shown}/{name}"
                 problem = _damage(path)
                 if problem is None:
@@ -226,6 +235,12 @@ class Resumable:
             self._run.requeue_job()
         self._run.print(f"{request.reason}: saved step {self.steps} and stopped", file=sys.stderr)
         raise SystemExit(exit_code(request.signal))
+
+
+def _steps(name: str) -> int:
+    match = _NAME.match(name)
+    assert match is not None
+    return int(match[1])
 
 
 def _damage(path: str) -> str | None:

@@ -101,6 +101,19 @@ def test_old_checkpoints_go_when_newer_ones_are_whole(tmp_path: Path) -> None:
     assert names(tmp_path) == [f"step-{n:08d}.ckpt" for n in (5, 10, 11, 12)]
 
 
+def test_directories_without_an_index_count_for_nothing(tmp_path: Path) -> None:
+    """What a killed save left is neither begun from nor kept in the place of a whole one, and goes with the next."""
+    for n in (1, 2, 11, 13):
+        (tmp_path / f"step-{n:08d}").mkdir()
+        (tmp_path / f"step-{n:08d}" / "rest").touch()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run = train(str(tmp_path), [], every_steps=5, sharded=True)
+    assert run.resumed_from is None
+    whole = {p.name for p in tmp_path.iterdir() if (p / ".metadata").exists()}
+    assert whole == {"step-00000010", "step-00000012"}
+
+
 def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path) -> None:
     """With a warning that names it; the one before it serves."""
     whole: list[Any] = []

@@ -186,6 +186,8 @@ class _Writer(StorageWriter):
                 names.remove_save(self._storage, self._folder, self._id)
             elif not self._committed:
                 self._storage.remove(self._path(names.data_name(self._id, self._rank)))
+            if not self._committed:
+                self._storage.remove_empty_folder(self._folder)
 
     def close(self) -> None:
         self._lock.close()

@@ -120,6 +120,8 @@ def reason(error: BaseException) -> str:
         if isinstance(seen, OSError):
             return str(seen)
         seen = seen.__cause__ or seen.__context__
+    if "inline_container" in str(error) and "unexpected pos" in str(error):  # so in torch 2.13, without errno
+        return f"torch's writer could not write all of it, as when the disk is full ({error})"
     return str(error) or type(error).__name__
 
 
