@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -10,5 +11,8 @@ import torch
 
 @pytest.fixture(autouse=True)
 def _no_grad() -> Iterator[None]:
+    # Workers are forked from this process: what other tests have left here, threads' objects among it, must not be
+    # collected there.
+    gc.collect()
     with torch.no_grad():
         yield
