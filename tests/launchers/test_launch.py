@@ -114,7 +114,11 @@ def test_a_script_without_a_main_guard_is_told_so(tmp_path: Path) -> None:
 def test_no_process_survives_the_one_that_launched(number: signal.Signals, status: int, tmp_path: Path) -> None:
     """A signal to the parent alone; it ends as Python does by that signal."""
     process = subprocess.Popen(
-        [sys.executable, *MODULE, "wait", str(tmp_path)], cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True
+        [sys.executable, *MODULE, "wait", str(tmp_path)],
+        cwd=ROOT,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        preexec_fn=interruptible,
     )
     files = [tmp_path / "pid0", tmp_path / "pid1"]
     deadline = time.monotonic() + 60
@@ -125,6 +129,11 @@ def test_no_process_survives_the_one_that_launched(number: signal.Signals, statu
     assert process.wait(timeout=40) == status
     for file in files:
         assert not alive(int(file.read_text()))
+
+
+def interruptible() -> None:
+    """A shell that runs the tests in the background lets them, and what they start, ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def alive(pid: int) -> bool:
