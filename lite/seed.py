@@ -214,6 +214,19 @@ def _with_arrays(state: Any) -> Any:
     return np.array(state, dtype=np.uint64) if isinstance(state, list) else state
 
 
+class Moment:
+    """The random state of one moment, to be gone on from once, by whichever comes first of those that share it."""
+
+    def __init__(self, state: RandomState) -> None:
+        self._state: RandomState | None = state
+
+    def restore(self) -> None:
+        """Put the global generators back; nothing the second time."""
+        state, self._state = self._state, None
+        if state is not None:
+            state.restore()
+
+
 @contextmanager
 def drawing_under(state: RandomState | None) -> Iterator[None]:
     """Within the block the global CPU generators go on from `state`, afterwards from where they were.

@@ -10,7 +10,7 @@ from typing import Any
 
 from lite import collectives
 from lite.errors import CheckpointError
-from lite.seed import RandomState, mix, seed_everything
+from lite.seed import Moment, RandomState, mix, seed_everything
 
 _MARK = "__per_rank__"
 
@@ -56,18 +56,18 @@ def pick(loaded: dict[str, Any], state: Mapping[str, Any]) -> None:
         loaded[name] = parts[rank]
 
 
-def restore_random_state(saved: list[Any]) -> RandomState:
+def restore_random_state(saved: list[Any]) -> Moment:
     """Go on from the saved random state: this rank's own, where as many processes saved it.
 
     With another number of processes, rank 0 goes on from rank 0's, which decides the order of later epochs; the others
     are seeded anew from it and their rank.
 
     Returns:
-        The state that this rank now has.
+        The state that this rank now has, for whatever goes on from it later.
     """
     world, rank = collectives.world_size(), collectives.rank()
     if len(saved) == world or rank == 0:
         RandomState.from_state_dict(saved[rank if len(saved) == world else 0]).restore()
     else:
         seed_everything(mix(RandomState.from_state_dict(saved[0]).digest(), world, rank) & (2**32 - 1))
-    return RandomState.capture(cuda=True)
+    return Moment(RandomState.capture(cuda=True))

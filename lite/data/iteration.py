@@ -20,7 +20,7 @@ from lite.data.stream import StreamTracker, is_stateful, warn_of_reading_again
 from lite.data.transfer import move_to_device
 from lite.disguise import disguise
 from lite.errors import CheckpointError, UsageError
-from lite.seed import RandomState, drawing_under
+from lite.seed import Moment, RandomState, drawing_under
 
 Sync = Callable[[Any], Any]
 _VERSION = 1
@@ -74,7 +74,7 @@ class Iteration:
         self._stateful_samplers = [s for s in samplers if is_stateful(s)]
         self._last_epochs: list[Any] = []
         self._next: Pass | None = None  # the pass that a loaded state asks for
-        self._moment: RandomState | None = None  # the random state of the moment from which that pass goes on
+        self._moment: Moment | None = None  # the random state of the moment from which that pass goes on
         self._pass: Pass | None = None  # the newest one
         self.epoch = 0
 
@@ -90,6 +90,7 @@ class Iteration:
             self._moment.restore()
             self._moment = None
         current.uses = current.began = self._weight.uses
+        current.backwards = self._weight.backwards
         self.epoch = current.epoch + 1
         self._last_epochs = [_epochs(sampler) for sampler in self._epoch_samplers]
         self._pass = current
@@ -191,8 +192,10 @@ class Iteration:
                 yield batch
         except GeneratorExit:
             weight.leave()
+            if outer is not None:
+                weight.back_to(outer)
             raise
-        weight.end(bool(current.ragged))
+        weight.end(bool(current.ragged) and current.ahead)
         if outer is not None:
             weight.back_to(outer)
         current.finished = True
@@ -207,7 +210,7 @@ class Iteration:
         share = current.ragged.get(number)
         if share is None:
             return
-        weight.set(share)
+        weight.set(share, trains=weight.backwards != current.backwards)
         if current.ahead and before != current.began:
             warnings.warn(
                 "the loop took a batch from the loader before it had used the one before it, and the last batch is "
@@ -230,7 +233,7 @@ class Iteration:
             weight.clear()
             if share is not None:
                 current.ragged[current.consumed] = share
-                weight.set(share)
+                weight.set(share, trains=weight.backwards != current.backwards)
             current.stream = state
             yield batch
 
@@ -253,7 +256,12 @@ class Iteration:
         size = 1 if self._sampler is None else self._sampler.group_size
         state = {"version": _VERSION, "epoch": self.epoch, "size": size, "length": _length(self._dataset)}
         if current is None or current.finished:
-            return state
+            # What the next epoch begins with, where it is not in the global generators.
+            generators = RandomState.capture(self._generators, torch_only=True)
+            samplers = [sampler.state_dict() for sampler in self._stateful_samplers]
+            epochs = [_epoch_of(sampler, None) for sampler in self._epoch_samplers]
+            rest = {"samplers": samplers, "epochs": epochs, "stream": self._rest_of_stream()}
+            return {**state, "rest": {**rest, "generators": list(generators.generator_states)}}
         if self._own_iter and current.read != current.consumed:
             raise UsageError(
                 f"the position of this loader can't be stored: its class has read {current.read} batches and "
@@ -273,10 +281,15 @@ class Iteration:
             "stream": self._stream_state(current),
         }
 
-    def go_on_under(self, random_state: RandomState) -> None:
+    def go_on_under(self, moment: Moment) -> None:
         """Let a loaded position be gone on with under this rank's random state, whatever is drawn until then."""
         if self._next is not None:
-            self._moment = random_state
+            self._moment = moment
+
+    def progress(self) -> tuple[int, bool]:
+        """Passes begun so far, and whether one is under way."""
+        current = self._next or self._pass
+        return self.epoch, current is not None and not current.finished
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Let the next pass go on from there.
@@ -299,6 +312,7 @@ class Iteration:
         self.epoch = state["epoch"]
         if "items" not in state:
             self._next = None
+            self._begin_from(state["rest"])
             return
         size = 1 if self._sampler is None else self._sampler.group_size
         if size != state["size"]:
@@ -317,12 +331,29 @@ class Iteration:
             crc=state["crc"],
             stream=state["stream"],
         )
-        for sampler, epoch in zip(self._epoch_samplers, current.start.epochs, strict=True):
+        self._restore_samplers(current.start.samplers, current.start.epochs)
+        self._next = current
+
+    def _begin_from(self, rest: dict[str, Any]) -> None:
+        """Take over what the next epoch begins with."""
+        RandomState(torch.empty(0), generator_states=tuple(rest["generators"])).restore_generators(self._generators)
+        self._restore_samplers(rest["samplers"], rest["epochs"])
+        # As if this process had been told: the next pass counts on.
+        self._last_epochs = [_epochs(sampler) for sampler in self._epoch_samplers]
+        if rest["stream"] is not None:
+            self._dataset.load_state_dict(rest["stream"])
+
+    def _restore_samplers(self, states: list[Any], epochs: list[Any]) -> None:
+        for sampler, epoch in zip(self._epoch_samplers, epochs, strict=True):
             if epoch is not None:
                 sampler.set_epoch(epoch)
-        for sampler, saved in zip(self._stateful_samplers, current.start.samplers, strict=True):
+        for sampler, saved in zip(self._stateful_samplers, states, strict=True):
             sampler.load_state_dict(saved)
-        self._next = current
+
+    def _rest_of_stream(self) -> Any:
+        """The state of a dataset that this process reads itself, between two epochs."""
+        here = self._tracker is not None and self._tracker.reads_here
+        return self._dataset.state_dict() if here and is_stateful(self._dataset) else None
 
     def open_strided(self, current: Pass) -> Iterator[Any]:
         """The iterator of the loader over the one stream."""

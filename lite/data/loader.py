@@ -25,7 +25,7 @@ from lite.data.split import interleave, is_distributed, keep_order, split_sample
 from lite.data.stream import StreamTracker
 from lite.disguise import disguise
 from lite.errors import ConfigError, UsageError
-from lite.seed import RandomState
+from lite.seed import Moment
 
 _set_up: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -188,9 +188,9 @@ def _give_iteration(loader: DataLoader[Any], iteration: Iteration, shard: Shard,
             if one is not None:
                 one._iterator = None  # workers that run already have prefetched something else
 
-    def go_on_under(self: DataLoader[Any], random_state: RandomState) -> None:
+    def go_on_under(self: DataLoader[Any], moment: Moment) -> None:
         """What a loaded position is gone on with; `Lite.load` knows it."""
-        iteration.go_on_under(random_state)
+        iteration.go_on_under(moment)
 
     body: dict[str, Any] = {"__iter__": routed_iter, "_get_iterator": _get_iterator}
     if iteration.strided is not None:
@@ -199,6 +199,7 @@ def _give_iteration(loader: DataLoader[Any], iteration: Iteration, shard: Shard,
         body["state_is_per_rank"] = shard.world_size > 1
     else:
         body.update(state_dict=state_dict, load_state_dict=load_state_dict, go_on_under=go_on_under)
+        body["progress"] = lambda self: iteration.progress()
         body["state_is_per_rank"] = iteration.per_rank
     disguise(loader, body)
 

@@ -44,6 +44,11 @@ class StreamTracker:
         self._requests = SeededRequests(getattr(loader, name), seed_rank)
         loader.__dict__[name] = self._requests
 
+    @property
+    def reads_here(self) -> bool:
+        """Whether the dataset is read in this process, not in workers."""
+        return self._requests is None
+
     def open(self, current: Pass) -> None:
         """A pass begins: bring the dataset, or what the workers get, to where it starts."""
         if not current.resumed:

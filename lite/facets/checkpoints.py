@@ -153,10 +153,10 @@ class Checkpoints(Facet):
         if "precision" in about:
             self.precision.load_state_dict(about["precision"])
         if rng and about.get("rng"):
-            random_state = per_rank.restore_random_state(about["rng"])
+            moment = per_rank.restore_random_state(about["rng"])
             for value in state.values():
                 if hasattr(value, "go_on_under"):
-                    value.go_on_under(random_state)
+                    value.go_on_under(moment)
         return rest
 
     def load_raw(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -215,6 +216,7 @@ def weights(loader: Any, cell: BatchWeight, use: Any) -> list[tuple[list[int], f
 
     def backward(batch: Any) -> None:
         cell.uses += 1
+        cell.backwards += 1
         seen.append((batch.tolist(), 1.0 if cell.value == 1.0 else cell.use()))
 
     with torch.enable_grad():
@@ -267,7 +269,7 @@ def test_a_validation_loop_within_a_step_does_not_lose_the_weight() -> None:
 
 
 def test_loops_in_which_the_weight_goes_astray_are_told() -> None:
-    """Looking one batch ahead, keeping batches for later."""
+    """Looking one batch ahead."""
 
     def ahead(loader: Any, backward: Any) -> None:
         batches = iter(loader)
@@ -277,19 +279,39 @@ def test_loops_in_which_the_weight_goes_astray_are_told() -> None:
             current = batch
         backward(current)
 
-    def keeping(loader: Any, backward: Any) -> None:
-        kept = []
-        for batch in loader:
-            backward(batch)
-            kept.append(batch)
-        backward(kept[-1])
-
     cell = BatchWeight()
     with pytest.warns(UserWarning, match="looks one batch ahead"):
         weights(prepare(DataLoader(range(11), batch_size=2), 1, weight=cell), cell, ahead)
+
+
+def test_right_loops_are_not_told_anything() -> None:
+    """A backward without a loader after the loop; a pass that trains nothing, with gradients on."""
+
+    def then_own(loader: Any, backward: Any) -> None:
+        plainly(loader, backward)
+        backward(torch.tensor([9]))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loader, cell = ragged()
+        assert weights(loader, cell, then_own) == [*RIGHT, ([9], 1.0)]
+        with torch.enable_grad():
+            assert sum(batch.sum() for batch in loader) > 0
+
+
+def test_a_validation_loop_that_is_left_within_a_step_does_not_lose_the_weight() -> None:
+    """By break, between the ragged batch and its backward."""
     loader, cell = ragged()
-    with pytest.warns(UserWarning, match="keeps batches"):
-        weights(loader, cell, keeping)
+    other = prepare(DataLoader(range(9), batch_size=2), 1, weight=cell)
+
+    def validating(loader: Any, backward: Any) -> None:
+        for batch in loader:
+            with torch.no_grad():
+                for _ in other:
+                    break
+            backward(batch)
+
+    assert weights(loader, cell, validating) == RIGHT
 
 
 class Skipping(DataLoader):
