@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,6 +22,7 @@ from torch.utils.data import (
     get_worker_info,
 )
 
+from lite import Lite
 from lite.data.loader import setup_dataloader
 from lite.data.shares import BatchWeight, Shard
 from lite.errors import CheckpointError, UsageError
@@ -190,6 +192,56 @@ def test_a_resumed_epoch_equals_the_uninterrupted_one(name: str) -> None:
     """At any batch, in the first epoch and later ones, at an epoch's last batch and between epochs."""
     whole = interrupted_equals_uninterrupted(LOADERS[name], (1, 3, 6, 7, 11), 16)
     assert len(whole) == 16
+
+
+@pytest.mark.parametrize("done", [0, 1, 2])
+@pytest.mark.parametrize("name", LOADERS)
+def test_the_epoch_after_a_state_between_epochs_is_the_next_one(name: str, done: int) -> None:
+    """Generators and epochs of samplers, and their own state, are those of the uninterrupted run; also before any."""
+
+    def epochs(loader: Any, count: int) -> list[Any]:
+        return [batch.tolist() for _ in range(count) for batch in loader]
+
+    seed(3)
+    loader = prepare(LOADERS[name]())
+    epochs(loader, done)
+    saved = through_a_file({"loader": loader.state_dict(), "rng": RandomState.capture().state_dict()})
+    expected = epochs(loader, 2)
+    seed(99)
+    loader = prepare(LOADERS[name]())
+    loader.load_state_dict(saved["loader"])
+    RandomState.from_state_dict(saved["rng"]).restore()
+    assert epochs(loader, 2) == expected
+
+
+def test_only_the_first_of_several_loaders_takes_the_random_state_back() -> None:
+    """Whatever was drawn since belongs to the resumed run."""
+    lite = Lite(accelerator="cpu")
+
+    def loaders() -> dict[str, Any]:
+        pair = lite.setup_dataloaders(shuffled(), shuffled())
+        return {"a": pair[0], "b": pair[1]}
+
+    def rest(state: dict[str, Any]) -> list[Any]:
+        rows = [batch.tolist() for batch in state["a"]]
+        drawn = torch.rand(()).item()
+        return [rows, drawn, [batch.tolist() for batch in state["b"]]]
+
+    seed(3)
+    state = loaders()
+    running = [iter(loader) for loader in state.values()]
+    for batches in running:
+        next(batches)
+    with tempfile.TemporaryDirectory() as folder:
+        lite.save(f"{folder}/a.ckpt", state)
+        rows = [batch.tolist() for batch in running[0]]
+        drawn = torch.rand(()).item()
+        expected = [rows, drawn, [batch.tolist() for batch in running[1]]]
+        seed(99)
+        state = loaders()
+        lite.load(f"{folder}/a.ckpt", state)
+        torch.rand(3)
+        assert rest(state) == expected
 
 
 WORKERS: dict[str, Callable[[], DataLoader[Any]]] = {
