@@ -22,6 +22,7 @@ from lite.guards.stop import StopAgreement
 from lite.seed import RandomState
 
 KEY = "resumable"
+_LEFT = re.compile(r"^\.(step-\d{8,}(?:\.ckpt)?)\.[0-9a-f]{32}\.tmp$")
 _NAME = re.compile(r"^step-(\d{8,})(\.ckpt)?$")
 
 
@@ -91,6 +92,12 @@ class Resumable:
         self._async_save, self._sharded = async_save, sharded
         self._requeue, self._on_error = requeue, on_error
         self.saved_steps: int | None = None
+        self._writing: int | None = None  # the steps of a background save of which nothing has been heard yet
+        self._begun_at = 0
+        self._damaged: set[str] = set()
+        self._loaders = [value for value in state.values() if hasattr(value, "go_on_under")]
+        self._begun: list[int] = []  # passes over each of them as the epoch began
+        self._steps_within = self._steps_after = 0  # of this epoch: while a pass was under way, and with none
         self._random_state: RandomState | None = None
         self._saved_at = time.monotonic()
         if every_seconds is not None:
@@ -112,12 +119,14 @@ class Resumable:
             self._random_state = None
         any_left = self.epoch < count
         while self.epoch < count:
+            self._begun = [loader.progress()[0] - loader.progress()[1] for loader in self._loaders]
+            self._steps_within = self._steps_after = 0
             yield self.epoch
             if self._agreement.agreed is not None:
                 return
             self.epoch += 1
         if any_left:
-            self.save()
+            self._save(self.epoch, final=True)
         self.close()
 
     def step(self) -> bool:
@@ -127,90 +136,139 @@ class Resumable:
         signal's number. After `lite.request_stop` they save and True is returned: leave the loop.
         """
         self.steps += 1
+        self._count()
         agreement = self._agreement
         stop = agreement.step()
         if stop or agreement.due or (self._every_steps is not None and self.steps % self._every_steps == 0):
-            self._save(final=stop)
+            # Called once per epoch, after the loop over the loader, it is the epoch's end.
+            ends = self._passes_have_ended() and not self._steps_within and self._steps_after == 1
+            self._save(self.epoch + ends, final=stop)
         if stop:
             self._stop()
         return stop
 
-    def save(self) -> None:
+    def save(self, *, epoch_done: bool | None = None) -> None:
         """Save now, and wait until it is written. Collective: call on all ranks.
 
-        At the end of an epoch, when the loaders in the state have given out everything, the epoch counts as done.
+        Args:
+            epoch_done: Whether `epochs` goes on with the next epoch after a resume, or with the rest of this one. None
+                is true where a loader in the state has been gone through in this epoch, to its end, and no step came
+                after it.
         """
-        self._save(final=True)
+        if epoch_done is None:
+            epoch_done = self._passes_have_ended() and not (self._steps_within and self._steps_after)
+        self._save(self.epoch + epoch_done, final=True)
 
     def close(self) -> None:
         """Wait for the last save and put the signal handlers back that were there before."""
-        self._run.wait_for_save()
+        self._settle()
         self._prune()
+        if self._every_seconds is not None:
+            self._agreement.watch_clock(None)
         if self.signals is not None:
             self.signals.close()
 
+    # ---- the epoch
+
+    def _count(self) -> None:
+        if any(under_way for _, under_way in [loader.progress() for loader in self._loaders]):
+            self._steps_within += 1
+        else:
+            self._steps_after += 1
+
+    def _passes_have_ended(self) -> bool:
+        """Whether loaders were gone through since the epoch began, all that were begun to their end."""
+        now = [loader.progress() for loader in self._loaders]
+        if any(under_way for _, under_way in now):
+            return False
+        return any(begun > before for (begun, _), before in zip(now, self._begun, strict=False))
+
     # ---- saving
 
-    def _save(self, *, final: bool) -> None:
-        path = f"{self._shown}/step-{self.steps:08d}" + ("" if self._sharded else ".ckpt")
-        progress = {"steps": self.steps, "epoch": self.epoch + self._epoch_is_done()}
+    def _save(self, epoch: int, *, final: bool) -> None:
         self._saved_at = time.monotonic()
         self._agreement.due = False
+        self._settle()
+        path = self._path(self.steps)
+        content = {**self._state, KEY: {"steps": self.steps, "epoch": epoch}}
         try:
-            self._run.save(path, {**self._state, KEY: progress}, async_save=self._async_save and not final)
-            if final:
-                self._run.wait_for_save()
+            self._run.save(path, content, async_save=self._async_save and not final)
         except CheckpointError as error:
-            if self._on_error == "raise":
-                raise
-            warnings.warn(f"the run goes on without this checkpoint: {error}", stacklevel=3)
+            self._go_on_without(error)
             return
-        self.saved_steps = self.steps
+        self._writing = self.steps
+        if final or not self._async_save:
+            self._settle()
         self._prune()
 
-    def _epoch_is_done(self) -> bool:
-        positions = [value.state_dict() for value in self._state.values() if hasattr(value, "go_on_under")]
-        return bool(positions) and not any("items" in position for position in positions)
+    def _settle(self) -> None:
+        """Hear what became of the save before; it is waited for."""
+        steps, self._writing = self._writing, None
+        if steps is None:
+            return
+        try:
+            self._run.wait_for_save()
+        except CheckpointError as error:
+            self._go_on_without(error)
+            return
+        self.saved_steps = steps
+        self._damaged.discard(self._path(steps))
+
+    def _go_on_without(self, error: CheckpointError) -> None:
+        if self._on_error == "raise":
+            raise error
+        warnings.warn(f"the run goes on without this checkpoint: {error}", stacklevel=4)
+
+    def _path(self, steps: int) -> str:
+        return f"{self._shown}/step-{steps:08d}" + ("" if self._sharded else ".ckpt")
 
     def _names(self, *, whole: bool) -> list[str]:
-        """The checkpoints that are whole, or those that are not, oldest first."""
+        """The checkpoints that are there, or directories without an index, oldest first."""
         found = [(int(m[1]), name) for name in self._storage.names(self._folder) if (m := _NAME.match(name))]
-        return [name for _, name in sorted(found) if self._is_whole(name) == whole]
+        return [name for _, name in sorted(found) if self._has_index(name) == whole]
 
-    def _is_whole(self, name: str) -> bool:
-        # A file gets its name when it is; a directory its index.
+    def _has_index(self, name: str) -> bool:
+        # A file gets its name when it is whole; a directory its index.
         path = self._storage.join(self._folder, name)
         return self._storage.kind(path) == "file" or INDEX in self._storage.names(path)
 
     def _prune(self) -> None:
-        """Remove what need not be kept; a background save in flight has no name yet, and replaces nothing."""
-        if not self._run.is_global_zero:
+        """Remove what need not be kept, once this run has a checkpoint of its own."""
+        if not self._run.is_global_zero or self.saved_steps is None:
             return
-        there = self._names(whole=True)
-        for name in there[: -self._keep_last]:
-            if self._keep_every is None or _steps(name) % self._keep_every:
+        there = [name for name in self._names(whole=True) if f"{self._shown}/{name}" not in self._damaged]
+        old = [name for name in there if _steps(name) <= self.saved_steps][: -self._keep_last]
+        old = [name for name in old if self._keep_every is None or _steps(name) % self._keep_every]
+        # Directories whose save was killed or failed; a newer one may be a save in flight.
+        old += [name for name in self._names(whole=False) if _steps(name) < self.saved_steps]
+        if self.saved_steps > self._begun_at:
+            old += [path.rsplit("/", 1)[-1] for path in self._damaged]
+            self._damaged.clear()
+        try:
+            for name in old:
                 remove(f"{self._shown}/{name}")
-        # Directories whose save was killed or failed. A newer one may be a save in flight.
-        for name in self._names(whole=False):
-            if there and _steps(name) < _steps(there[-1]):
-                remove(f"{self._shown}/{name}")
+        except OSError as error:  # on rank 0 alone, while the others go on
+            warnings.warn(f"an old checkpoint in {self._shown} could not be removed: {error}", stacklevel=4)
 
     # ---- resuming
 
     def _load_newest(self) -> None:
         """Begin from the newest checkpoint that is whole. Collective."""
-        chosen, told = None, []
+        chosen: str | None = None
+        told: list[str] = []
+        problem: str | None = None
         if self._run.is_global_zero:
-            for name in reversed(self._names(whole=True)):
-                path = f"{self._shown}/{name}"
-                problem = _damage(path)
-                if problem is None:
-                    chosen = path
-                    break
-                told.append(f"{path} is damaged and was passed over: {problem}")
-        chosen, told = collectives.broadcast((chosen, told))
+            try:
+                chosen, told = self._find_newest()
+            except (OSError, CheckpointError) as error:
+                problem = f"{self._shown} can't be looked through: {error}"
+        chosen, told, problem = collectives.broadcast((chosen, told, problem))
         for text in told:
             warnings.warn(text, stacklevel=5)
+        if chosen is None and told and problem is None:
+            problem = f"no checkpoint in {self._shown} is whole; remove them, or use another folder, to begin anew."
+        if problem is not None:
+            raise CheckpointError(problem)
         if chosen is None:
             return
         self._state[KEY] = None
@@ -220,9 +278,24 @@ class Resumable:
         finally:
             del self._state[KEY]
         self.steps, self.epoch = progress["steps"], progress["epoch"]
-        self.resumed_from, self.saved_steps = chosen, self.steps
+        self.resumed_from, self.saved_steps, self._begun_at = chosen, self.steps, self.steps
         self._random_state = RandomState.capture(cuda=True)
         self._run.print(f"resumed from {chosen}, step {self.steps}", file=sys.stderr)
+
+    def _find_newest(self) -> tuple[str | None, list[str]]:
+        """The newest whole checkpoint, and what is to be told of newer ones. What killed saves left is removed."""
+        for name in self._storage.names(self._folder):
+            if left := _LEFT.match(name):
+                self._storage.sweep(self._folder, left[1])
+        told: list[str] = []
+        for name in reversed(self._names(whole=True)):
+            path = f"{self._shown}/{name}"
+            problem = _damage(path)
+            if problem is None:
+                return path, told
+            self._damaged.add(path)
+            told.append(f"{path} is damaged and was passed over: {problem}")
+        return None, told
 
     def _stop(self) -> None:
         request = self._agreement.agreed
@@ -233,7 +306,11 @@ class Resumable:
             return
         if self._requeue:
             self._run.requeue_job()
-        self._run.print(f"{request.reason}: saved step {self.steps} and stopped", file=sys.stderr)
+        saved = self.saved_steps == self.steps
+        what = (
+            f"saved step {self.steps}" if saved else f"step {self.steps} is NOT saved, the last is {self.saved_steps}"
+        )
+        self._run.print(f"{request.reason}: {what}; stopped", file=sys.stderr)
         raise SystemExit(exit_code(request.signal))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -137,6 +138,105 @@ def test_a_save_at_the_end_of_an_epoch_counts_it_as_done(tmp_path: Path) -> None
     del log[STEPS:]
     train(str(tmp_path / "cut"), log, at_end=True)
     assert log == whole
+
+
+def seen_epochs(folder: Path, count: int, how: str = "steps", stop_after: int | None = None) -> list[int]:
+    """The epoch of each batch in one life of a run; `how` says where it steps and saves."""
+    lite = Lite(accelerator="cpu")
+    torch.manual_seed(1)
+    loader = lite.setup_dataloaders(DataLoader(torch.arange(8.0), batch_size=4, shuffle=True))
+    run = lite.resumable({"loader": loader}, folder, every_steps=1 if how == "per epoch" else None, signals=())
+    seen: list[int] = []
+
+    def again() -> Any:
+        return itertools.cycle(loader) if how == "cycle" else loader
+
+    for epoch in run.epochs(count):
+        if how == "save first":
+            run.save()
+        for _, _ in zip(range(5), again(), strict=False):
+            seen.append(epoch)
+            if how != "per epoch":
+                run.step()
+            if how == "cycle" and len(seen) == 4:
+                run.save()
+            if len(seen) == stop_after:
+                run.close()
+                return seen
+        if how == "per epoch":
+            run.step()
+    return seen
+
+
+def test_a_run_that_is_made_longer_goes_on_with_the_next_epoch(tmp_path: Path) -> None:
+    """Whether it had come to its end or was interrupted between two calls."""
+    assert seen_epochs(tmp_path, 2) == [0, 0, 1, 1]
+    assert seen_epochs(tmp_path, 3) == [2, 2]
+    assert seen_epochs(tmp_path, 5) == [3, 3, 4, 4]
+    assert seen_epochs(tmp_path, 5) == []
+
+
+def test_an_epoch_counts_as_done_only_when_its_loader_was_gone_through(tmp_path: Path) -> None:
+    """Not by a save before its first batch, nor where the loop goes on over the loader's batches; a step after the loop
+    ends it."""
+    assert seen_epochs(tmp_path / "first", 3, "save first", stop_after=3) == [0, 0, 1]
+    assert seen_epochs(tmp_path / "first", 3, "save first") == [1, 1, 2, 2]
+    assert seen_epochs(tmp_path / "cycle", 2, "cycle", stop_after=4) == [0] * 4
+    assert seen_epochs(tmp_path / "cycle", 2, "cycle")[-5:] == [1] * 5
+    assert 0 in seen_epochs(tmp_path / "other", 2, "cycle")
+    assert seen_epochs(tmp_path / "each", 3, "per epoch", stop_after=3) == [0, 0, 1]
+    assert seen_epochs(tmp_path / "each", 3, "per epoch") == [1, 1, 2, 2]
+
+
+def test_damaged_checkpoints_take_nobodys_place(tmp_path: Path) -> None:
+    """New ones are kept however few are to be kept; the damaged ones go when the run has passed them or has its own."""
+    log: list[Any] = []
+    interrupted(str(tmp_path), log, 5, every_steps=1, keep_last=4)
+    for n in (4, 5):
+        path = tmp_path / f"step-{n:08d}.ckpt"
+        path.write_bytes(path.read_bytes()[:-200])
+    with pytest.warns(UserWarning, match="damaged"):
+        interrupted(str(tmp_path), log, len(log) + 1, every_steps=1, keep_last=1)
+    assert names(tmp_path) == ["step-00000004.ckpt"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run = train(str(tmp_path), [], every_steps=1, keep_last=1)
+    assert run.resumed_from is not None and run.resumed_from.endswith("step-00000004.ckpt")
+
+
+def test_a_run_without_a_whole_checkpoint_is_not_begun_anew_unasked(tmp_path: Path) -> None:
+    """All are damaged: an error says so."""
+    interrupted(str(tmp_path), [], 2, every_steps=1)
+    for path in tmp_path.iterdir():
+        path.write_bytes(path.read_bytes()[:-200])
+    with pytest.warns(UserWarning, match="damaged"), pytest.raises(CheckpointError, match="is whole"):
+        train(str(tmp_path), [])
+
+
+def test_a_failed_background_save_does_not_take_the_next_one_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its error is told, and the last save, on a signal, is made; what is said of it is true."""
+    import lite.checkpoint.file
+
+    real, calls = lite.checkpoint.file.save_file, []
+
+    def failing(path: str, content: Any) -> None:
+        calls.append(path)
+        if len(calls) == 1:
+            raise CheckpointError("the disk is full")
+        real(path, content)
+
+    monkeypatch.setattr("lite.checkpoint.file.save_file", failing)
+    run_of = Lite(accelerator="cpu")
+    run = run_of.resumable({"n": 1}, tmp_path, every_steps=2, async_save=True, on_error="warn")
+    run.step()
+    run.step()
+    os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.warns(UserWarning, match="disk is full"), pytest.raises(SystemExit):
+        run.step()
+    assert names(tmp_path) == ["step-00000003.ckpt"]
+    assert "saved step 3; stopped" in capsys.readouterr().err
 
 
 def test_training_may_go_on_without_a_checkpoint_that_cannot_be_written(tmp_path: Path) -> None:

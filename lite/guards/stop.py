@@ -113,9 +113,9 @@ class StopAgreement:
             with suppress(RuntimeError):  # the next poll point tries again
                 self._publish()
 
-    def watch_clock(self, strikes: Callable[[], bool]) -> None:
+    def watch_clock(self, strikes: Callable[[], bool] | None) -> None:
         """Let rank 0 ask `strikes()` at its poll points, and all ranks find `due` true at the same step afterwards."""
-        self._clock = strikes
+        self._clock, self.due = strikes, False
 
     def progress(self) -> str:
         """For people: how many steps this rank has counted."""
