@@ -90,7 +90,6 @@ class Iteration:
             self._moment.restore()
             self._moment = None
         current.uses = current.began = self._weight.uses
-        current.backwards = self._weight.backwards
         self.epoch = current.epoch + 1
         self._last_epochs = [_epochs(sampler) for sampler in self._epoch_samplers]
         self._pass = current
@@ -210,7 +209,7 @@ class Iteration:
         share = current.ragged.get(number)
         if share is None:
             return
-        weight.set(share, trains=weight.backwards != current.backwards)
+        weight.set(share)
         if current.ahead and before != current.began:
             warnings.warn(
                 "the loop took a batch from the loader before it had used the one before it, and the last batch is "
@@ -233,7 +232,7 @@ class Iteration:
             weight.clear()
             if share is not None:
                 current.ragged[current.consumed] = share
-                weight.set(share, trains=weight.backwards != current.backwards)
+                weight.set(share)
             current.stream = state
             yield batch
 

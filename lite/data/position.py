@@ -66,7 +66,6 @@ class Pass:
         read: Batches that were read for a class that iterates in a way of its own.
         consumed: Batches that the user's loop has been given.
         began: The number of backwards and gatherings as it began.
-        backwards: The number of backwards alone as it began.
         uses: The number of both as the newest batch was given out.
         ahead: The loop has taken a batch before it had used the one before.
         finished: The user's loop has come to the end.
@@ -85,7 +84,6 @@ class Pass:
     read: int = 0
     consumed: int = 0
     began: int = 0
-    backwards: int = 0
     uses: int = 0
     ahead: bool = False
     finished: bool = False

@@ -32,24 +32,22 @@ class BatchWeight:
         num_real: Real samples in this rank's batch where it is ragged, else None.
         owed: The current batch is ragged, for training, and no backward has weighed its loss yet.
         filler_pending: A batch without a real sample was given out for evaluation and not yet gathered for metrics.
-        backwards: Backwards so far.
         uses: Backwards and gatherings so far, by which loaders notice a loop that runs ahead of them.
         after_end: A loader with a ragged batch, whose loop runs ahead, has come to its end, and no batch was given out
             since.
         once: The ragged batch's loop was left before its loss was weighed: the weight holds for one backward.
     """
 
-    __slots__ = ("_trains", "after_end", "backwards", "filler_pending", "num_real", "once", "owed", "uses", "value")
+    __slots__ = ("after_end", "filler_pending", "num_real", "once", "owed", "uses", "value")
 
     def __init__(self) -> None:
         self.filler_pending = self.owed = False
-        self.uses = self.backwards = 0
-        self._trains = False
+        self.uses = 0
         self.clear()
 
     def clear(self) -> None:
         """The current batch is full; a ragged one before it should have been weighed."""
-        if self.owed and self._trains and torch.is_grad_enabled():
+        if self.owed and torch.is_grad_enabled():
             warnings.warn(
                 "the last, ragged batch of a loader was trained on without its weight, since no lite.backward came "
                 "before the next batch. Call lite.backward instead of loss.backward(), and torch.no_grad() in "
@@ -60,9 +58,8 @@ class BatchWeight:
         self.value: float = 1.0
         self.num_real: int | None = None
 
-    def set(self, share: Share, *, trains: bool = True) -> None:
-        """The current batch is ragged; the loop over it `trains` where it has done so with the batches before."""
-        self._trains = trains
+    def set(self, share: Share) -> None:
+        """The current batch is ragged."""
         self.value, self.num_real = share.weight, share.num_real
         self.owed = share.weight != 1.0 and torch.is_grad_enabled()
         if share.num_real == 0 and not torch.is_grad_enabled():

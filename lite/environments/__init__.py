@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from lite.environments.base import Environment, check_company
 from lite.environments.local import LocalEnvironment
-from lite.environments.mpi import MPIEnvironment
+from lite.environments.mpi import MPIEnvironment, starts_by_mpi
 from lite.environments.slurm import SlurmEnvironment
 from lite.environments.torchrun import TorchrunEnvironment
 
@@ -22,8 +22,11 @@ __all__ = [
 
 
 def detect_environment(environ: Mapping[str, str]) -> Environment:
-    """The environment that started this process; torchrun inside a SLURM job counts as torchrun."""
-    for kind in (TorchrunEnvironment, SlurmEnvironment, MPIEnvironment):
+    """The environment that started this process; torchrun and mpirun inside a SLURM job count as themselves."""
+    kinds: tuple[type[Environment], ...] = (TorchrunEnvironment, SlurmEnvironment, MPIEnvironment)
+    if starts_by_mpi(environ):  # whose daemons srun may have started, with variables of their own
+        kinds = (TorchrunEnvironment, MPIEnvironment)
+    for kind in kinds:
         if kind.detect(environ):
             return kind(environ)
     # Set by hand, or by Kubeflow: ranks then, or an error that names what is missing, but never one process for itself.

@@ -17,6 +17,14 @@ _FAMILIES = (
 _JOB = ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PMI_JOBID")
 
 
+def starts_by_mpi(environ: Mapping[str, str]) -> bool:
+    """Whether MPI's variables outrank srun's, which sets PMI_SIZE too, but then to its own number of tasks."""
+    if any(name in environ for name in ("OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")):
+        return True
+    size = environ.get("PMI_SIZE")
+    return size is not None and size != environ.get("SLURM_STEP_NUM_TASKS", size)
+
+
 class MPIEnvironment(Environment):
     """Reads the variables that MPI launchers set; MPI itself is used for nothing."""
 

@@ -68,7 +68,7 @@ class BetweenRanks(Facet):
                 "stay in step with the others, and can't be told from the real ones any more; gather each batch "
                 "inside the loop."
             )
-        weight.filler_pending = False
+        weight.filler_pending = weight.owed = False
         weight.uses += 1
         cuda = self._device if self._device.type == "cuda" else None
         tensors = self._for_group(data)

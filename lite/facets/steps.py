@@ -209,7 +209,6 @@ def compose_backward(lite: Steps) -> Callable[..., None]:
         if scale is not None:
             loss = scale.apply(loss)
         weight.uses += 1
-        weight.backwards += 1
         if weight.value != 1.0:
             factor = weight.use()
             if scale is None or not scale.weighted:

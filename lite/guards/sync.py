@@ -107,8 +107,8 @@ def digest(state: list[tuple[str, Any]]) -> tuple[list[str], Tensor]:
 def hash_tensor(value: Tensor) -> Tensor:
     """An int64 hash of the tensor's bits, 0-dim, on its device, without waiting for it.
 
-    The bits are read as 64-bit words and summed with odd weights, modulo 2**64: one flipped bit always changes it, and
-    words that trade places do but for rare chances. NaNs are equal when their bits are.
+    The bits are read as 64-bit words, mixed with their positions, and summed modulo 2**64: one flipped bit always
+    changes it; several, or words that trade places, do but for rare chances. NaNs are equal when their bits are.
     """
     value = value.detach()
     if value.layout != torch.strided:
@@ -123,13 +123,23 @@ def hash_tensor(value: Tensor) -> Tensor:
     words = octets[:whole].view(torch.int64)
     for start in range(0, words.numel(), _CHUNK):
         part = words[start : start + _CHUNK]
-        total = total * _STRIDE + (part * weights[: part.numel()]).sum()
+        total = total * _STRIDE + _scatter(part * weights[: part.numel()]).sum()
     rest = octets[whole:]
     if rest.numel():
         # Seven at most, each shifted to bits of its own.
         shifts = torch.arange(0, 8 * rest.numel(), 8, device=value.device)
         total = total * _STRIDE + (rest.to(torch.int64) << shifts).sum()
     return total
+
+
+def _scatter(words: Tensor) -> Tensor:
+    """Mix the bits of each word well, one to one, or flipped sign bits would cancel in pairs.
+
+    Source: the finalizer of SplitMix64, https://doi.org/10.1145/2714064.2660195
+    """
+    words = (words ^ ((words >> 30) & (2**34 - 1))) * -0x40A7B892E31B1A47
+    words = (words ^ ((words >> 27) & (2**37 - 1))) * -0x6B2FB644ECCEEE15
+    return words ^ ((words >> 31) & (2**33 - 1))
 
 
 def explain(tables: list[dict[str, int]]) -> str:

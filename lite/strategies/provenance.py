@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import ItemsView, Iterable, Iterator, Mapping, ValuesView
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 _KEY = "lite"
 _DEPTH = 20
 _OBJECT_DEPTH = 5
+_LONG = 64
 _PLAIN = (type(None), bool, int, float, str, bytes)
 _OPAQUE = (type, torch.nn.Module, types.ModuleType, types.FunctionType, types.MethodType)
 
@@ -36,31 +38,50 @@ class Mark:
     leaves: tuple[Tensor, ...]
 
 
-def tensors_with_grad(data: Any, depth: int = _DEPTH) -> Iterator[Tensor]:
+def tensors_with_grad(data: Any) -> Iterator[Tensor]:
     """The computed tensors in nested `data` that a backward could pass; parameters are none.
 
-    Objects are looked into by their attributes, and these again, a few levels deep.
+    Objects are looked into by their attributes, and these again, a few levels deep; nothing is looked at twice, and
+    long lists that begin and end with plain values are not gone through.
     """
     if isinstance(data, Tensor):
         if data.grad_fn is not None:
             yield data
-    elif type(data) in _PLAIN or depth <= 0 or isinstance(data, _OPAQUE):
         return
-    elif isinstance(data, (list, tuple, set)):
-        for part in data:
-            yield from tensors_with_grad(part, depth - 1)
-    elif isinstance(data, Mapping):
-        for part in data.values():
-            yield from tensors_with_grad(part, depth - 1)
-    else:
-        for part in _attributes(data):
-            yield from tensors_with_grad(part, depth - _OBJECT_DEPTH)
+    seen: set[int] = set()
+    pending: list[tuple[Any, int]] = [(data, _DEPTH)]
+    while pending:
+        thing, depth = pending.pop()
+        if isinstance(thing, Tensor):
+            if thing.grad_fn is not None:
+                yield thing
+            continue
+        if type(thing) in _PLAIN or depth <= 0 or isinstance(thing, _OPAQUE) or id(thing) in seen:
+            continue
+        seen.add(id(thing))
+        if isinstance(thing, (list, tuple, set, frozenset, deque, ValuesView)):
+            parts: Iterable[Any] = thing
+            if isinstance(thing, (list, tuple)) and thing and type(thing[0]) in _PLAIN and type(thing[-1]) in _PLAIN:
+                parts = [part for part in thing if type(part) not in _PLAIN] if len(thing) <= _LONG else ()
+            depth -= 1
+        elif isinstance(thing, (Mapping, ItemsView)):
+            parts = [value for _, value in thing] if isinstance(thing, ItemsView) else thing.values()
+            depth -= 1
+        else:
+            parts = _attributes(thing)
+            depth -= _OBJECT_DEPTH
+        pending.extend([(part, depth) for part in parts if type(part) not in _PLAIN])
 
 
 def _attributes(thing: Any) -> Iterable[Any]:
-    if dataclasses.is_dataclass(thing):  # one with slots has no __dict__
+    if dataclasses.is_dataclass(thing):
         return [getattr(thing, field.name, None) for field in dataclasses.fields(thing)]
-    return list(getattr(thing, "__dict__", {}).values())
+    slots = [name for kind in type(thing).__mro__ for name in _names(kind.__dict__.get("__slots__", ()))]
+    return [*getattr(thing, "__dict__", {}).values(), *[getattr(thing, name, None) for name in slots]]
+
+
+def _names(slots: Any) -> tuple[str, ...]:
+    return (slots,) if isinstance(slots, str) else tuple(slots)
 
 
 def origins(tensors: Iterable[Tensor]) -> tuple[list[Mark], list[Tensor]]:

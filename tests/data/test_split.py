@@ -216,7 +216,6 @@ def weights(loader: Any, cell: BatchWeight, use: Any) -> list[tuple[list[int], f
 
     def backward(batch: Any) -> None:
         cell.uses += 1
-        cell.backwards += 1
         seen.append((batch.tolist(), 1.0 if cell.value == 1.0 else cell.use()))
 
     with torch.enable_grad():
@@ -285,7 +284,7 @@ def test_loops_in_which_the_weight_goes_astray_are_told() -> None:
 
 
 def test_right_loops_are_not_told_anything() -> None:
-    """A backward without a loader after the loop; a pass that trains nothing, with gradients on."""
+    """A backward without a loader after the loop."""
 
     def then_own(loader: Any, backward: Any) -> None:
         plainly(loader, backward)
@@ -295,8 +294,6 @@ def test_right_loops_are_not_told_anything() -> None:
         warnings.simplefilter("error")
         loader, cell = ragged()
         assert weights(loader, cell, then_own) == [*RIGHT, ([9], 1.0)]
-        with torch.enable_grad():
-            assert sum(batch.sum() for batch in loader) > 0
 
 
 def test_a_validation_loop_that_is_left_within_a_step_does_not_lose_the_weight() -> None:

@@ -183,3 +183,23 @@ def test_two_jobs_at_one_port_are_never_one() -> None:
             assert "belongs to the job" in done.stderr
         finally:
             first.kill()
+
+
+def test_mpirun_inside_a_slurm_job_is_mpirun() -> None:
+    """srun starts its daemons, whose own step must not be taken for the job; srun's own PMI_SIZE is srun's."""
+    step = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+        "SLURM_NODEID": "0",
+        "SLURM_STEP_ID": "0",
+        "SLURM_STEP_NUM_TASKS": "1",
+        "SLURM_STEP_TASKS_PER_NODE": "1",
+        "SLURM_NTASKS": "1",
+    }
+    found = detect_environment({**step, **OPEN_MPI})
+    assert (found.name, found.world_size(), found.global_rank()) == ("mpirun", 4, 3)
+    hydra = {"PMI_SIZE": "4", "PMI_RANK": "2", "MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "2"}
+    assert detect_environment({**step, **hydra}).world_size() == 4
+    own = {**step, "SLURM_STEP_NUM_TASKS": "4", "SLURM_NTASKS": "4", "PMI_SIZE": "4", "PMI_RANK": "0"}
+    assert detect_environment(own).name != "mpirun"

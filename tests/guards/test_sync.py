@@ -50,6 +50,24 @@ def test_equal_values_hash_alike_however_they_lie() -> None:
     assert hash_tensor(long).item() != before
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_flipped_signs_do_not_cancel(dtype: torch.dtype) -> None:
+    """Two, all, or one in each of two tensors."""
+    value = torch.randn(16).to(dtype)
+    before = hash_tensor(value).item()
+    for signs in ([1, 3], [0, 2], [4, 5, 6, 7], list(range(16))):
+        other = value.clone()
+        other[signs] *= -1
+        assert hash_tensor(other).item() != before
+    pair = [hash_tensor(v) for v in (value, value + 1)]
+    flipped = []
+    for v in (value, value + 1):
+        v = v.clone()
+        v[-1] *= -1
+        flipped.append(hash_tensor(v))
+    assert hash_tensor(torch.stack(pair)).item() != hash_tensor(torch.stack(flipped)).item()
+
+
 class Normed(nn.Module):
     """A model with buffers that differ between forwards."""
 
