@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from lite.errors import CheckpointError, ConfigError
+from lite.renewal import renew
 
 # What torch.compile puts before the names within a compiled module.
 _COMPILED = "_orig_mod."
@@ -97,7 +98,7 @@ def collect(state: Mapping[str, Any], filter: Filter | None = None) -> dict[str,
 def restore(
     state: MutableMapping[str, Any], loaded: Mapping[str, Any], *, strict: bool = True
 ) -> tuple[dict[str, Any], LoadReport]:
-    """Give a loaded dict back to the objects of `state`; plain values are replaced in `state` itself.
+    """Give a loaded dict back to the objects of `state`; plain values are renewed, in place where they can be.
 
     Args:
         state: As it was for `collect`.
@@ -125,7 +126,7 @@ def restore(
             missing.extend(report.missing)
             unexpected.extend(report.unexpected)
         else:
-            state[name] = loaded[name]
+            state[name] = renew(target, loaded[name], name)
     rest = {name: value for name, value in loaded.items() if name not in state}
     return rest, LoadReport(tuple(missing), tuple(unexpected))
 

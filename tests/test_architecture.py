@@ -13,6 +13,7 @@ import pytest
 LITE = Path(__file__).resolve().parents[1] / "lite"
 LAYERS = [
     {"errors", "disguise"},
+    {"renewal"},
     {"state", "seed", "nesting", "agreement", "first_rank"},
     {"collectives"},
     {"launchers", "environments", "accelerators", "precision", "checkpoint", "loggers", "data"},

@@ -156,6 +156,7 @@ class _Writer(StorageWriter):
         files: dict[str, Any] = {}
         for part in results:
             files.update(part.files)  # type: ignore[attr-defined]
+        self._check_are_here(files)
         name = names.plain_name(self._id)
         with self._storage.create(self._path(name)) as file, ChecksummedWriter(file) as checked:
             out: Any = checked
@@ -178,6 +179,15 @@ class _Writer(StorageWriter):
         with suppress(OSError):
             self._storage.remove(self._path(names.lock_name(self._id)))
             names.sweep(self._storage, self._folder, self._id)
+
+    def _check_are_here(self, files: Mapping[str, Mapping[str, int]]) -> None:
+        """Every rank's file must be in the folder that gets the index."""
+        for name, entry in files.items():
+            if self._storage.size(self._path(name)) != entry["bytes"]:
+                raise FileNotFoundError(
+                    f"the file {name!r} that another rank has written is not in {self._folder!r} here, so its machine "
+                    "sees another folder by that name; save to one that all machines share"
+                )
 
     def discard(self) -> None:
         """Remove what this rank has written for nothing."""

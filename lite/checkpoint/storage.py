@@ -60,6 +60,13 @@ class Storage:
         with suppress(OSError):
             os.rmdir(folder)
 
+    def size(self, path: str) -> int | None:
+        """Bytes in the file; None where there is none."""
+        try:
+            return os.stat(path).st_size
+        except OSError:
+            return None
+
     def read(self, path: str) -> bytes:
         with open(path, "rb") as file:
             return file.read()
@@ -197,6 +204,13 @@ class UrlStorage(Storage):
     def remove_empty_folder(self, folder: str) -> None:
         with suppress(OSError):
             self._fs.rmdir(folder)
+
+    def size(self, path: str) -> int | None:
+        self._fs.invalidate_cache(self.split(path)[0])  # another process may have written it
+        try:
+            return int(self._fs.size(path))
+        except FileNotFoundError:
+            return None
 
     def read(self, path: str) -> bytes:
         return bytes(self._fs.cat_file(path))

@@ -18,6 +18,7 @@ from lite.data.shares import BatchWeight, Shard
 from lite.data.split import generators_of, samplers_of
 from lite.data.stream import StreamTracker, is_stateful, warn_of_reading_again
 from lite.data.transfer import move_to_device
+from lite.data.workers import shielded
 from lite.disguise import disguise
 from lite.errors import CheckpointError, UsageError
 from lite.seed import Moment, RandomState, drawing_under
@@ -362,7 +363,7 @@ class Iteration:
             if current.stream is None and current.first:
                 warn_of_reading_again(stream.dataset, current.first)
             stream.resume = (current.first, current.stream)
-        with self.making_workers():
+        with self.making_workers(), shielded(self.strided):
             batches = iter(self.strided)
         if self.strided.num_workers > 0:
             stream.resume = None  # the workers have it; those of the next epoch begin at the beginning

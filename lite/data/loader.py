@@ -7,13 +7,10 @@ in what iteration does around each batch.
 
 from __future__ import annotations
 
-import random
 import warnings
 import weakref
-from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -23,6 +20,7 @@ from lite.data.sampler import ShardedSampler
 from lite.data.shares import BatchWeight, Shard
 from lite.data.split import interleave, is_distributed, keep_order, split_samplers
 from lite.data.stream import StreamTracker
+from lite.data.workers import RankedWorkerInit, shielded
 from lite.disguise import disguise
 from lite.errors import ConfigError, UsageError
 from lite.seed import Moment
@@ -122,27 +120,6 @@ def release_dataloader(loader: DataLoader[Any]) -> None:
     _set_up.discard(loader)
 
 
-class RankedWorkerInit:
-    """Lets the workers of different ranks draw different random numbers, then runs the user's `worker_init_fn`.
-
-    Args:
-        rank: The rank, above 0; rank 0's workers stay as torch seeds them.
-        then: The user's function, or None.
-    """
-
-    def __init__(self, rank: int, then: Callable[[int], None] | None) -> None:
-        self.rank = rank
-        self.then = then
-
-    def __call__(self, worker_id: int) -> None:
-        seed = (torch.initial_seed() + self.rank * 0x9E3779B97F4A7C15) % 2**63
-        torch.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        if self.then is not None:
-            self.then(worker_id)
-
-
 def _itself(obj: Any) -> Any:
     """The `sync` of a loader that is not split: every rank goes its own way."""
     return obj
@@ -168,7 +145,7 @@ def _give_iteration(loader: DataLoader[Any], iteration: Iteration, shard: Shard,
 
     # torch 2.13 makes the workers, and draws their base seed, in this method.
     def _get_iterator(self: DataLoader[Any]) -> Any:
-        with iteration.making_workers():
+        with iteration.making_workers(), shielded(self):
             return iteration.watch(raw_get_iterator(self))
 
     def strided_len(self: DataLoader[Any]) -> int:

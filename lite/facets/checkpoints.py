@@ -74,14 +74,14 @@ class Checkpoints(Facet):
         if problem is None and not is_busy:
             try:
                 is_folder, content = self._prepare(path, state, filter)
+                if async_save and (is_folder or self.is_global_zero):
+                    content = self._staged(content)
             except Exception as error:
                 problem = error
         if self._agree(problem, is_busy):
             return False
         assert content is not None
         content[manifest.KEY] = self._manifest(content, state, rng)
-        if async_save:
-            content = self._stage(content, is_folder)
         write = self._writer(path, content, is_folder, async_save)
         if async_save:
             self._in_background().start(write)
@@ -130,7 +130,8 @@ class Checkpoints(Facet):
 
         Args:
             path: What `save` wrote, on any number of processes.
-            state: As for `save`; plain values are replaced in it. None returns everything.
+            state: As for `save`. Of plain values, lists, dicts and tensors are changed in place, others replaced in
+                it; each stays of its type. None returns everything, as plain values.
             strict: Whether names and model keys that are missing or unexpected are errors. With False they are warned
                 of, and kept in `load_report`.
             verify: Whether checksums are compared before anything is read.
@@ -235,11 +236,9 @@ class Checkpoints(Facet):
             check_has_no_shards(content)
         return is_folder, content
 
-    def _stage(self, content: dict[str, Any], is_folder: bool) -> dict[str, Any]:
+    def _staged(self, content: dict[str, Any]) -> dict[str, Any]:
         from lite.checkpoint.staging import Staging
 
-        if not is_folder and not self.is_global_zero:
-            return {}
         staging = self._in_background().keep.setdefault("staging", Staging())
         staged: dict[str, Any] = staging.stage(content)
         return staged
@@ -268,7 +267,7 @@ class Checkpoints(Facet):
     def _agree(self, problem: BaseException | None, is_busy: bool) -> bool:
         """Raise on all ranks what is wrong on one; return whether one is busy. Collective."""
         said = None if problem is None else f"{type(problem).__name__}: {problem}"
-        answers = collectives.gather_for_metrics([(said, is_busy)])
+        answers = collectives.all_gather_objects((said, is_busy))
         if problem is not None:
             raise problem
         for rank, (text, _) in enumerate(answers):

@@ -46,7 +46,7 @@ class Resuming(BetweenRanks, Checkpoints, Guards):
         True.
 
         Args:
-            state: As for `save`; plain values are replaced in it.
+            state: As for `save` and `load`.
             folder: Where the checkpoints are, named by their steps; all machines must see the same. URLs too.
             every_steps: Save after every so many steps.
             every_seconds: Save when so many seconds have passed, by rank 0's clock.

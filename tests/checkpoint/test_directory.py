@@ -220,6 +220,37 @@ def test_one_rank_that_cant_write_is_an_error_on_all(tmp_path: Path, bad: int) -
     assert len(os.listdir(tmp_path / "a")) == 5  # of the first save: two data files, values, manifest, index
 
 
+def _apart(path: str) -> list[str]:
+    lite = Lite(accelerator="cpu")
+    with pytest.raises(CheckpointError) as caught:
+        lite.save(f"{path}/{lite.global_rank}/a", {"model": MLP()})
+    messages = [str(caught.value)]
+    from lite.checkpoint.staging import Staging
+
+    def full(self: Staging, content: Any) -> Any:
+        raise MemoryError("no memory for a copy")
+
+    whole = Staging.stage
+    if lite.global_rank == 1:
+        Staging.stage = full  # type: ignore[method-assign]
+    try:
+        lite.save(f"{path}/b", {"model": MLP()}, async_save=True)
+    except (CheckpointError, MemoryError) as error:
+        messages.append(str(error))
+    finally:
+        Staging.stage = whole  # type: ignore[method-assign]
+    lite.barrier()
+    return messages
+
+
+def test_ranks_that_dont_see_one_folder_or_cant_copy_are_an_error_on_all(tmp_path: Path) -> None:
+    """Nothing is left half written, and nobody waits for the others."""
+    for folder, memory in run_distributed(_apart, str(tmp_path)):
+        assert "sees another folder by that name" in folder and "rank 0" in folder
+        assert "no memory for a copy" in memory
+    assert not list(tmp_path.rglob("*.distcp")) and not (tmp_path / "b").exists()
+
+
 def test_a_directory_is_not_written_over_a_file(tmp_path: Path) -> None:
     """And not read where there is none."""
     lite = Lite(accelerator="cpu")

@@ -43,6 +43,10 @@ class Config:
     where: Path
 
 
+class Name(str):
+    """A user's subclass of strings."""
+
+
 class Tagged(torch.Tensor):
     """A user's subclass of tensors."""
 
@@ -65,7 +69,7 @@ PLAIN = {
     "date": (datetime.datetime(2024, 1, 2, 3), "2024-01-02T03:00:00"),
     "seconds": (datetime.timedelta(minutes=1), 60.0),
     "int keys": ({np.int64(1): "a"}, {1: "a"}),
-    "str subclass": (type("Name", (str,), {})("n"), "n"),
+    "str subclass": (Name("n"), "n"),
     "bytes": (b"ab", b"ab"),
     "complex": (1 + 2j, 1 + 2j),
 }
@@ -79,6 +83,37 @@ def test_everything_plain_is_stored_as_plain_values(tmp_path: Path, suffix: str)
     content = lite.load(tmp_path / f"a{suffix}")
     for name, (_, expected) in PLAIN.items():
         assert content[name] == expected and type(content[name]) is type(expected), name
+
+
+def test_plain_values_come_back_as_what_they_were(tmp_path: Path) -> None:
+    """Where the script says what that is; what can be changed in place is, for those who hold it by another name."""
+    values = {name: value for name, (value, _) in PLAIN.items()}
+    weight = nn.Parameter(torch.ones(2))
+    values.update(array=np.arange(3), weight=weight, history=[torch.zeros(2), 1], nested={"a": [1, {"b": weight}]})
+    lite = Lite(accelerator="cpu")
+    expected = copy.deepcopy(values)
+    lite.save(tmp_path / "a.ckpt", values)
+    with torch.no_grad():
+        weight.zero_()
+    values["array"][:] = 7
+    values["history"][0] += 1
+    values["nested"]["a"][0] = 9
+    values["default"]["b"].append(1)
+    values["deque"].append(5)
+    values["set"].add(3)
+    held = dict(values)
+    lite.load(tmp_path / "a.ckpt", values)
+    kept = {"array", "weight", "history", "nested", "default", "deque", "set", "namespace", "ordered", "counter"}
+    assert {name for name in kept if values[name] is not held[name]} == set()
+    for name, value in expected.items():
+        assert type(values[name]) is type(value), name
+        assert name in ("array", "weight", "history", "nested") or values[name] == value, name
+    assert values["array"].tolist() == [0, 1, 2] and weight.tolist() == [1, 1] and weight.requires_grad
+    assert values["nested"]["a"][1]["b"] is weight and values["nested"]["a"][0] == 1
+    assert values["history"][0].tolist() == [0, 0] and values["deque"].maxlen == 2
+    lite.save(tmp_path / "b.ckpt", {"weight": torch.ones(3)})
+    with pytest.raises(CheckpointError, match=r"weight is a Parameter of shape \(2,\).* has shape \(3,\)"):
+        lite.load(tmp_path / "b.ckpt", {"weight": weight})
 
 
 def test_arrays_and_tensors_are_stored_as_tensors(tmp_path: Path) -> None:
