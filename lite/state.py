@@ -153,12 +153,22 @@ def restore_object(target: Any, loaded: Any, name: str, *, strict: bool) -> Load
 def module_state(module: nn.Module) -> dict[str, Any]:
     """The module's state dict with the raw model's keys, compiled parts included, and its modules' versions."""
     state = module.state_dict()
-    plain = OrderedDict((key.replace(_COMPILED, ""), value) for key, value in state.items())
+    plain = OrderedDict((plain_key(key), value) for key, value in state.items())
     versions = getattr(state, "_metadata", None)
     if versions is not None:
         renamed = {f"{name}.".replace(_COMPILED, "")[:-1]: version for name, version in versions.items()}
         plain._metadata = OrderedDict(renamed)  # type: ignore[attr-defined]  # where torch keeps and looks for them
     return plain
+
+
+def plain_key(key: str) -> str:
+    """A key or name within a module, as the raw model has it.
+
+    Example:
+        >>> plain_key("body._orig_mod.0.weight")
+        'body.0.weight'
+    """
+    return key.replace(_COMPILED, "")
 
 
 def like(mapping: Mapping[Any, Any], items: dict[Any, Any]) -> dict[Any, Any]:
@@ -184,7 +194,7 @@ def load_module(module: nn.Module, loaded: Mapping[str, Any], name: str, *, stri
         raise CheckpointError(
             f"the checkpoint's {name!r} is a {type(loaded).__name__} and no state dict of {type(module).__name__}."
         )
-    keys = {key.replace(_COMPILED, ""): key for key in module.state_dict()}
+    keys = {plain_key(key): key for key in module.state_dict()}
     # A new dict: modules may change the one that they are given.
     state = OrderedDict((keys.get(key, key), value) for key, value in loaded.items())
     versions = getattr(loaded, "_metadata", None)
@@ -197,8 +207,7 @@ def load_module(module: nn.Module, loaded: Mapping[str, Any], name: str, *, stri
     if result is None:  # the module has a load_state_dict of its own
         return LoadReport()
     missing, unexpected = (
-        tuple(f"{name}.{key.replace(_COMPILED, '')}" for key in side)
-        for side in (result.missing_keys, result.unexpected_keys)
+        tuple(f"{name}.{plain_key(key)}" for key in side) for side in (result.missing_keys, result.unexpected_keys)
     )
     return LoadReport(missing, unexpected)
 

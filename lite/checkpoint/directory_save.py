@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import pickle
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from typing import Any
@@ -37,15 +37,22 @@ from lite.errors import CheckpointError
 _MANIFEST_ENTRIES = ("lite", "torch", "world_size", "time")
 
 
-def save_directory(path: str | os.PathLike[str], content: Mapping[str, Any], *, group: Any = None) -> None:
+def save_directory(
+    path: str | os.PathLike[str],
+    content: Mapping[str, Any],
+    *,
+    replicated: Collection[str] = (),
+    group: Any = None,
+) -> None:
     """Write `content` so that the directory holds either what it held before or all of the new content.
 
-    Collective: call on all ranks, with the same names. Of a tensor that several ranks have, one rank's is written;
-    whatever is no tensor, and all of the manifest, is rank 0's.
+    Collective: call on all ranks, with the same names. Sharded tensors are every rank's. All else is rank 0's, but that
+    the ranks share the work of writing the tensors of `replicated`.
 
     Args:
         path: The directory; it is made.
         content: Plain values and tensors, with the manifest.
+        replicated: Names in `content` whose plain tensors are equal on all ranks.
         group: The process group to agree over; None is all ranks.
 
     Raises:
@@ -58,7 +65,7 @@ def save_directory(path: str | os.PathLike[str], content: Mapping[str, Any], *, 
     writer = _Writer(storage, folder, plain)
     alone = collectives.world_size(group) == 1
     try:
-        _save_state_dict({}, writer, group, no_dist=alone, planner=_SavePlanner(tensors, places))
+        _save_state_dict({}, writer, group, no_dist=alone, planner=_SavePlanner(tensors, places, replicated))
     except CheckpointException as error:  # derives from BaseException
         writer.discard()
         reasons = "; ".join(f"rank {rank}: {reason(e[0])}" for rank, e in sorted(error.failures.items()))
@@ -75,9 +82,16 @@ def save_directory(path: str | os.PathLike[str], content: Mapping[str, Any], *, 
 class _SavePlanner(DefaultSavePlanner):
     """Plans named tensors that `tree.split` found; replicated ones are spread over the ranks by torch."""
 
-    def __init__(self, tensors: dict[str, Tensor], places: Mapping[str, tree.Path]) -> None:
+    def __init__(
+        self, tensors: dict[str, Tensor], places: Mapping[str, tree.Path], replicated: Collection[str]
+    ) -> None:
         super().__init__(flatten_state_dict=True)
         self._tensors = tensors
+        self._from_any_rank = {
+            name: tensor
+            for name, tensor in tensors.items()
+            if places[name][0] in replicated or hasattr(tensor, "__tensor_flatten__")
+        }
         # torch's own readers take whole numbers for positions in a list.
         self._places = {
             name: tuple(str(key) if not isinstance(key, str) else key for key in place)
@@ -85,7 +99,7 @@ class _SavePlanner(DefaultSavePlanner):
         }
 
     def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
-        self.state_dict = dict(self._tensors)
+        self.state_dict = dict(self._tensors if is_coordinator else self._from_any_rank)
         self.mappings = dict(self._places)
         self.is_coordinator = is_coordinator
 

@@ -1,16 +1,23 @@
-"""What each rank has for itself in a checkpoint: random states, and objects whose state differs between ranks.
+"""What each rank has for itself in a checkpoint: random states, objects whose state differs between ranks, buffers.
 
-An object says so by an attribute `state_is_per_rank` that is true.
+An object says so by an attribute `state_is_per_rank` that is true. A model's buffers do when they differ: the running
+statistics of a BatchNorm come from the rank's own last batch until the next forward takes over rank 0's, and an
+evaluation in between sees them.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from lite import collectives
 from lite.errors import CheckpointError
 from lite.seed import Moment, RandomState, mix, seed_everything
+from lite.state import plain_key
 
 _MARK = "__per_rank__"
 
@@ -54,6 +61,52 @@ def pick(loaded: dict[str, Any], state: Mapping[str, Any]) -> None:
                 "that lite splits (a map-style dataset, or shard='stride') can be resumed with any number."
             )
         loaded[name] = parts[rank]
+
+
+def gather_buffers(content: dict[str, Any], state: Mapping[str, Any]) -> dict[str, dict[str, list[Tensor]]]:
+    """Every rank's values of those buffers in `content` that differ between ranks, by names in `state` and keys.
+
+    Collective: call on all ranks. In `content` they are rank 0's afterwards.
+    """
+    mine = {
+        (name, key): buffer.detach().cpu().contiguous()
+        for name, module in state.items()
+        if isinstance(module, nn.Module) and name in content
+        for key, buffer in _buffers(module).items()
+        if key in content[name]
+    }
+    if not collectives.any_rank(bool(mine)):
+        return {}
+    sums = collectives.all_gather_objects({place: _checksum(buffer) for place, buffer in mine.items()})
+    differing = [place for place, value in sums[0].items() if any(other.get(place) != value for other in sums)]
+    if not differing:
+        return {}
+    everyone = collectives.all_gather_objects([mine[place].clone() for place in differing])
+    found: dict[str, dict[str, list[Tensor]]] = {}
+    for i, (name, key) in enumerate(differing):
+        found.setdefault(name, {})[key] = [buffers[i] for buffers in everyone]
+        content[name][key] = everyone[0][i]
+    return found
+
+
+def restore_buffers(saved: Mapping[str, Mapping[str, list[Tensor]]], state: Mapping[str, Any]) -> None:
+    """Give this rank's buffers back to the models in `state`, where as many processes saved them."""
+    for name, entries in saved.items():
+        module = state.get(name)
+        buffers = _buffers(module) if isinstance(module, nn.Module) else {}
+        for key, values in entries.items():
+            if key in buffers and len(values) == collectives.world_size():
+                buffers[key].copy_(values[collectives.rank()])
+
+
+def _buffers(module: nn.Module) -> dict[str, Tensor]:
+    """The module's plain buffers by the keys of its state dict."""
+    return {plain_key(key): b for key, b in module.named_buffers() if not hasattr(b, "__tensor_flatten__")}
+
+
+def _checksum(tensor: Tensor) -> int:
+    values: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    return zlib.crc32(values)
 
 
 def restore_random_state(saved: list[Any]) -> Moment:

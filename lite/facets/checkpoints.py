@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
 
 from lite import collectives
 from lite.checkpoint import manifest, per_rank
@@ -82,7 +83,7 @@ class Checkpoints(Facet):
             return False
         assert content is not None
         content[manifest.KEY] = self._manifest(content, state, rng)
-        write = self._writer(path, content, is_folder, async_save)
+        write = self._writer(path, content, state, is_folder, async_save)
         if async_save:
             self._in_background().start(write)
             return True
@@ -151,6 +152,7 @@ class Checkpoints(Facet):
         per_rank.pick(loaded, state)
         rest, report = restore(state, loaded, strict=strict)
         self._report(path, report)
+        per_rank.restore_buffers(about.get("buffers", {}), state)
         if "precision" in about:
             self.precision.load_state_dict(about["precision"])
         if rng and about.get("rng"):
@@ -221,6 +223,8 @@ class Checkpoints(Facet):
         """What a checkpoint holds besides the user's state, whose parts of each rank are put together. Collective."""
         entries: dict[str, Any] = {"precision": self.precision.state_dict()}
         entries["rng"] = per_rank.gather(content, state, rng=rng)
+        if self.world_size > 1:
+            entries["buffers"] = per_rank.gather_buffers(content, state)
         return manifest.compose(self.world_size, {k: sanitise(v, manifest.KEY) for k, v in entries.items() if v})
 
     def _prepare(self, path: Path, state: Mapping[str, Any], filter: Filter | None) -> tuple[bool, dict[str, Any]]:
@@ -243,7 +247,9 @@ class Checkpoints(Facet):
         staged: dict[str, Any] = staging.stage(content)
         return staged
 
-    def _writer(self, path: Path, content: dict[str, Any], is_folder: bool, async_save: bool) -> Callable[[], None]:
+    def _writer(
+        self, path: Path, content: dict[str, Any], state: Mapping[str, Any], is_folder: bool, async_save: bool
+    ) -> Callable[[], None]:
         if not is_folder:
             from lite.checkpoint.file import save_file
 
@@ -257,7 +263,8 @@ class Checkpoints(Facet):
             if "group" not in keep:
                 keep["group"] = collectives.new_cpu_group()
             group = keep["group"]
-        return lambda: save_directory(path, content, group=group)
+        replicated = [name for name, value in state.items() if isinstance(value, (nn.Module, Optimizer))]
+        return lambda: save_directory(path, content, replicated=replicated, group=group)
 
     def _in_background(self) -> Background:
         if self._background is None:
