@@ -128,6 +128,12 @@ class Accumulation:
         self._device = device
         self._weighted: bool | None = None
         self._total: Tensor | float = 0.0
+        self._unit: float | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the current window has micro-batches, but not all: gradients are waiting for the rest."""
+        return self.count > 0 and not self.ready
 
     @contextmanager
     def __call__(self, *, last: bool = False, weight: float | Tensor | None = None) -> Iterator[None]:
@@ -140,6 +146,7 @@ class Accumulation:
 
         Args:
             last: This is the last micro-batch there is; the window ends here, partial or not, and counts what it has.
+                Of an epoch: `last=loader.batches_done == len(loader)`, which holds after a resume in mid-epoch too.
             weight: Number of tokens or samples behind this micro-batch's mean loss. All or none of a window have one.
 
         Raises:
@@ -157,7 +164,8 @@ class Accumulation:
             scale = Scale(lambda loss: loss / self.steps, weighted=False)
         else:
             weight = 0.0 if self._is_filler() else weight
-            scale = Scale(lambda loss: loss * weight, weighted=True)
+            unit = self._unit = self._unit or _unit(weight)
+            scale = Scale(lambda loss: loss * (weight / unit), weighted=True)
         with self._scaled(scale), self._no_sync(not boundary):
             yield
         self.count += 1
@@ -173,7 +181,7 @@ class Accumulation:
             total = torch.as_tensor(self._total, dtype=torch.float64 if self._device.type != "mps" else torch.float32)
             # The ranks' gradients were averaged; dividing by the mean weight gives the sum over the sum of weights.
             mean_weight = collectives.all_reduce(total.to(self._device), "mean")
-            self._multiply(1.0 / mean_weight)
+            self._multiply((self._unit or 1.0) / mean_weight)
         elif self.count != self.steps:
             self._multiply(self.steps / self.count)
 
@@ -181,3 +189,12 @@ class Accumulation:
         for parameter in {id(p): p for p in self._parameters()}.values():
             if parameter.grad is not None:
                 parameter.grad.mul_(factor.to(parameter.grad.dtype) if isinstance(factor, Tensor) else factor)
+
+
+def _unit(weight: float | Tensor) -> float:
+    """What weights are measured in: a power of 2 near the largest, alike on all ranks. Collective.
+
+    A loss times thousands of tokens would leave the range of 16 bits.
+    """
+    largest = float(collectives.all_reduce(float(weight), "max"))
+    return 2.0 ** math.ceil(math.log2(largest)) if largest > 0 else 1.0

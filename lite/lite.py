@@ -160,6 +160,7 @@ class Lite(Resuming, Steps, Records):
             collectives.name_mismatches()
         self._store = plan.strategy.connect(plan.environment, self._device)
         self._first_rank = FirstRank(self._store, self.global_rank) if self._store is not None else None
+        self._windows = weakref.WeakSet()
         self._connected = True
         self._backward = compose_backward(self)  # type: ignore[method-assign]
         if self._store is not None:

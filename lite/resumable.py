@@ -32,6 +32,9 @@ class Run(Protocol):
     @property
     def is_global_zero(self) -> bool: ...
 
+    @property
+    def is_accumulating(self) -> bool: ...
+
     def save(self, path: str, state: Any, *, async_save: bool = ..., busy: str = ...) -> bool: ...
 
     def load(self, path: str, state: Any, strict: bool = ..., *, verify: bool = ...) -> dict[str, Any]: ...
@@ -92,6 +95,7 @@ class Resumable:
         self._async_save, self._sharded = async_save, sharded
         self._requeue, self._on_error = requeue, on_error
         self.saved_steps: int | None = None
+        self._postponed = False  # to the end of an open accumulation window
         self._writing: int | None = None  # the steps of a background save of which nothing has been heard yet
         self._begun_at = 0
         self._damaged: set[str] = set()
@@ -123,6 +127,9 @@ class Resumable:
             self._steps_within = self._steps_after = 0
             yield self.epoch
             if self._agreement.agreed is not None:
+                if self._postponed:
+                    self._save(self.epoch + 1, final=True)
+                    self._stop()
                 return
             self.epoch += 1
         if any_left:
@@ -134,12 +141,19 @@ class Resumable:
 
         After a signal (SIGTERM, SIGUSR1) all ranks save at the same step, and SystemExit is raised with 128 plus the
         signal's number. After `lite.request_stop` they save and True is returned: leave the loop.
+
+        Gradients are in no checkpoint. Within a window of `lite.accumulate` all that waits for the window's end; where
+        you accumulate by yourself, call this after the optimizer's steps alone.
         """
         self.steps += 1
         self._count()
         agreement = self._agreement
         stop = agreement.step()
-        if stop or agreement.due or (self._every_steps is not None and self.steps % self._every_steps == 0):
+        periodic = self._every_steps is not None and self.steps % self._every_steps == 0
+        if stop or periodic or agreement.due or self._postponed:
+            self._postponed = self._run.is_accumulating
+            if self._postponed:
+                return False
             # Called once per epoch, after the loop over the loader, it is the epoch's end.
             ends = self._passes_have_ended() and not self._steps_within and self._steps_after == 1
             self._save(self.epoch + ends, final=stop)

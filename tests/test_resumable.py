@@ -96,6 +96,73 @@ def test_a_run_goes_on_from_its_newest_checkpoint(tmp_path: Path, options: dict[
     assert again == []  # it had come to its end
 
 
+def accumulate(folder: str, stop_after: int | None, how: str) -> list[list[float]]:
+    """Windows of 3 micro-batches over epochs of 5; `run.step()` after each micro-batch, or after each window."""
+    lite = Lite(accelerator="cpu")
+    torch.manual_seed(1)
+    loader = lite.setup_dataloaders(DataLoader(torch.arange(20.0), batch_size=4 // lite.world_size, shuffle=True))
+    model = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    lite.setup(model, optimizer)
+    window = lite.accumulate(model, steps=3)
+    run = lite.resumable({"model": model, "optimizer": optimizer, "loader": loader}, folder, every_steps=2, signals=())
+    log, count = [], 0
+    for _ in run.epochs(3):
+        for batch in loader:
+            with window(last=loader.batches_done == len(loader)):
+                lite.backward(model(batch.unsqueeze(1)).pow(2).mean())
+            count += 1
+            if window.ready:
+                optimizer.step()
+                optimizer.zero_grad()
+                log.append([*[p.item() for p in model.parameters()], run.saved_steps])
+            if count == stop_after:
+                if how == "kill":
+                    run.close()
+                    return log
+                lite.request_stop("enough")
+            if stop_after is not None and how != "kill":
+                time.sleep(0.12 * (lite.world_size - 1))  # until all ranks have heard of it
+            if (how != "windows" or window.ready) and run.step():
+                run.close()
+                return log
+    return log
+
+
+@pytest.mark.parametrize("how", ["kill", "request", "windows"])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_gradients_of_a_window_are_not_lost(tmp_path: Path, how: str, world_size: int) -> None:
+    """A save and a stop that are due within a window wait for its end; the last window of a resumed epoch is known."""
+
+    def run(folder: Path, stop_after: int | None) -> list[list[float]]:
+        if world_size == 1:
+            return accumulate(str(folder), stop_after, how)
+        first, second = run_distributed(accumulate, str(folder), stop_after, how)
+        assert first == second
+        return first  # type: ignore[no-any-return]
+
+    whole = [row[:-1] for row in run(tmp_path / "whole", None)]
+    assert len(whole) == 6
+    for cut in (4, 7):
+        folder = tmp_path / str(cut)
+        done = run(folder, cut)
+        rest = run(folder, None)
+        assert [row[:-1] for row in rest] == whole[6 - len(rest) :], cut
+        assert 0 < len(rest) < 6 and len(done) + len(rest) >= 6
+
+
+def test_a_save_within_a_window_is_warned_of(tmp_path: Path) -> None:
+    """Its gradients are in no checkpoint."""
+    lite = Lite(accelerator="cpu")
+    model = lite.setup(nn.Linear(1, 1))
+    window = lite.accumulate(model, steps=2)
+    for expected in (pytest.warns(UserWarning, match="within an accumulation window"), contextlib.nullcontext()):
+        with window():
+            lite.backward(model(torch.ones(1, 1)).sum())
+        with expected:
+            lite.save(tmp_path / "a.ckpt", {"model": model})
+
+
 def test_old_checkpoints_go_when_newer_ones_are_whole(tmp_path: Path) -> None:
     """The last two stay, and those that are kept for good."""
     train(str(tmp_path), [], every_steps=1, keep_last=2, keep_every=5)

@@ -21,7 +21,7 @@ from lite.data.transfer import move_to_device
 from lite.data.workers import shielded
 from lite.disguise import disguise
 from lite.errors import CheckpointError, UsageError
-from lite.seed import Moment, RandomState, drawing_under
+from lite.seed import Moment, RandomState, drawing_under, mix
 
 Sync = Callable[[Any], Any]
 _VERSION = 1
@@ -291,6 +291,12 @@ class Iteration:
         current = self._next or self._pass
         return self.epoch, current is not None and not current.finished
 
+    @property
+    def batches_done(self) -> int:
+        """Batches of the newest pass that the loop was given, those before an interruption included."""
+        current = self._next or self._pass
+        return 0 if current is None else current.first + current.consumed
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Let the next pass go on from there.
 
@@ -363,6 +369,9 @@ class Iteration:
             if current.stream is None and current.first:
                 warn_of_reading_again(stream.dataset, current.first)
             stream.resume = (current.first, current.stream)
+        elif self.strided.num_workers > 0:
+            current.seed = mix(self._sync(current.start.before).digest(), current.epoch)
+        stream.seed = current.seed
         with self.making_workers(), shielded(self.strided):
             batches = iter(self.strided)
         if self.strided.num_workers > 0:

@@ -176,6 +176,7 @@ def _give_iteration(loader: DataLoader[Any], iteration: Iteration, shard: Shard,
         body["state_is_per_rank"] = shard.world_size > 1
     else:
         body.update(state_dict=state_dict, load_state_dict=load_state_dict, go_on_under=go_on_under)
+        body["batches_done"] = property(lambda self: iteration.batches_done)
         body["progress"] = lambda self: iteration.progress()
         body["state_is_per_rank"] = iteration.per_rank
     disguise(loader, body)

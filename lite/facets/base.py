@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from lite.accelerators import Accelerator
 from lite.data.shares import BatchWeight
 from lite.data.transfer import move_to_device
 from lite.errors import UsageError
+from lite.gradients import Accumulation
 from lite.plan import Plan
 from lite.precision.base import Precision
 from lite.prepared import Prepared
@@ -28,6 +30,7 @@ class Facet:
     _modules: dict[nn.Module, Engine | None]
     _weight: BatchWeight
     _prepared: Prepared
+    _windows: weakref.WeakSet[Accumulation]
 
     @property
     def device(self) -> torch.device:
@@ -74,6 +77,11 @@ class Facet:
     def accelerator(self) -> Accelerator:
         """The kind of device in use."""
         return self._plan.accelerator
+
+    @property
+    def is_accumulating(self) -> bool:
+        """Whether a window of `accumulate` has gradients that wait for its remaining micro-batches."""
+        return any(window.is_open for window in self._windows)
 
     def explain(self) -> str:
         """Every setting with where it came from, and, once they are set up, what was done to models and loaders."""

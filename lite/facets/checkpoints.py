@@ -64,6 +64,12 @@ class Checkpoints(Facet):
                 key. Or the background save before this one has failed.
         """
         self._require_connected("save")
+        if self.is_accumulating:
+            warnings.warn(
+                "lite.save came within an accumulation window, whose gradients are in no checkpoint: a run that goes "
+                "on from it begins the window anew. Save when window.ready.",
+                stacklevel=2,
+            )
         busy = choose("busy", busy, ["wait", "skip"])
         before, content, problem = self._background, None, None
         is_busy = False

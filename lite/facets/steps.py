@@ -83,7 +83,7 @@ class Steps(Facet):
                     stack.enter_context(self.no_backward_sync(model, enabled))
                 yield
 
-        return gradients.Accumulation(
+        window = gradients.Accumulation(
             steps,
             lambda: (p for m in models for p in m.parameters()),
             no_sync,
@@ -91,6 +91,8 @@ class Steps(Facet):
             lambda: self._weight.value == 0.0,
             self._device,
         )
+        self._windows.add(window)
+        return window
 
     def clip_gradients(
         self,

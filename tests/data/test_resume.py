@@ -468,19 +468,20 @@ def test_a_stream_without_workers_and_state_is_read_again_from_the_epochs_random
 @pytest.mark.parametrize("workers", [0, 1, 2])
 @pytest.mark.parametrize("kind", [Stream, StatefulStream])
 def test_a_strided_stream_goes_on_with_any_number_of_processes(kind: type, workers: int) -> None:
-    """One stream over all ranks: 2 -> 1 -> 2 processes in mid-epoch."""
+    """One stream over all ranks: 2 -> 1 -> 2 processes in mid-epoch; with workers, what the dataset draws too."""
 
-    def stretch(world: int, state: Any, batches: int | None) -> tuple[list[list[int]], Any]:
+    def stretch(world: int, state: Any, batches: int | None) -> tuple[list[list[Any]], Any]:
         parts, states = [], []
         for rank in range(world):
             cell = BatchWeight()
             raw = DataLoader(Whole(kind()), batch_size=8 // world, num_workers=workers)
             loader = prepare(raw, rank, world, iterable_shard="stride", weight=cell)
+            seed(2)
             if state is not None:
                 loader.load_state_dict(state)
             mine = []
             for batch in loader:
-                rows = [int(i) for i in batch[:, 0].tolist()]
+                rows = [(int(i), noise if workers else 0.0) for i, noise in batch.tolist()]
                 mine.append(rows[: len(rows) if cell.num_real is None else cell.num_real])
                 if len(mine) == batches:
                     break
@@ -494,7 +495,8 @@ def test_a_strided_stream_goes_on_with_any_number_of_processes(kind: type, worke
         head, state = stretch(2, None, 1)
         middle, state = stretch(1, state, 1)
         tail, _ = stretch(2, state, None)
-    assert [i for group in whole for i in group] == list(range(21))
+    assert [i for group in whole for i, _ in group] == list(range(21))
+    assert len({noise for group in whole for _, noise in group}) == (21 if workers else 1)
     assert head + middle + tail == whole
 
 
@@ -513,7 +515,7 @@ class Whole(IterableDataset):
         while position < self.n:
             position += 1
             self.next = position
-            yield torch.tensor([float(position - 1), 0.0])
+            yield torch.tensor([float(position - 1), random.random() + np.random.rand() + torch.rand(()).item()])
         self.next = 0
 
 
