@@ -7,6 +7,7 @@ before data is sent.
 from __future__ import annotations
 
 import functools
+import io
 import pickle
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -137,7 +138,7 @@ def all_reduce(data: Any, op: str = "mean", *, group: Any = None) -> Any:
         refuse_alone("all_reduce")
         device = control_device(group)
         values = [v.to(device) if v is not None and device.type != "cpu" else v for v in values]
-        refusal = next((text for v in values if v is not None and (text := _irreducible(v))), None)
+        refusal = next((text for v in values if v is not None and (text := _irreducible(v, op))), None)
         present = [v for v in values if v is not None]
         compare(describe(data), present, same=True, group=group, refusal=refusal)
         for value in values:
@@ -165,7 +166,9 @@ def _reducible(leaf: Any, op: str) -> Tensor:
     return value
 
 
-def _irreducible(value: Tensor) -> str | None:
+def _irreducible(value: Tensor, op: str) -> str | None:
+    if value.is_complex() and op in ("min", "max"):
+        return f"complex numbers have no {op}imum; reduce their absolute values."
     if value.dtype not in _IRREDUCIBLE:
         return None
     wider = "torch.float32" if value.is_floating_point() else "torch.int64"
@@ -350,9 +353,24 @@ def gather_numbers(number: Tensor) -> list[int]:
 def _pickled(obj: Any) -> bytes | str:
     """The object as bytes, or why it can't be sent, so that the ranks that wait for it are told."""
     try:
-        return pickle.dumps(tree_map(lambda x: x.detach().cpu() if isinstance(x, Tensor) else x, obj))
+        file = io.BytesIO()
+        _Pickler(file).dump(tree_map(lambda x: x.detach().cpu() if isinstance(x, Tensor) else x, obj))
+        return file.getvalue()
     except Exception as error:  # pickling runs the user's own code
         return f"{type(error).__name__}: {error}"
+
+
+class _Pickler(pickle.Pickler):
+    """Also takes tensors of those dtypes (uint16, float8) that can be pickled but not unpickled with torch 2.13."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if type(obj) is Tensor and obj.dtype in _IRREDUCIBLE and obj.layout == torch.strided:
+            return _from_bytes, (_as_bytes(obj.contiguous()), obj.dtype, tuple(obj.shape))
+        return NotImplemented
+
+
+def _from_bytes(data: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    return data.view(dtype).view(shape)
 
 
 def _unpickled(payload: bytes | str, what: str, device: torch.device | None) -> Any:

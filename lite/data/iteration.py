@@ -207,10 +207,17 @@ class Iteration:
             current.ahead = True
         current.uses, before = weight.uses, current.uses
         weight.clear()
+        other, weight.giver = weight.giver, current
         share = current.ragged.get(number)
         if share is None:
             return
         weight.set(share)
+        if other not in (None, current) and not other.finished and other.uses == weight.uses and weight.owed:
+            warnings.warn(
+                "one step draws from two loaders, and this one's batch is ragged: its weight goes to the loss of both. "
+                "Use drop_last=True, or give lite.backward or lite.accumulate a weight.",
+                stacklevel=4,
+            )
         if current.ahead and before != current.began:
             warnings.warn(
                 "the loop took a batch from the loader before it had used the one before it, and the last batch is "

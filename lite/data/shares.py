@@ -35,14 +35,16 @@ class BatchWeight:
         uses: Backwards and gatherings so far, by which loaders notice a loop that runs ahead of them.
         after_end: A loader with a ragged batch, whose loop runs ahead, has come to its end, and no batch was given out
             since.
+        giver: The pass that the current batch is of.
         once: The ragged batch's loop was left before its loss was weighed: the weight holds for one backward.
     """
 
-    __slots__ = ("after_end", "filler_pending", "num_real", "once", "owed", "uses", "value")
+    __slots__ = ("after_end", "filler_pending", "giver", "num_real", "once", "owed", "uses", "value")
 
     def __init__(self) -> None:
         self.filler_pending = self.owed = False
         self.uses = 0
+        self.giver: Any = None
         self.clear()
 
     def clear(self) -> None:
@@ -95,6 +97,11 @@ class BatchWeight:
         if self.once:
             self.clear()
         return value
+
+    def waive(self) -> None:
+        """The loss whose backward comes now has a weight of the user's."""
+        self.owed = self.once = self.after_end = False
+        self.value = 1.0
 
     def outer(self) -> tuple[float, int | None] | None:
         """The ragged batch whose loss is still to be weighed, as another loop begins."""

@@ -20,7 +20,9 @@ class Steps(Facet):
 
     _scale: gradients.Scale | None
 
-    def backward(self, loss: Tensor, *args: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
+    def backward(
+        self, loss: Tensor, *args: Any, model: nn.Module | None = None, weight: float | None = None, **kwargs: Any
+    ) -> None:
         """Compute gradients of `loss` instead of `loss.backward()`: scaled where the precision needs it, averaged over
         the ranks.
 
@@ -30,13 +32,23 @@ class Steps(Facet):
             loss: A tensor that comes from a set-up model's output.
             *args: As for `Tensor.backward`.
             model: The set-up model that it is for, where a strategy has to know; unused otherwise.
+            weight: What the loss is multiplied by, in the place of what a ragged batch weighs: for losses that are no
+                mean over the batch's samples. `lite.world_size` makes the gradient of a sum over them that of the sum
+                over all ranks' samples.
             **kwargs: As for `Tensor.backward`. With several ranks `inputs` is refused while they synchronise.
 
         Raises:
-            UsageError: The gradients would not be synchronised over the ranks, or `model` is not set up.
+            UsageError: The gradients would not be synchronised over the ranks, `model` is not set up, or a window of
+                `accumulate` has a weight already.
         """
         if model is not None:
             self._check_set_up("backward", model)
+        if weight is not None:
+            if self._scale is not None and self._scale.weighted:
+                raise UsageError(f"backward(weight={weight!r}): the open window of accumulate has a weight; give one.")
+            # A rank without a sample of its own has another one's, to stay in step.
+            loss = loss * (0.0 if self._weight.num_real == 0 else weight)
+            self._weight.waive()
         self._backward(loss, *args, **kwargs)
 
     def _backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:

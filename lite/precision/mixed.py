@@ -94,6 +94,8 @@ class MixedPrecision(Precision):
         try:
             self._scaling.step(optimizer, raw_step, args, kwargs)
         except AssertionError as error:
+            if not any(p.requires_grad for group in optimizer.param_groups for p in group["params"]):
+                return value  # all frozen: there is nothing to step
             raise UsageError(
                 f"{type(optimizer).__name__}.step() found no gradient that lite.backward has scaled; under "
                 f"precision={self.name!r} call lite.backward(loss) instead of loss.backward(), before each step."

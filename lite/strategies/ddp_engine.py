@@ -297,6 +297,7 @@ def _stray(leaf: Tensor, owners: list[DDPEngine]) -> str:
         return (
             f"lite.backward got a loss that depends on a parameter of shape {tuple(leaf.shape)} of no model that is "
             "set up, so its gradient would stay different on each rank; make it part of a model that you pass to "
-            "lite.setup, or a plain tensor where each rank is meant to have its own."
+            "lite.setup, call requires_grad_(False) where it is not trained (a fixed network in the loss, say), or "
+            "make it a plain tensor where each rank is meant to have its own."
         )
     return f"{_NO_OUTPUT} (It reaches the parameter {owners[0].names[id(leaf)]!r} past the model.)"
