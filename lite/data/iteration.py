@@ -1,25 +1,22 @@
-"""What happens around the batches of one loader: counting, weighing, moving them, and the state of it all."""
+"""The passes over one loader: what they begin from, how far they have come, and the state that makes them go on."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
-from itertools import chain, islice
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
-from lite.data.iterable import check_same_stream, check_unsplit, warn_if_same
+from lite.data.delivery import Delivery
 from lite.data.position import Pass, Start
 from lite.data.sampler import ShardedSampler
 from lite.data.shares import BatchWeight, Shard
 from lite.data.split import generators_of, samplers_of
 from lite.data.stream import StreamTracker, is_stateful, warn_of_reading_again
-from lite.data.transfer import move_to_device
 from lite.data.workers import shielded
-from lite.disguise import disguise
 from lite.errors import CheckpointError, UsageError
 from lite.seed import Moment, RandomState, drawing_under, mix
 
@@ -61,14 +58,23 @@ class Iteration:
         self._sampler = sampler
         self._tracker = tracker
         self._weight = weight
-        self._device = device
         self._sync = sync
-        self._shard = shard
         self._dataset: Any = loader.dataset
         self._own_iter = own_iter
-        self._watch = split and tracker is not None
-        self._sliced = sampler is not None and sampler.shard.world_size > 1
-        self.per_rank = shard.world_size > 1 and strided is None and not self._sliced
+        sliced = sampler is not None and sampler.shard.world_size > 1
+        self._delivery = Delivery(
+            sampler=sampler,
+            tracker=tracker,
+            strided=strided is not None,
+            weight=weight,
+            device=device,
+            sync=sync,
+            rank=shard.rank,
+            sliced=sliced,
+            watched=split and tracker is not None,
+            own_iter=own_iter,
+        )
+        self.per_rank = shard.world_size > 1 and strided is None and not sliced
         samplers = [] if sampler is None else [s for s in samplers_of(loader) if s is not sampler]
         self._generators = generators_of(loader)
         self._epoch_samplers = [s for s in samplers if callable(getattr(s, "set_epoch", None))]
@@ -128,132 +134,13 @@ class Iteration:
             if self._tracker is not None:
                 self._tracker.opened = RandomState.capture()
 
-    def watch(self, batches: Any) -> Any:
-        """The iterator that reads the batches, where the user's class stands between it and the user's loop."""
-        if not self._own_iter:
-            return batches
-        raw_next = type(batches).__next__
-
-        def __next__(iterator: Any) -> Any:
-            batch = raw_next(iterator)
-            current = self._pass
-            if current is not None:
-                if self._sliced:
-                    self._tell(current, current.read)
-                current.read += 1
-            return batch
-
-        disguise(batches, {"__next__": __next__})
-        return batches
-
     def around(self, batches: Iterator[Any], current: Pass) -> Iterator[Any]:
-        """Give out batches in place, with their weights told, and count them."""
-        if self.strided is not None:
-            batches = self._unpack(batches)
-        elif self._tracker is not None:
-            batches = self._tracker.around(batches, current)
-        if self._watch and current.epoch == 0 and not current.resumed:
-            batches = self._compare(batches)
-        if self._device is not None:
-            batches = self._move(batches, self._device)
-        if self._sliced or self.strided is not None:
-            return self._weigh(batches, current)
-        return self._count(batches, current)
+        """Give out the batches of a pass."""
+        return self._delivery.around(batches, current)
 
-    def _started(self, batches: Iterator[Any], current: Pass) -> Iterator[Any]:
-        """The same batches; a class that iterates in a generator starts its sampler only as the first is asked for."""
-        if self._sampler is None:
-            return batches
-        self._sampler.upcoming = None if current.taken else current
-        first = list(islice(batches, 1))
-        self._sampler.upcoming = None
-        if first and self._sliced and not current.taken:
-            raise UsageError(
-                "the DataLoader's class gives out batches of an iterator that it made before "
-                "lite.setup_dataloaders, so they can't be split over the ranks; use a plain DataLoader "
-                "(persistent_workers=True keeps its workers alive)."
-            )
-        return chain(first, batches)
-
-    def _count(self, batches: Iterator[Any], current: Pass) -> Iterator[Any]:
-        for batch in self._started(batches, current):
-            current.consumed += 1
-            yield batch
-        current.finished = True
-
-    def _weigh(self, batches: Iterator[Any], current: Pass) -> Iterator[Any]:
-        weight, tell = self._weight, self._sliced and not self._own_iter
-        outer = weight.outer()
-        try:
-            for number, batch in enumerate(self._started(batches, current)):
-                if tell:
-                    self._tell(current, number)
-                current.consumed += 1
-                yield batch
-        except GeneratorExit:
-            weight.leave()
-            if outer is not None:
-                weight.back_to(outer)
-            raise
-        weight.end(bool(current.ragged) and current.ahead)
-        if outer is not None:
-            weight.back_to(outer)
-        current.finished = True
-
-    def _tell(self, current: Pass, number: int) -> None:
-        """The batch with that number is the current one."""
-        weight = self._weight
-        if number and weight.uses == current.uses:
-            current.ahead = True
-        current.uses, before = weight.uses, current.uses
-        weight.clear()
-        other, weight.giver = weight.giver, current
-        share = current.ragged.get(number)
-        if share is None:
-            return
-        weight.set(share)
-        if other not in (None, current) and not other.finished and other.uses == weight.uses and weight.owed:
-            warnings.warn(
-                "one step draws from two loaders, and this one's batch is ragged: its weight goes to the loss of both. "
-                "Use drop_last=True, or give lite.backward or lite.accumulate a weight.",
-                stacklevel=4,
-            )
-        if current.ahead and before != current.began:
-            warnings.warn(
-                "the loop took a batch from the loader before it had used the one before it, and the last batch is "
-                "ragged: its weight may go to the wrong one. Where the loop looks one batch ahead, use drop_last=True, "
-                "lite.accumulate's weight, or len(loader) to know the last batch.",
-                stacklevel=4,
-            )
-
-    def _unpack(self, batches: Iterator[Any]) -> Iterator[Any]:
-        weight, current = self._weight, self._pass
-        assert current is not None
-        first = None
-        for batch, share, fingerprint, state in batches:
-            if fingerprint is not None:
-                first = fingerprint if first is None else first
-                check_unsplit(fingerprint, first)
-                check_same_stream(fingerprint, self._sync)
-            if batch is None:
-                continue
-            weight.clear()
-            if share is not None:
-                current.ragged[current.consumed] = share
-                weight.set(share)
-            current.stream = state
-            yield batch
-
-    def _compare(self, batches: Iterator[Any]) -> Iterator[Any]:
-        first = next(batches, None)
-        warn_if_same(first, self._shard.rank, self._sync)
-        if first is not None:
-            yield first
-            yield from batches
-
-    def _move(self, batches: Iterator[Any], device: torch.device) -> Iterator[Any]:
-        for batch in batches:
-            yield move_to_device(batch, device)
+    def watch(self, batches: Any) -> Any:
+        """The iterator that reads the batches, which a class that iterates in a way of its own goes through."""
+        return self._delivery.watch(batches, lambda: self._pass)
 
     # ---- its state
 
