@@ -312,6 +312,7 @@ class FailureWatch:
 
 def _own_client(store: Any) -> Any:
     """Another connection to the store's server: a thread that waits on one must not block the others."""
+    # Undocumented in torch, and checked with 2.13: what a PrefixStore prefixes, here the TCPStore that has the address.
     while hasattr(store, "underlying_store"):
         store = store.underlying_store
     if not isinstance(store, dist.TCPStore):  # type: ignore[attr-defined]
