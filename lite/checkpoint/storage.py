@@ -91,6 +91,12 @@ class Storage:
             file.flush()
             os.fsync(file.fileno())
 
+    def flush(self, path: str) -> None:
+        """Put a file's bytes on the disk."""
+        # Not by the lock's descriptor: safetensors 0.8 puts another file under the name that it is given.
+        with open(path, "r+b") as file:
+            os.fsync(file.fileno())
+
     def rename(self, old: str, new: str) -> None:
         """Give a file or folder another name beside it, over a file of that name, at once and durably."""
         with _freed_later(new):
@@ -122,9 +128,9 @@ class Storage:
         self.sweep(folder, name)
         beside = self.join(folder, f".{name}.{uuid.uuid4().hex}.tmp")
         try:
-            with self.lock(beside) as descriptor:
+            with self.lock(beside):
                 yield beside
-                os.fsync(descriptor)
+                self.flush(beside)
                 self.rename(beside, path)
         except BaseException:
             self.remove(beside)
