@@ -180,8 +180,11 @@ class FailureWatch:
         )
 
     def has_left(self, rank: int) -> bool:
-        """Whether `rank` has ended by itself, without an error."""
+        """Whether `rank` has ended by itself, without an error that it could tell."""
         return bool(self._client.check([f"{self.name}/left/{rank}"]))
+
+    def _how_left(self, rank: int) -> str:
+        return str(self._client.get(f"{self.name}/left/{rank}").decode())
 
     def close(self, *, linger: bool = True) -> None:
         """Stop watching: this process ends, or leaves the group. The hooks are what they were before."""
@@ -190,16 +193,18 @@ class FailureWatch:
         self._stop.set()
         self._thread.join(timeout=_NOTE_S)
         self.closed = True
+        # The code of a SystemExit is not known where the interpreter has dropped it unseen.
+        how = "by raising SystemExit" if self._hooks.script_was_left() else "without an error"
         self._hooks.close()
         collectives.set_explainer(None)
         atexit.unregister(self.close)
         if linger:
             with suppress(RuntimeError):  # the store is gone
-                self._leave()
+                self._leave(how)
 
-    def _leave(self) -> None:
+    def _leave(self, how: str) -> None:
         if not self._posted:
-            self._client.set(f"{self.name}/left/{self.rank}", "")
+            self._client.set(f"{self.name}/left/{self.rank}", how)
         self._acknowledge()
         deadline = time.monotonic() + _LINGER_S
         while self._hosts and time.monotonic() < deadline:
@@ -241,9 +246,9 @@ class FailureWatch:
             time.sleep(0.05)
         self._told = True
         if left:
+            ends = "; ".join(f"rank {rank} had ended already, {self._how_left(rank)}" for rank in left)
             return PeerError(
-                f"rank {', '.join(map(str, left))} had ended already, without an error, while this rank was still in a "
-                f"collective; every rank must make the same calls. ({text})"
+                f"{ends}, while this rank was still in a collective; every rank must make the same calls. ({text})"
             )
         return PeerError(
             "another rank vanished without a word in the middle of a collective: killed (by the kernel, out of memory, "
@@ -261,7 +266,7 @@ class FailureWatch:
                 if self._client.check([key]):
                     answers[rank] = self._client.get(key).decode()
                 elif self.has_left(rank):
-                    answers[rank] = "ended already, without an error"
+                    answers[rank] = f"ended already, {self._how_left(rank)}"
             time.sleep(0.02)
         silent = "no answer: its process is gone, or its Python is blocked"
         return [(rank, answers.get(rank, silent)) for rank in range(self.world_size)]

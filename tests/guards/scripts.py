@@ -57,6 +57,8 @@ def train(what: str) -> None:
                 raise ValueError("boom before")
             if bad and what == "exit":
                 sys.exit(3)
+            if bad and what == "raise":
+                raise SystemExit(3)
             if bad and what == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             if bad and what == "early":
