@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from lite import CheckpointError, ConfigError, Lite
@@ -238,6 +239,56 @@ def test_training_communicates_while_a_directory_is_written(tmp_path: Path) -> N
     expected = float(sum(2 * n + 1 for n in range(200)) + 400)
     assert run_distributed(_train_meanwhile, str(tmp_path / "a")) == [expected, expected]
     assert Lite(accelerator="cpu").load(tmp_path / "a")["w"].sum() == 1000
+
+
+def _given_back(path: str) -> list[Any]:
+    told: list[Any] = []
+    real = dist.destroy_process_group
+
+    def destroy(group: Any = None) -> None:
+        told.append("default" if group is None else "its own")
+        real(group)
+
+    dist.destroy_process_group = destroy  # type: ignore[assignment]
+    try:
+        lite = Lite(accelerator="cpu")
+        for number in range(3):
+            assert lite.save(path, {"n": number}, async_save=True)
+            if number == 0:
+                lite.teardown()
+        lite.wait_for_save()
+        lite.strategy.close()
+    finally:
+        dist.destroy_process_group = real  # type: ignore[assignment]
+    return told
+
+
+def test_the_group_of_background_saves_goes_before_the_default_one(tmp_path: Path) -> None:
+    """At teardown, after which another save makes a new one, and at the end of the job."""
+    assert run_distributed(_given_back, str(tmp_path / "a")) == [["its own", "its own", "default"]] * 2
+
+
+UNFINISHED = """
+import sys, time, torch
+from lite import Lite
+from lite.checkpoint.storage import Storage
+
+def train(lite, path):
+    real = Storage.create
+    Storage.create = lambda *args: time.sleep(0.5) or real(*args)
+    lite.save(path, {"w": torch.ones(3)}, async_save=True)
+
+if __name__ == "__main__":
+    Lite(accelerator="cpu", devices=2, strategy="ddp_fork").launch(train, sys.argv[1])
+"""
+
+
+def test_a_launched_function_may_return_before_its_save_is_written(tmp_path: Path) -> None:
+    """The process waits for it, without a warning, before it leaves the group."""
+    (tmp_path / "script.py").write_text(UNFINISHED)
+    done = run_python(tmp_path / "script.py", str(tmp_path / "a"))
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    assert Lite(accelerator="cpu").load(tmp_path / "a")["w"].tolist() == [1, 1, 1]
 
 
 @pytest.mark.gpu
