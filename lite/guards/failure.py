@@ -25,6 +25,7 @@ from typing import Any
 import torch.distributed as dist
 
 from lite import collectives
+from lite.checkpoint.background import wait_for_all
 from lite.errors import LiteError, PeerError
 from lite.guards.hooks import Hooks
 
@@ -32,6 +33,7 @@ POLL_S = 0.5
 _NOTE_S = 2.0  # how long a rank whose communication broke waits for another's note
 _GRACE_S = 5.0  # how long a rank may go on after another one has failed
 _CLEANUP_S = 30.0  # how long it may take to end once it knows
+_SAVE_S = 300.0  # how long a background save may then take: a whole checkpoint is worth it
 _LINGER_S = 3.0  # how long the rank that hosts the store stays for the others
 _MAX_CHARS = 20_000
 
@@ -294,7 +296,7 @@ class FailureWatch:
             self._end_soon(self.failure)
 
     def _end_soon(self, failure: Failure) -> None:
-        """Give the user's thread time to end by itself, then raise in it, then end the process."""
+        """Give the user's thread time to end by itself, then raise in it, then end the process, but for its save."""
         if self._stop.wait(_GRACE_S):
             return
         if not self._told:
@@ -304,6 +306,13 @@ class FailureWatch:
                 return
         if self._told and self._stop.wait(_CLEANUP_S):
             return
+        if not wait_for_all(0.0):
+            print(
+                f"[rank {self.rank}] lite waits up to {_SAVE_S:.0f} s for a checkpoint that is being written.",
+                file=sys.stderr,
+                flush=True,
+            )
+            wait_for_all(_SAVE_S)
         print(f"[rank {self.rank}] lite ends this process: it did not end by itself.", file=sys.stderr, flush=True)
         os._exit(1)
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from lite import CheckpointError, ConfigError, Lite
+from lite.checkpoint.background import Background, wait_for_all
 from lite.checkpoint.staging import Staging
 from lite.checkpoint.tree import walk
 from tests.checkpoint.parts import equal, resume, step, train_and_save, training
@@ -239,6 +240,16 @@ def test_training_communicates_while_a_directory_is_written(tmp_path: Path) -> N
     expected = float(sum(2 * n + 1 for n in range(200)) + 400)
     assert run_distributed(_train_meanwhile, str(tmp_path / "a")) == [expected, expected]
     assert Lite(accelerator="cpu").load(tmp_path / "a")["w"].sum() == 1000
+
+
+def test_a_write_that_does_not_end_is_waited_for_no_longer_than_asked() -> None:
+    """By whoever must end the process; what has ended needs no waiting."""
+    background, gate = Background(), threading.Event()
+    background.start(lambda: gate.wait(30) and None)
+    assert not wait_for_all(0.05)
+    gate.set()
+    assert wait_for_all(30)
+    assert wait_for_all()
 
 
 def _given_back(path: str) -> list[Any]:

@@ -46,6 +46,15 @@ def test_a_rank_that_sleeps_is_woken() -> None:
     assert "rank 0 cleans up" in zero.stdout
 
 
+def test_a_background_save_is_finished_before_the_process_is_ended(tmp_path: Path) -> None:
+    """Its whole checkpoint would be lost with it."""
+    zero, _ = run_ranks(SCRIPT, "save", str(tmp_path / "a.ckpt"))
+    assert zero.returncode == 1 and "lite ends this process" in zero.stderr, zero.stderr
+    assert "lite waits up to 300 s for a checkpoint" in zero.stderr
+    assert Lite(accelerator="cpu").load(tmp_path / "a.ckpt")["w"].tolist() == [1, 1, 1]
+    assert [file.name for file in tmp_path.iterdir()] == ["a.ckpt"]
+
+
 def test_an_exit_code_is_a_failure_and_an_early_end_is_told_apart() -> None:
     """sys.exit(3), SystemExit(3), SIGKILL, and a script that simply ends: their own messages."""
     for what in ("exit", "raise"):
