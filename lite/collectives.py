@@ -10,6 +10,7 @@ import functools
 import io
 import pickle
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import torch
@@ -31,6 +32,7 @@ _IRREDUCIBLE = {
 
 
 F = TypeVar("F", bound=Callable[..., Any])
+_cpu_groups: list[Any] = []
 _explainer: Callable[[RuntimeError], Exception | None] | None = None
 
 
@@ -328,7 +330,18 @@ def any_rank(flag: bool, *, group: Any = None) -> bool:
 
 def new_cpu_group() -> Any:
     """A gloo group of all ranks, for what runs beside training. Collective: call on all ranks."""
-    return dist.new_group(backend="gloo")
+    group = dist.new_group(backend="gloo")
+    _cpu_groups.append(group)
+    return group
+
+
+def destroy_cpu_groups(*groups: Any) -> None:
+    """Give back groups that `new_cpu_group` made, those given or all: before the default group is destroyed."""
+    for group in groups or tuple(_cpu_groups):
+        with suppress(ValueError):  # the default group has taken it along
+            dist.destroy_process_group(group)
+        if group in _cpu_groups:
+            _cpu_groups.remove(group)
 
 
 @explained

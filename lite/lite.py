@@ -355,6 +355,7 @@ def _run_in_process(lite: Lite, fn: Callable[..., T], args: tuple[Any, ...], kwa
     strategy = lite.strategy
     try:
         value = fn(lite, *args, **kwargs)
+        lite._finish_saves()  # over the group that is about to go
     except BaseException as error:
         if isinstance(error, SystemExit) and error.code in (None, 0):
             strategy.close()

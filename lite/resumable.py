@@ -5,6 +5,7 @@ It decides when; how to save, load and agree it is told by the run that it belon
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 import time
@@ -78,6 +79,18 @@ class Resumable:
                 raise ConfigError(f"{name}={value!r} must be a whole number of at least 1.")
         if every_seconds is not None and not every_seconds > 0:
             raise ConfigError(f"every_seconds={every_seconds!r} must be a number of seconds above 0.")
+        if keep_every is not None and every_steps is not None and keep_every % every_steps:
+            nearest = max(1, round(keep_every / every_steps)) * every_steps
+            raise ConfigError(
+                f"keep_every={keep_every} is no multiple of every_steps={every_steps}: only every "
+                f"{math.lcm(keep_every, every_steps)}th step would be kept; use keep_every={nearest}."
+            )
+        if keep_every is not None and every_steps is None and every_seconds is not None:
+            warnings.warn(
+                f"keep_every={keep_every} keeps checkpoints of steps that it divides, but "
+                f"every_seconds={every_seconds} saves at any step, so that few or none are kept; set every_steps too.",
+                stacklevel=3,
+            )
         if on_error not in ("raise", "warn"):
             raise ConfigError(f"on_error={on_error!r} is not known; choose 'raise' or 'warn'.")
         if not isinstance(state, MutableMapping) or KEY in state:

@@ -25,6 +25,9 @@ from lite.renewal import renew
 
 # What torch.compile puts before the names within a compiled module.
 _COMPILED = "_orig_mod."
+# What torch's optimizers keep of a parameter's own shape, and Adafactor of its rows and columns.
+_MOMENTS = {"acc_delta", "ax", "exp_avg", "exp_avg_sq", "exp_inf", "grad_avg", "max_exp_avg_sq", "momentum_buffer"}
+_MOMENTS |= {"prev", "square_avg", "step_size", "sum", "variance", "row_var", "col_var"}
 Filter = Mapping[str, Callable[[str, Any], bool]]
 
 
@@ -140,6 +143,8 @@ def restore_object(target: Any, loaded: Any, name: str, *, strict: bool) -> Load
     try:
         if isinstance(target, nn.Module):
             return load_module(target, loaded, name, strict=strict)
+        if isinstance(target, torch.optim.Optimizer):
+            _check_optimizer_shapes(target, loaded, name)
         target.load_state_dict(loaded)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         if isinstance(error, CheckpointError):
@@ -148,6 +153,35 @@ def restore_object(target: Any, loaded: Any, name: str, *, strict: bool) -> Load
             f"the checkpoint's {name!r} does not fit {type(target).__name__}: {type(error).__name__}: {error}"
         ) from error
     return LoadReport()
+
+
+def _check_optimizer_shapes(optimizer: torch.optim.Optimizer, loaded: Mapping[str, Any], name: str) -> None:
+    """Refuse moments of another shape than their parameters, which torch takes and fails at in the next step."""
+    saved, groups = loaded["param_groups"], optimizer.param_groups
+    counts = [[len(group["params"]) for group in side] for side in (saved, groups)]
+    if counts[0] != counts[1] or not _is_torchs(optimizer):
+        return  # of other counts torch's own error tells
+    numbers = (number for group in saved for number in group["params"])
+    parameters = (parameter for group in groups for parameter in group["params"])
+    for position, (number, parameter) in enumerate(zip(numbers, parameters, strict=True)):
+        shape = tuple(parameter.shape)
+        others = {"row_var": (*shape[:-1], 1), "col_var": (*shape[:-2], 1, *shape[-1:])}
+        for entry, value in loaded["state"].get(number, {}).items():
+            if entry not in _MOMENTS or not isinstance(value, torch.Tensor) or value.ndim == 0:
+                continue
+            if tuple(value.shape) != others.get(entry, shape):
+                raise CheckpointError(
+                    f"the checkpoint's {name!r} does not fit {type(optimizer).__name__}: its {entry} for parameter "
+                    f"{position} (counted from 0, over all groups) has shape {list(value.shape)}, but the parameter "
+                    f"here has {list(shape)}. Give the optimizer the same parameters in the same order as when it was "
+                    f"saved, or leave {name!r} out of state."
+                )
+
+
+def _is_torchs(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether torch's own code takes its steps: others may keep moments in shapes of their own."""
+    kinds = [kind.__module__ for kind in type(optimizer).__mro__ if "step" in vars(kind)]
+    return next(kind for kind in kinds if not kind.startswith("lite.")).startswith("torch.optim")
 
 
 def module_state(module: nn.Module) -> dict[str, Any]:

@@ -335,9 +335,17 @@ def test_wrong_arguments_are_refused(tmp_path: Path) -> None:
         ({"every_seconds": -1}, "every_seconds=-1"),
         ({"keep_last": True}, "keep_last=True"),
         ({"on_error": "ignore"}, "on_error='ignore'"),
+        (
+            {"every_steps": 4, "keep_every": 6},
+            "keep_every=6 .* every_steps=4: only every 12th step .* use keep_every=8",
+        ),
+        ({"every_steps": 9, "every_seconds": 1, "keep_every": 2}, "keep_every=2 .* every_steps=9: .* use keep_every=9"),
     ):
         with pytest.raises(ConfigError, match=words):
             lite.resumable({}, tmp_path, signals=(), **options)
+    with pytest.warns(UserWarning, match="keep_every=6 .* every_seconds=5 saves at any step") as warned:
+        lite.resumable({}, tmp_path, signals=(), every_seconds=5, keep_every=6).close()
+    assert warned[0].filename == __file__
     with pytest.raises(ConfigError, match="without the name 'resumable'"):
         lite.resumable({"resumable": 1}, tmp_path, signals=())
 

@@ -1,9 +1,11 @@
-"""Reading sharded checkpoints, lite's and torch.distributed.checkpoint's own: checked, and without running code."""
+"""Reading sharded checkpoints, lite's and torch.distributed.checkpoint's own: without running code unless asked to.
+
+Only lite's own have checksums.
+"""
 
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -11,11 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
+
+# Private in torch, and checked with 2.13: a part of a file as a file of its own, as torch's own reader reads it.
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from lite.checkpoint import directory_format as names
 from lite.checkpoint import manifest as about
 from lite.checkpoint import tree
+from lite.checkpoint.file import log_that_code_is_run, unpickle
 from lite.checkpoint.storage import Storage, locate
 from lite.errors import CheckpointError
 
@@ -26,12 +31,14 @@ def load_directory(path: str | os.PathLike[str], *, verify: bool = True, weights
     Args:
         path: The directory.
         verify: Whether every file's checksum is compared first; only lite's own have them.
-        weights_only: False runs whatever code the checkpoint brings.
+        weights_only: False runs whatever code the checkpoint's parts bring, though not its index; it is logged.
 
     Raises:
         CheckpointError: It is missing, damaged, or holds objects that only code could rebuild.
     """
     storage, folder, _ = locate(path)
+    if not weights_only:
+        log_that_code_is_run(path)
     where = storage.join(folder, names.INDEX)
     while True:
         before = storage.read(where) if storage.kind(where) == "file" else b""
@@ -50,22 +57,29 @@ def _load(storage: Storage, folder: str, verify: bool, weights_only: bool) -> di
         raise CheckpointError(f"{damage}. Nothing was read from the checkpoint {folder!r}.")
     tensors = read_tensors(storage, folder, index, weights_only=weights_only)
     if index.save_id is None:
-        keys = index.metadata.planner_data or {}
-        return _unflatten(tensors, keys)
+        try:
+            return _unflatten(tensors, index.metadata.planner_data or {})
+        except (AttributeError, TypeError) as error:
+            raise CheckpointError(f"path={folder!r} is damaged: its index has no places for its names") from error
     plain_path = storage.join(folder, names.plain_name(index.save_id))
     try:
         with storage.open(plain_path) as file:
-            plain = torch.load(file, map_location="cpu", weights_only=weights_only)
+            plain = unpickle(file, plain_path, weights_only=weights_only)
         content = tree.join(plain["rest"], tensors, plain["places"])
         return {**content, about.KEY: plain[about.KEY]}
+    except CheckpointError:
+        raise
     except Exception as error:
-        raise CheckpointError(f"path={plain_path!r} is damaged or holds more than plain data: {error}") from error
+        raise CheckpointError(f"path={plain_path!r} is damaged: {error}") from error
 
 
 def read_tensors(storage: Storage, folder: str, index: names.Index, *, weights_only: bool = True) -> dict[str, Any]:
-    """Every tensor of the checkpoint, whole and on the CPU, by the name it has there.
+    """Every entry of the index, by the name it has there: tensors whole and on the CPU.
 
-    Targets that are sharded themselves are to be read in place, part by part, from the same index.
+    torch.distributed.checkpoint's own directories have plain values there, too.
+
+    Raises:
+        CheckpointError: An entry is damaged, or holds objects that only code could rebuild.
     """
     tensors: dict[str, Any] = {}
     with ExitStack() as stack:
@@ -77,13 +91,8 @@ def read_tensors(storage: Storage, folder: str, index: names.Index, *, weights_o
             if name not in files:
                 files[name] = stack.enter_context(storage.open(storage.join(folder, name)))
             view: Any = _create_file_view(files[name], info.offset, info.length)
-            try:
-                return torch.load(view, map_location="cpu", weights_only=weights_only)
-            except pickle.UnpicklingError as error:
-                raise CheckpointError(
-                    f"path={storage.join(folder, name)!r} holds more than plain data for {key.fqn!r}, or is damaged: "
-                    f"{error}"
-                ) from error
+            where = storage.join(folder, name)
+            return unpickle(view, where, weights_only=weights_only, part=f" for {key.fqn!r}")
 
         for name, stored in index.metadata.state_dict_metadata.items():
             try:

@@ -19,6 +19,9 @@ from torch import Tensor
 from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+
+# Private in torch, and checked with 2.13: torch's own reader wants `_StorageInfo` in an index, its planner hands on
+# `_StoragePrefix`, and `_save_state_dict` has the `no_dist` that `dcp.save` lacks in torch 2.6.
 from torch.distributed.checkpoint.filesystem import _StorageInfo, _StoragePrefix
 from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.checkpoint.state_dict_saver import _save_state_dict

@@ -43,7 +43,7 @@ def gather(content: dict[str, Any], state: Mapping[str, Any], *, rng: bool) -> l
 
 
 def pick(loaded: dict[str, Any], state: Mapping[str, Any]) -> None:
-    """Leave this rank's part alone in the entries that `state` asks for.
+    """Put this rank's part in the place of all ranks' parts, in the entries that `state` asks for; changes `loaded`.
 
     Raises:
         CheckpointError: It was saved by another number of processes.

@@ -31,7 +31,11 @@ def read(
 
 
 def damage(path: str | os.PathLike[str]) -> str | None:
-    """What is wrong with the bytes of a checkpoint, or None when it is whole. Nothing is unpickled.
+    """What is wrong with the bytes of a checkpoint, or None when it is whole.
+
+    Of a directory the index alone is unpickled, which makes nothing but an index; of a file nothing is. What has no
+    checksums can't be told to be whole: of a directory that torch.distributed.checkpoint wrote by itself, the files'
+    lengths are all there is to look at.
 
     Raises:
         CheckpointError: There is nothing, or its index is damaged.
@@ -46,14 +50,14 @@ def damage(path: str | os.PathLike[str]) -> str | None:
 
     index = names.read_index(storage, target, verify=True)
     if index.save_id is None:
-        return None
+        return names.damage_in_lengths(storage, target, index)
     return names.damage_in_files(storage, target, index)
 
 
 def remove(path: str | os.PathLike[str]) -> None:
     """Remove a checkpoint, if it is there: a directory's index first, so that no reader finds a part of it.
 
-    Other files in the directory stay, and the directory with them.
+    Other files in the directory stay, and the directory with them; so do those of a save that still runs.
     """
     storage, target, _ = locate(path)
     kind = storage.kind(target)

@@ -129,6 +129,7 @@ def _copy(loader: DataLoader[Any]) -> DataLoader[Any]:
     """The same loader once more; what it was given is shared, a running iterator is not."""
     twin = object.__new__(type(loader))
     twin.__dict__.update(loader.__dict__)
+    # Private in torch, and checked with 2.13: where a DataLoader keeps the iterator of its persistent workers.
     twin.__dict__["_iterator"] = None
     return twin
 

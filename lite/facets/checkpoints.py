@@ -301,10 +301,12 @@ class Checkpoints(Facet):
             warnings.warn(f"not everything in path={str(path)!r} was loaded: {report}", stacklevel=3)
 
     def _finish_saves(self) -> None:
-        """Wait for this rank's background save and raise its error; what `teardown` does."""
+        """Wait for this rank's background save, give its group back and raise its error; what `teardown` does."""
         if self._background is not None:
             self._background.wait()
             error = self._background.take_error()
+            if "group" in self._background.keep:
+                collectives.destroy_cpu_groups(self._background.keep["group"])
             self._background = None
             if error is not None:
                 raise error

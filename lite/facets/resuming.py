@@ -51,7 +51,7 @@ class Resuming(BetweenRanks, Checkpoints, Guards):
             every_steps: Save after every so many steps.
             every_seconds: Save when so many seconds have passed, by rank 0's clock.
             keep_last: How many to keep; an older one is removed when the next one is whole.
-            keep_every: Keep those of every so-manieth step for good.
+            keep_every: Keep those of every so-manieth step for good: a multiple of `every_steps`.
             async_save: Write in the background, while training goes on.
             sharded: Write directories, of which every rank writes its part, instead of files.
             signals: What lets the run save and end; () for none. None is SIGTERM and SIGUSR1, where this is the main

@@ -15,6 +15,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 from torch.optim import Optimizer
 
+from lite import collectives
 from lite.environments.base import Environment, check_company
 from lite.errors import ConfigError, choose
 from lite.first_rank import refuse_alone
@@ -162,6 +163,7 @@ class DDPStrategy(Strategy):
         return self._engines is None or all(engine.gradients_agree for engine in self._engines)
 
     def close(self) -> None:
+        collectives.destroy_cpu_groups()
         if self._owns_group and dist.is_initialized():
             gloo = "gloo" in dist.get_backend()
             dist.destroy_process_group()

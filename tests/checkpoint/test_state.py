@@ -255,6 +255,50 @@ def test_what_does_not_fit_is_named(tmp_path: Path, suffix: str) -> None:
         lite.load(path, {"model": torch.optim.SGD(MLP().parameters(), lr=0.1)})
 
 
+OPTIMIZERS: dict[str, Any] = {
+    "Adadelta": {}, "Adafactor": {}, "Adagrad": {}, "Adam": {"amsgrad": True}, "AdamW": {}, "Adamax": {}, "ASGD": {},
+    "LBFGS": {}, "NAdam": {}, "RAdam": {}, "RMSprop": {"momentum": 0.9, "centered": True}, "Rprop": {},
+    "SGD": {"momentum": 0.9},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_moments_of_another_shape_are_refused(tmp_path: Path, kind: str) -> None:
+    """By the optimizer's name, the parameter's position and both shapes, also with strict=False; the right ones fit."""
+    lite = Lite(accelerator="cpu")
+
+    def make(width: int, *, swapped: bool = False) -> Any:
+        sizes = [(3,), (2, width)]
+        parameters = [nn.Parameter(torch.ones(size)) for size in (reversed(sizes) if swapped else sizes)]
+        optimizer = getattr(torch.optim, kind)(parameters, lr=0.1, **OPTIMIZERS[kind])
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        return optimizer
+
+    optimizer = make(4)
+    optimizer.step(lambda: torch.tensor(1.0)) if kind == "LBFGS" else optimizer.step()
+    lite.save(tmp_path / "a.ckpt", {"opt": optimizer})
+    lite.load(tmp_path / "a.ckpt", {"opt": make(4)})
+    if kind == "LBFGS":  # its vectors are of all parameters together
+        return
+    with pytest.raises(CheckpointError, match=r"'opt' does not fit .*parameter 0 .*\[3\].* here has \[2, 4\]"):
+        lite.load(tmp_path / "a.ckpt", {"opt": make(4, swapped=True)})
+    stored = r"\[1, 4\]" if kind == "Adafactor" else r"\[2, 4\]"  # which keeps rows and columns alone
+    with pytest.raises(CheckpointError, match=rf"'opt' does not fit .*parameter 1 .*{stored}.* here has \[2, 5\]"):
+        lite.load(tmp_path / "a.ckpt", {"opt": make(5)}, strict=False)
+    if kind == "Adam":
+        other = make(5)
+        other.__class__ = LowRank
+        lite.load(tmp_path / "a.ckpt", {"opt": other})
+
+
+class LowRank(torch.optim.Adam):
+    """An optimizer whose moments have shapes of its own."""
+
+    def step(self, closure: Any = None) -> Any:
+        raise NotImplementedError
+
+
 def test_a_loose_load_reports_what_did_not_fit(tmp_path: Path) -> None:
     """strict=False warns, and keeps the names of what was missing and unexpected."""
     lite = Lite(accelerator="cpu")
