@@ -148,7 +148,8 @@ class Iteration:
         """Plain values: how far the user's loop has come; the same on all ranks unless `per_rank`."""
         current = self._next or self._pass
         size = 1 if self._sampler is None else self._sampler.group_size
-        state = {"version": _VERSION, "epoch": self.epoch, "size": size, "length": _length(self._dataset)}
+        length, order = _length(self._dataset), self._order()
+        state = {"version": _VERSION, "epoch": self.epoch, "size": size, "length": length, "order": order}
         if current is None or current.finished:
             # What the next epoch begins with, where it is not in the global generators.
             generators = RandomState.capture(self._generators, torch_only=True)
@@ -208,6 +209,12 @@ class Iteration:
                 f"the loader's state is of a dataset with {state['length']} samples, but this one has {length}; its "
                 "position means nothing here. Leave the loader out of what is loaded to begin the data anew."
             )
+        if "items" in state and state["order"] != self._order():
+            raise CheckpointError(
+                f"the loader's state is of an order by {state['order']}, but this loader's is by {self._order()}; its "
+                "position means nothing in that. Give the loader the sampler that it had, or leave it out of what is "
+                "loaded to begin the data anew."
+            )
         self._pass = self._moment = None
         self.epoch = state["epoch"]
         if "items" not in state:
@@ -233,6 +240,10 @@ class Iteration:
         )
         self._restore_samplers(current.start.samplers, current.start.epochs)
         self._next = current
+
+    def _order(self) -> str | None:
+        """What the samples' order comes from: the class of the user's sampler."""
+        return None if self._sampler is None else type(self._sampler.sampler).__qualname__
 
     def _begin_from(self, rest: dict[str, Any]) -> None:
         """Take over what the next epoch begins with."""

@@ -357,11 +357,13 @@ def test_another_global_batch_keeps_the_samples_and_says_so() -> None:
 
 
 def test_a_state_that_does_not_fit_is_refused() -> None:
-    """Another dataset; a sampler that would yield other samples than before."""
+    """Another dataset; another sampler, or one that would yield other samples than before."""
     loader = prepare(DataLoader(range(10), batch_size=2))
     next(iter(loader))
     with pytest.raises(CheckpointError, match="10 samples, but this one has 11"):
         prepare(DataLoader(range(11), batch_size=2)).load_state_dict(loader.state_dict())
+    with pytest.raises(CheckpointError, match="by SequentialSampler, but this loader's is by RandomSampler"):
+        prepare(DataLoader(range(10), batch_size=2, shuffle=True)).load_state_dict(loader.state_dict())
     loader = prepare(DataLoader(range(50), batch_size=2, sampler=OwnGenerator(0, hidden=True)))
     next(iter(loader))
     other = prepare(DataLoader(range(50), batch_size=2, sampler=OwnGenerator(1, hidden=True)))
