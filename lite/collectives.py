@@ -9,8 +9,8 @@ from __future__ import annotations
 import functools
 import io
 import pickle
+import weakref
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any, TypeVar
 
 import torch
@@ -32,7 +32,7 @@ _IRREDUCIBLE = {
 
 
 F = TypeVar("F", bound=Callable[..., Any])
-_cpu_groups: list[Any] = []
+_cpu_groups: dict[Any, Callable[[], Any]] = {}  # and, weakly, the default group beside which each was made
 _explainer: Callable[[RuntimeError], Exception | None] | None = None
 
 
@@ -331,17 +331,16 @@ def any_rank(flag: bool, *, group: Any = None) -> bool:
 def new_cpu_group() -> Any:
     """A gloo group of all ranks, for what runs beside training. Collective: call on all ranks."""
     group = dist.new_group(backend="gloo")
-    _cpu_groups.append(group)
+    _cpu_groups[group] = weakref.ref(dist.group.WORLD)
     return group
 
 
 def destroy_cpu_groups(*groups: Any) -> None:
     """Give back groups that `new_cpu_group` made, those given or all: before the default group is destroyed."""
     for group in groups or tuple(_cpu_groups):
-        with suppress(ValueError):  # the default group has taken it along
+        default = _cpu_groups.pop(group, lambda: None)()
+        if default is not None and default is dist.group.WORLD:  # else it has taken the others along
             dist.destroy_process_group(group)
-        if group in _cpu_groups:
-            _cpu_groups.remove(group)
 
 
 @explained

@@ -415,21 +415,13 @@ def test_another_number_of_processes_goes_on_with_the_same_samples(tmp_path: Pat
     assert seen == [batch for _, batch, _ in whole[:4]]
 
 
-def test_killed_runs_equal_the_one_that_was_left_alone() -> None:
-    """Bit for bit, wherever SIGKILL strikes: all processes or one, at any moment, during a save, also in background."""
-    done = run_python(
-        "-m",
-        "benchmarks.kill_drill",
-        "--rounds",
-        "5",
-        "--kills",
-        "1",
-        "--seed",
-        str(time.time_ns() % 1000),
-        timeout=600,
-    )
+@pytest.mark.parametrize(("num_processes", "num_kinds"), [(1, 4), (2, 8)])
+def test_killed_runs_equal_the_one_that_was_left_alone(num_processes: int, num_kinds: int) -> None:
+    """Bit for bit, whenever SIGKILL strikes, all or one: also during a save, in the background, of a directory."""
+    size = ["--processes", num_processes, "--rounds", num_kinds, "--kills", "1"]
+    done = run_python("-m", "benchmarks.kill_drill", *map(str, size), timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("5 of 5 rounds equal") == 2
+    assert f"{num_kinds} of {num_kinds} rounds equal" in done.stdout and done.stdout.startswith("seed "), done.stdout
 
 
 RESTARTED = """
