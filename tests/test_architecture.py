@@ -14,6 +14,7 @@ LITE = Path(__file__).resolve().parents[1] / "lite"
 LAYERS = [
     {"errors", "disguise"},
     {"state", "seed", "nesting", "agreement", "first_rank"},
+    {"sharded"},
     {"collectives"},
     {"launchers", "environments", "accelerators", "precision", "checkpoint", "loggers", "data"},
     {"strategies", "wrapping"},
