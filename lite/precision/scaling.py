@@ -76,7 +76,7 @@ class LossScaling:
         # torch 2.13: the scaler refuses DTensors of several meshes, and plain gradients beside them.
         assert self._agree is not None
         groups = optimizer.param_groups
-        optimizer.param_groups = [{"params": [_Part(grad) for grad in grads]}]
+        optimizer.param_groups = [{"params": [_holder(grad) for grad in grads]}]
         try:
             self.scaler.unscale_(optimizer)
         finally:
@@ -166,11 +166,11 @@ class LossScaling:
         self._accepted.clear()
 
 
-class _Part:
+def _holder(grad: Tensor) -> Tensor:
     """Stands for a parameter, of whose gradient this rank has a part."""
-
-    def __init__(self, grad: Tensor) -> None:
-        self.grad = grad
+    holder = grad.detach()
+    holder.grad = grad
+    return holder
 
 
 def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
