@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lite.state import like
 
@@ -87,6 +88,10 @@ def gather(content: Any, *, keep: bool) -> Any:
     return content
 
 
-def parts_of(module: nn.Module) -> bool:
-    """Whether a parameter or buffer of the module is sharded."""
-    return any(is_sharded(t) for t in (*module.parameters(), *module.buffers()))
+def holds_parts(target: Any) -> bool:
+    """Whether it is a module or an optimizer of which a tensor is sharded."""
+    if isinstance(target, nn.Module):
+        return any(is_sharded(t) for t in (*target.parameters(), *target.buffers()))
+    if isinstance(target, Optimizer):
+        return any(is_sharded(p) for group in target.param_groups for p in group["params"])
+    return False

@@ -17,7 +17,6 @@ import torch
 
 from lite.checkpoint.checksum import damage_in_zip
 from lite.checkpoint.storage import Storage, locate
-from lite.checkpoint.tree import walk
 from lite.errors import CheckpointError
 
 _log = logging.getLogger("lite")
@@ -57,27 +56,16 @@ def check_is_no_folder(path: str | os.PathLike[str]) -> None:
         )
 
 
-def check_has_no_shards(content: dict[str, Any]) -> None:
-    """Refuse tensors of which this rank has only a part: rank 0 alone writes a file.
-
-    Raises:
-        CheckpointError: There is one; the message names it.
-    """
-    for name, value in walk(content).items():
-        if isinstance(value, torch.Tensor) and hasattr(value, "device_mesh"):
-            raise CheckpointError(
-                f"{name} is sharded over the ranks, and one file is written by rank 0 alone; save to a path without a "
-                "suffix, which every rank writes a part of, or gather it first."
-            )
-
-
-def load_file(path: str | os.PathLike[str], *, verify: bool = True, weights_only: bool = True) -> dict[str, Any]:
+def load_file(
+    path: str | os.PathLike[str], *, verify: bool = True, weights_only: bool = True, mapped: bool = False
+) -> dict[str, Any]:
     """Read what `save_file` (or any `torch.save` of a dict) wrote, onto the CPU.
 
     Args:
         path: The file.
         verify: Whether every record's checksum is compared first, before anything is unpickled.
         weights_only: False runs whatever code the file brings; it is logged.
+        mapped: Whether tensors stay in a local file, and are read from it as they are used.
 
     Raises:
         CheckpointError: There is no such file, it is damaged, or it holds objects that only code could rebuild.
@@ -94,7 +82,7 @@ def load_file(path: str | os.PathLike[str], *, verify: bool = True, weights_only
                 content = None if damage else _unpickle(io.BytesIO(view), weights_only)
         else:
             damage = damage_in_file(storage, target) if verify else None
-            content = None if damage else _unpickle(target, weights_only)
+            content = None if damage else _unpickle(target, weights_only, mapped and _is_archive(storage, target))
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"path={str(path)!r} holds more than plain data, or is damaged: {error}") from error
     except Exception as error:
@@ -125,8 +113,13 @@ def reason(error: BaseException) -> str:
     return str(error) or type(error).__name__
 
 
-def _unpickle(source: Any, weights_only: bool) -> Any:
-    return torch.load(source, map_location="cpu", weights_only=weights_only)
+def _unpickle(source: Any, weights_only: bool, mapped: bool = False) -> Any:
+    return torch.load(source, map_location="cpu", weights_only=weights_only, mmap=mapped)
+
+
+def _is_archive(storage: Storage, target: str) -> bool:
+    with storage.view(target) as view:
+        return bytes(view[:2]) == b"PK"
 
 
 def _beside(storage: Storage, target: str) -> str:
