@@ -89,9 +89,7 @@ def read_tensors(storage: Storage, folder: str, index: names.Index, *, weights_o
     return tensors
 
 
-def stored_tensors(
-    storage: Storage, folder: str, index: names.Index, *, weights_only: bool = True
-) -> dict[str, Any]:
+def stored_tensors(storage: Storage, folder: str, index: names.Index, *, weights_only: bool = True) -> dict[str, Any]:
     """Every tensor of the checkpoint by its name there, to be read when it is asked for."""
 
     def part(key: MetadataIndex) -> Any:

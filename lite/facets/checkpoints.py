@@ -81,7 +81,7 @@ class Checkpoints(Facet):
         if self._agree(problem, is_busy):
             return False
         assert content is not None
-        if not is_folder and self.strategy.shards:
+        if not is_folder and self.world_size > 1:
             content = gather(content, keep=self.is_global_zero)
         content[manifest.KEY] = self._manifest(content, state, rng)
         if async_save:

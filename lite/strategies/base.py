@@ -108,6 +108,9 @@ class Strategy:
         """What to do about torch's error in a backward, where the strategy knows."""
         return None
 
+    def check_new_optimizer(self, optimizer: Optimizer) -> None:
+        """Refuse an optimizer that can't train what `wrap` makes, while everything is as the user made it."""
+
     def check_optimizer(self, optimizer: Optimizer) -> None:
         """Refuse an optimizer with parameters whose gradients would not be synchronised."""
 

@@ -216,12 +216,13 @@ class ShardedStrategy(Strategy):
             if former or held & engine.names.keys():
                 engine.adopt(optimizer)
 
-    def check_optimizer(self, optimizer: Optimizer) -> None:
+    def check_new_optimizer(self, optimizer: Optimizer) -> None:
         from lite.strategies.repointing import check_fit
 
-        if self._world_size == 1:
-            return
-        check_fit(optimizer, self.name)
+        if self._world_size > 1:
+            check_fit(optimizer, self.name)
+
+    def check_optimizer(self, optimizer: Optimizer) -> None:
         known: set[int] = set().union(*(engine.names for engine in self._engines()))
         held = [p for group in optimizer.param_groups for p in group["params"]]
         foreign = [p for p in held if id(p) not in known and self.successor(p) is None]

@@ -68,7 +68,7 @@ def law_two() -> dict[str, Any]:
         "bytes": sum(local(p).nbytes for p in model.parameters()),
         "loaded": str(model.load_state_dict(wanted)),
         "copy": told_any(lambda: copy.deepcopy(model)),
-        "log": records,
+        "log": list(records),
         "explain": lite.explain().splitlines()[-1],
     }
     # A plain model's weights go in, and come out.
@@ -369,7 +369,7 @@ def test_arguments_are_checked_before_any_process_starts() -> None:
 
 def test_the_repeated_layers_are_found() -> None:
     """Blocks in lists, ResNet-like stages, encoder and decoder; not single layers, not what shares weights."""
-    transformer = nn.Transformer(8, 2, num_encoder_layers=2, num_decoder_layers=3, dim_feedforward=8)
+    transformer = nn.Transformer(8, 2, num_encoder_layers=2, num_decoder_layers=3, dim_feedforward=8, batch_first=True)
     assert list(find_blocks(transformer)) == [
         *(f"encoder.layers.{i}" for i in range(2)),
         *(f"decoder.layers.{i}" for i in range(3)),
