@@ -21,7 +21,7 @@ from lite.state import Stateful
 from lite.strategies import DDPStrategy, SingleStrategy, Strategy
 
 if TYPE_CHECKING:
-    from lite.strategies import FSDPStrategy
+    from lite.strategies import FSDPStrategy, ModelParallelStrategy
 
 __version__ = "0.1.0"
 
@@ -35,6 +35,7 @@ __all__ = [
     "Lite",
     "LiteError",
     "MissingExtraError",
+    "ModelParallelStrategy",
     "NonFiniteError",
     "PeerError",
     "SingleStrategy",

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map
 
 from lite.state import like
 
@@ -86,6 +87,11 @@ def gather(content: Any, *, keep: bool) -> Any:
         items = [gather(item, keep=keep) for item in content]
         return items if isinstance(content, list) else tuple(items)
     return content
+
+
+def whole_tensors(data: Any) -> Any:
+    """Nested data with every DTensor put together. Collective over the ranks that have parts."""
+    return tree_map(lambda leaf: whole(leaf) if is_sharded(leaf) else leaf, data)
 
 
 def holds_parts(target: Any) -> bool:

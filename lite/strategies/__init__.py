@@ -11,8 +11,18 @@ from lite.strategies.ddp import DDPStrategy
 
 if TYPE_CHECKING:
     from lite.strategies.fsdp import FSDPStrategy
+    from lite.strategies.model_parallel import ModelParallelStrategy
 
-__all__ = ["STRATEGIES", "DDPStrategy", "Engine", "FSDPStrategy", "SingleStrategy", "Strategy", "strategy_factories"]
+__all__ = [
+    "STRATEGIES",
+    "DDPStrategy",
+    "Engine",
+    "FSDPStrategy",
+    "ModelParallelStrategy",
+    "SingleStrategy",
+    "Strategy",
+    "strategy_factories",
+]
 
 
 def _fsdp() -> Strategy:
@@ -50,8 +60,11 @@ class _Installed:
 
 
 def __getattr__(name: str) -> Any:
-    if name != "FSDPStrategy":
+    """What not every script uses is imported when it is."""
+    if name == "FSDPStrategy":
+        from lite.strategies.fsdp import FSDPStrategy as found
+    elif name == "ModelParallelStrategy":
+        from lite.strategies.model_parallel import ModelParallelStrategy as found  # type: ignore[assignment]
+    else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from lite.strategies.fsdp import FSDPStrategy
-
-    return FSDPStrategy
+    return found

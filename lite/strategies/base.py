@@ -60,6 +60,9 @@ class Strategy:
     shards: bool = False
     start_method: str = "spawn"
 
+    def check_world_size(self, world_size: int) -> None:
+        """Refuse a number of processes that doesn't fit the strategy's arguments, before any of them starts."""
+
     def connect(self, environment: Environment, device: torch.device) -> Any:
         """Join the job's processes. Collective: called on all ranks.
 

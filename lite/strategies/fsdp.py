@@ -108,6 +108,10 @@ class FSDPStrategy(ShardedStrategy):
     def blocks(self, module: nn.Module) -> dict[str, nn.Module]:
         return choose_blocks(module, self._auto_wrap, "auto_wrap")
 
+    def check_world_size(self, world_size: int) -> None:
+        if self._replicate_axis is not None and world_size > 1:
+            settle_sizes({"replicate_axis": self._replicate_axis, "ranks per replica": None}, world_size)
+
     def lay_out(self, device: torch.device, num_nodes: int) -> None:
         if self._sharding != "hybrid":
             self._mesh = make_mesh(device.type, {"shard": self._world_size})
@@ -193,6 +197,7 @@ def shard_over_data(
     reshard: bool | int | None,
     cpu_offload: bool = False,
     placed: bool = False,
+    replicated: bool = False,
 ) -> str:
     """Apply fully_shard to blocks, inner ones first, and to the whole. Collective: call on all ranks.
 
@@ -207,6 +212,7 @@ def shard_over_data(
         reshard: `reshard_after_forward`.
         cpu_offload: Whether parameters live on the CPU.
         placed: Whether the model is on the device, with rank 0's values.
+        replicated: Whether each part of `mesh` holds all of the weights instead, as under DDP.
 
     Returns:
         What was wrapped.
@@ -224,11 +230,20 @@ def shard_over_data(
                 if tensor.device != device and not hasattr(tensor, "device_mesh") and not tensor.is_meta:
                     tensor.data = tensor.data.to(device)
             broadcast_from_rank_0(part)
-        fully_shard(
-            part,
-            mesh=mesh,
-            reshard_after_forward=reshard,
-            mp_policy=policy(part is module),
-            offload_policy=offload,
-        )
+        options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy(part is module), "offload_policy": offload}
+        if replicated:
+            _replicate()(part, **options)
+        else:
+            fully_shard(part, reshard_after_forward=reshard, **options)
     return f"{described} and {name} itself" if blocks else f"{name} as a whole, in which no layers repeat"
+
+
+def _replicate() -> Any:
+    try:
+        from torch.distributed._composable.replicate_with_fsdp import replicate
+    except ImportError as error:
+        raise ConfigError(
+            f"sharded=False needs torch's replicate for meshes, which torch {torch.__version__} does not have; update "
+            "torch, or use sharded=True."
+        ) from error
+    return replicate

@@ -75,6 +75,11 @@ class ShardedStrategy(Strategy):
 
     # ---- for subclasses
 
+    @property
+    def shards_over_data(self) -> bool:
+        """Whether blocks are prepared one by one, for parts of the data."""
+        return self._world_size > 1
+
     def blocks(self, module: nn.Module) -> dict[str, nn.Module]:
         """The parts that are sharded by themselves, by name."""
         raise NotImplementedError
@@ -101,20 +106,22 @@ class ShardedStrategy(Strategy):
         prepare_blocks(module, self._activation_checkpointing, compile_blocks=False, dry=True)
         if self._world_size == 1:
             return
+        if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+            raise ConfigError(f"{name} has no forward, and is never called; set up the module that holds it.")
         for key, parameter in module.named_parameters():
             if hasattr(parameter, "device_mesh"):
                 raise ConfigError(
                     f"parameter {key!r} of this {name} is a DTensor already, and strategy={self.name!r} would shard it "
                     "again; pass the raw model to lite.setup, and leave fully_shard and parallelize_module to lite."
                 )
-            if parameter.ndim == 0:
+            if parameter.ndim == 0 and self.shards_over_data:
                 raise ConfigError(
                     f"parameter {key!r} of this {name} is a scalar, which has no dimension to shard; make it a vector "
                     "of one element: torch.nn.Parameter(torch.ones(1))."
                 )
+        if not self.shards_over_data:
+            return
         blocks = self.blocks(module)
-        if not isinstance(module, nn.Module) or isinstance(module, (nn.ModuleList, nn.ModuleDict)):
-            raise ConfigError(f"{name} has no forward, and is never called; set up the module that holds it.")
         groups: dict[str, dict[torch.dtype, str]] = {}
         for key, parameter in module.named_parameters():
             owner = next((b for b in sorted(blocks, key=len, reverse=True) if key.startswith(f"{b}.")), "")
@@ -149,10 +156,13 @@ class ShardedStrategy(Strategy):
         original = Original(module)
         name = type(module).__name__
         try:
-            how = self.shard(module, device, self.blocks(module))
-        except BaseException:
+            how = self.shard(module, device, self.blocks(module) if self.shards_over_data else {})
+        except BaseException as error:
             for step in undo:
                 step()
+            if isinstance(error, ConfigError):  # on all ranks alike
+                original.settle()
+                original.restore()
             raise
         original.settle()
         # A model's last layer often returns a view. Its backward is announced by `prepare_backward` as well, so nothing
@@ -163,7 +173,7 @@ class ShardedStrategy(Strategy):
             module,
             original,
             self._precision,
-            buffers=self._broadcast_buffers,
+            buffers=self._broadcast_buffers and self.shards_over_data,
             full_state=self._full_state,
             undo=undo + self._compile(module),
         )

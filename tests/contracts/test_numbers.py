@@ -9,14 +9,38 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 from torch.utils.data import DataLoader
 
-from lite import DDPStrategy, FSDPStrategy, Lite, Strategy
+from lite import DDPStrategy, FSDPStrategy, Lite, ModelParallelStrategy, Strategy
 from lite.sharded import whole
 from tests.support.models import TinyGPT, next_token_loss, sentences
 from tests.support.processes import run_distributed
 
 GLOBAL_BATCH = 4
+PLAN = {
+    "tokens": RowwiseParallel(input_layouts=Replicate()),
+    **{f"blocks.*.{name}": ColwiseParallel() for name in ("q", "k", "v", "up")},
+    **{f"blocks.*.{name}": RowwiseParallel() for name in ("out", "down")},
+    "head": ColwiseParallel(output_layouts=Replicate()),
+}
+# Sequences are split between the layers.
+SEQUENCE_PLAN = {
+    "tokens": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
+    "blocks.*.norm1": SequenceParallel(),
+    "blocks.*.norm2": SequenceParallel(),
+    **{f"blocks.*.{name}": ColwiseParallel(input_layouts=Shard(1)) for name in ("q", "k", "v", "up")},
+    **{f"blocks.*.{name}": RowwiseParallel(output_layouts=Shard(1)) for name in ("out", "down")},
+    "norm": SequenceParallel(),
+    "head": ColwiseParallel(input_layouts=Shard(1), use_local_output=False),
+}
+
+
+def split(model: nn.Module, mesh: Any) -> None:
+    parallelize_module(model, mesh["tensor"], PLAN)
+
+
 # Name: processes, parts that data are split into, what makes the strategy.
 STRATEGIES: dict[str, tuple[int, int, Callable[[], Strategy | str]]] = {
     "single": (1, 1, lambda: "single"),
@@ -25,6 +49,10 @@ STRATEGIES: dict[str, tuple[int, int, Callable[[], Strategy | str]]] = {
     "fsdp on one": (1, 1, lambda: "fsdp"),
     "fsdp grad": (2, 2, lambda: FSDPStrategy(sharding="grad", activation_checkpointing="selective")),
     "fsdp on four": (4, 4, FSDPStrategy),
+    "tp": (2, 1, lambda: ModelParallelStrategy(PLAN)),
+    "tp sequence and loss": (2, 1, lambda: ModelParallelStrategy(SEQUENCE_PLAN, loss_parallel=True)),
+    "fsdp x tp": (4, 2, lambda: ModelParallelStrategy(split, tensor_parallel=2)),
+    "ddp x tp": (4, 2, lambda: ModelParallelStrategy(PLAN, data_parallel=2, sharded=False)),
     "fsdp hybrid": (4, 4, lambda: FSDPStrategy(sharding="hybrid", replicate_axis=2)),
 }
 LOOPS = ("plain", "ragged", "accumulate", "no sync", "norm", "value", "scheduler", "frozen", "tied", "method")
