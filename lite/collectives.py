@@ -354,6 +354,13 @@ def smallest(number: int) -> int:
 
 
 @explained
+def largest(value: Tensor) -> None:
+    """Make a tensor the elementwise maximum over the ranks, in place, without waiting for it."""
+    if world_size() > 1:
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+
+
+@explained
 def gather_numbers(number: Tensor) -> list[int]:
     """Every rank's int64 scalar, in one small all_gather. Collective: call on all ranks."""
     if world_size() == 1:

@@ -15,6 +15,7 @@ LAYERS = [
     {"errors", "disguise"},
     {"renewal"},
     {"state", "seed", "nesting", "agreement", "first_rank"},
+    {"sharded"},
     {"collectives"},
     {"launchers", "environments", "accelerators", "precision", "checkpoint", "loggers", "data"},
     {"strategies", "wrapping"},

@@ -19,7 +19,6 @@ import torch
 
 from lite.checkpoint.checksum import damage_in_zip
 from lite.checkpoint.storage import Storage, locate
-from lite.checkpoint.tree import walk
 from lite.errors import CheckpointError
 
 _log = logging.getLogger("lite")
@@ -60,21 +59,9 @@ def check_is_no_folder(path: str | os.PathLike[str]) -> None:
         )
 
 
-def check_has_no_shards(content: dict[str, Any]) -> None:
-    """Refuse tensors of which this rank has only a part: rank 0 alone writes a file.
-
-    Raises:
-        CheckpointError: There is one; the message names it.
-    """
-    for name, value in walk(content).items():
-        if isinstance(value, torch.Tensor) and hasattr(value, "device_mesh"):
-            raise CheckpointError(
-                f"{name} is sharded over the ranks, and one file is written by rank 0 alone; save to a path without a "
-                "suffix, which every rank writes a part of, or gather it first."
-            )
-
-
-def load_file(path: str | os.PathLike[str], *, verify: bool = True, weights_only: bool = True) -> dict[str, Any]:
+def load_file(
+    path: str | os.PathLike[str], *, verify: bool = True, weights_only: bool = True, mapped: bool = False
+) -> dict[str, Any]:
     """Read what `save_file` (or any `torch.save` of a dict) wrote, onto the CPU.
 
     Args:
@@ -82,6 +69,7 @@ def load_file(path: str | os.PathLike[str], *, verify: bool = True, weights_only
         verify: Whether every record's checksum is compared first, before anything is unpickled. torch.save's format
             of before zip archives has none, and is read without.
         weights_only: False runs whatever code the file brings; it is logged.
+        mapped: Whether tensors stay in a local file, and are read from it as they are used.
 
     Raises:
         CheckpointError: There is no such file, it is damaged, or it holds objects that only code could rebuild.
@@ -97,7 +85,9 @@ def load_file(path: str | os.PathLike[str], *, verify: bool = True, weights_only
             if damage is None and type(storage) is not Storage:
                 content = unpickle(io.BytesIO(view), str(path), weights_only=weights_only)
         if damage is None and type(storage) is Storage:
-            content = unpickle(target, str(path), weights_only=weights_only)
+            content = unpickle(
+                target, str(path), weights_only=weights_only, mapped=mapped and _is_archive(storage, target)
+            )
     except CheckpointError:
         raise
     except Exception as error:
@@ -130,7 +120,7 @@ def log_that_code_is_run(path: str | os.PathLike[str]) -> None:
     _log.warning("loading path=%r with weights_only=False: code in it is run", str(path))
 
 
-def unpickle(source: Any, where: str, *, weights_only: bool, part: str = "") -> Any:
+def unpickle(source: Any, where: str, *, weights_only: bool, part: str = "", mapped: bool = False) -> Any:
     """torch.load onto the CPU, without torch's advice to run the code of a file that holds some.
 
     Args:
@@ -138,12 +128,13 @@ def unpickle(source: Any, where: str, *, weights_only: bool, part: str = "") -> 
         where: The path, for the error.
         weights_only: As for `load_file`.
         part: For the error, which part of the checkpoint it is.
+        mapped: Whether tensors stay in the file, which is a zip archive, and are read as they are used.
 
     Raises:
         CheckpointError: There is more in it than plain data, and nothing of that was run.
     """
     try:
-        return torch.load(source, map_location="cpu", weights_only=weights_only)
+        return torch.load(source, map_location="cpu", weights_only=weights_only, mmap=mapped)
     except Exception as error:
         if not weights_only or not (isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error)):
             raise
@@ -173,6 +164,11 @@ def reason(error: BaseException) -> str:
     if "inline_container" in str(error) and "unexpected pos" in str(error):  # so in torch 2.13, without errno
         return f"torch's writer could not write all of it, as when the disk is full ({error})"
     return str(error) or type(error).__name__
+
+
+def _is_archive(storage: Storage, target: str) -> bool:
+    with storage.view(target) as view:
+        return bytes(view[:2]) == b"PK"
 
 
 def _beside(storage: Storage, target: str) -> str:

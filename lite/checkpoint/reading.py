@@ -12,9 +12,12 @@ from lite.errors import CheckpointError
 
 
 def read(
-    path: str | os.PathLike[str], *, verify: bool = True, weights_only: bool = True
+    path: str | os.PathLike[str], *, verify: bool = True, weights_only: bool = True, lazily: bool = False
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The state in a checkpoint, on the CPU, and its manifest; {} where it has none.
+
+    With `lazily`, tensors are read when they are asked for: a file is mapped into memory, and a directory's are
+    StoredTensors.
 
     Raises:
         CheckpointError: It is missing, damaged, or holds objects that only code could rebuild.
@@ -23,9 +26,9 @@ def read(
     if storage.kind(target) == "folder":
         from lite.checkpoint.directory_load import load_directory
 
-        content = load_directory(path, verify=verify, weights_only=weights_only)
+        content = load_directory(path, verify=verify, weights_only=weights_only, lazily=lazily)
     else:
-        content = load_file(path, verify=verify, weights_only=weights_only)
+        content = load_file(path, verify=verify, weights_only=weights_only, mapped=lazily)
     manifest = content.pop(about.KEY, None)
     return content, {} if manifest is None else about.check_format(manifest, str(path))
 

@@ -16,6 +16,7 @@ from lite.gradients import Accumulation
 from lite.plan import Plan
 from lite.precision.base import Precision
 from lite.prepared import Prepared
+from lite.sharded import whole_tensors
 from lite.strategies.base import Engine, Strategy
 
 
@@ -106,5 +107,7 @@ class Facet:
             )
 
     def _for_group(self, data: Any) -> Any:
-        """NCCL can't send what lies on the CPU."""
+        """What can be sent: sharded tensors put together, and for NCCL on the device."""
+        if self.strategy.shards:
+            data = whole_tensors(data)
         return move_to_device(data, self._device) if self._device.type == "cuda" and self.world_size > 1 else data

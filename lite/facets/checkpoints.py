@@ -15,6 +15,7 @@ from lite.checkpoint import manifest, per_rank
 from lite.checkpoint.background import Background
 from lite.errors import CheckpointError, ConfigError, choose
 from lite.facets.base import Facet
+from lite.sharded import gather, holds_parts
 from lite.state import Filter, LoadReport, collect, restore, restore_object, sanitise
 
 Path = str | os.PathLike[str]
@@ -41,9 +42,10 @@ class Checkpoints(Facet):
         """Write a checkpoint, whole or not at all. Collective: call on all ranks.
 
         A path with a suffix ("last.ckpt") is one file, which rank 0 writes and `torch.load(path, weights_only=True)`
-        reads without `lite`. A path without one ("last", or "last/") is a directory, of which every rank writes its
-        part and `torch.distributed.checkpoint` reads the tensors. URLs ("s3://...") go through fsspec. What was there
-        before stays whole until the new checkpoint is.
+        reads without `lite`; sharded tensors are put together for it, one at a time. A path without one ("last", or
+        "last/") is a directory, of which every rank writes its part and `torch.distributed.checkpoint` reads the
+        tensors. Either loads under every strategy and number of processes. URLs ("s3://...") go through fsspec. What
+        was there before stays whole until the new checkpoint is.
 
         Args:
             path: The file or directory; folders are made.
@@ -81,14 +83,16 @@ class Checkpoints(Facet):
         if problem is None and not is_busy:
             try:
                 is_folder, content = self._prepare(path, state, filter)
-                if async_save and (is_folder or self.is_global_zero):
-                    content = self._staged(content)
             except Exception as error:
                 problem = error
         if self._agree(problem, is_busy):
             return False
         assert content is not None
         content[manifest.KEY] = self._manifest(content, state, rng)
+        if not is_folder and self.world_size > 1:
+            content = gather(content, keep=self.is_global_zero)
+        if async_save:
+            content = self._staged(content, needed=is_folder or self.is_global_zero)
         write = self._writer(path, content, state, is_folder, async_save)
         if async_save:
             self._in_background().start(write)
@@ -152,9 +156,14 @@ class Checkpoints(Facet):
         Raises:
             CheckpointError: It is missing, damaged or holds code, or doesn't fit the objects.
         """
-        loaded, about = self._read(path, verify, weights_only)
+        from lite.checkpoint.stored import resolve
+
+        lazily = state is not None and any(map(holds_parts, state.values()))
+        loaded, about = self._read(path, verify, weights_only, lazily)
         if state is None:
             return loaded
+        if lazily:
+            loaded = {k: v if holds_parts(state.get(k)) else resolve(v) for k, v in loaded.items()}
         per_rank.pick(loaded, state)
         rest, report = restore(state, loaded, strict=strict)
         self._report(path, report)
@@ -185,7 +194,7 @@ class Checkpoints(Facet):
         """
         if not hasattr(obj, "load_state_dict"):
             raise ConfigError(f"load_raw got a {type(obj).__name__}, which has no load_state_dict; pass a module, say.")
-        loaded, about = self._read(path, verify, weights_only)
+        loaded, about = self._read(path, verify, weights_only, holds_parts(obj))
         if about:
             raise CheckpointError(
                 f"path={str(path)!r} is a checkpoint of several objects ({', '.join(map(repr, loaded))}); use "
@@ -216,7 +225,7 @@ class Checkpoints(Facet):
         self._require_connected("export")
         problem: Exception | None = None
         try:
-            weights = module_state(model)
+            weights = gather(module_state(model), keep=self.is_global_zero)
             if self.is_global_zero:
                 export_safetensors(weights, path, max_shard_size=max_shard_size)
         except Exception as error:
@@ -234,7 +243,7 @@ class Checkpoints(Facet):
         return manifest.compose(self.world_size, {k: sanitise(v, manifest.KEY) for k, v in entries.items() if v})
 
     def _prepare(self, path: Path, state: Mapping[str, Any], filter: Filter | None) -> tuple[bool, dict[str, Any]]:
-        from lite.checkpoint.file import check_has_no_shards, check_is_no_folder
+        from lite.checkpoint.file import check_is_no_folder
         from lite.checkpoint.storage import locate
 
         is_folder = locate(path)[2]
@@ -242,16 +251,21 @@ class Checkpoints(Facet):
             check_is_no_folder(path)
         content = collect(state, filter)
         manifest.check_names(content)
-        if not is_folder:
-            check_has_no_shards(content)
         return is_folder, content
 
-    def _staged(self, content: dict[str, Any]) -> dict[str, Any]:
+    def _staged(self, content: dict[str, Any], *, needed: bool) -> dict[str, Any]:
+        """A copy of the content where it is needed; a rank that has no memory for it tells all. Collective."""
         from lite.checkpoint.staging import Staging
 
-        staging = self._in_background().keep.setdefault("staging", Staging())
-        staged: dict[str, Any] = staging.stage(content)
-        return staged
+        problem: Exception | None = None
+        try:
+            if needed:
+                staging = self._in_background().keep.setdefault("staging", Staging())
+                content = staging.stage(content)
+        except Exception as error:
+            problem = error
+        self._agree(problem, False)
+        return content
 
     def _writer(
         self, path: Path, content: dict[str, Any], state: Mapping[str, Any], is_folder: bool, async_save: bool
@@ -288,12 +302,14 @@ class Checkpoints(Facet):
                 raise CheckpointError(f"rank {rank} failed: {text}")
         return any(busy for _, busy in answers)
 
-    def _read(self, path: Path, verify: bool, weights_only: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _read(
+        self, path: Path, verify: bool, weights_only: bool, lazily: bool = False
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         from lite.checkpoint.reading import read
 
         if self._background is not None:
             self.wait_for_save()
-        return read(path, verify=verify, weights_only=weights_only)
+        return read(path, verify=verify, weights_only=weights_only, lazily=lazily)
 
     def _report(self, path: Path, report: LoadReport) -> None:
         self._load_report = report

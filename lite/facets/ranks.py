@@ -43,10 +43,13 @@ class BetweenRanks(Facet):
         return collectives.all_gather(self._for_group(data), cat=cat, sync_grads=sync_grads)
 
     def all_reduce(self, data: Any, op: str = "mean") -> Any:
-        """The reduction of tensors and numbers by `lite.collectives.all_reduce`. Collective: call on all ranks."""
+        """The reduction of tensors and numbers by `lite.collectives.all_reduce`. Collective: call on all ranks.
+
+        Ranks that share one part of the data (tensor parallelism) count once.
+        """
         self._require_connected("all_reduce")
         self._check_filler()
-        return collectives.all_reduce(self._for_group(data), op)
+        return collectives.all_reduce(self._for_group(data), op, group=self.strategy.data_group())
 
     def gather_for_metrics(self, data: Any) -> Any:
         """Predictions and targets of the current batch from all ranks, every sample once, in the stream's order.
@@ -78,7 +81,8 @@ class BetweenRanks(Facet):
         weight.uses += 1
         cuda = self._device if self._device.type == "cuda" else None
         tensors = self._for_group(data)
-        return collectives.gather_for_metrics(tensors, weight.num_real, device=cuda, refusal=refusal)
+        group = self.strategy.data_group()
+        return collectives.gather_for_metrics(tensors, weight.num_real, device=cuda, group=group, refusal=refusal)
 
     @contextmanager
     def rank_zero_first(self, local: bool = False) -> Iterator[None]:

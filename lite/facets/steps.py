@@ -193,6 +193,7 @@ class Steps(Facet):
 
     def _prepare_optimizer(self, optimizer: Optimizer) -> None:
         """Route the optimizer's step, with what this number of ranks needs."""
+        self.strategy.adopt_optimizer(optimizer)
         if self.world_size > 1:
             check = self.strategy.check_optimizer
             check(optimizer)
@@ -209,6 +210,8 @@ class Steps(Facet):
 def compose_backward(lite: Steps) -> Callable[..., None]:
     """The backward of this job, with nothing in it that it doesn't need."""
     lite.precision.connect(lite.device)
+    if lite.strategy.shards:
+        lite.precision.share_overflow(lite.strategy.local_gradients, collectives.largest)
     plain, strategy, weight = lite.precision.backward, lite.strategy, lite._weight
 
     def backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:

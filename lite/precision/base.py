@@ -73,6 +73,16 @@ class Precision:
     def forget_optimizer(self, optimizer: Optimizer) -> None:
         """This optimizer is the user's own again."""
 
+    def share_overflow(
+        self, local: Callable[[list[nn.Parameter]], list[Tensor] | None], agree: Callable[[Tensor], None]
+    ) -> None:
+        """Gradients are sharded, so one rank alone may find an inf among its parts.
+
+        Args:
+            local: This rank's parts of the parameters' gradients, as views; None where they are whole.
+            agree: Makes a 0-dim tensor every rank's maximum, in place.
+        """
+
     def unscale(self, optimizer: Optimizer) -> None:
         """Bring the optimizer's gradients to their true size; nothing the second time before a step."""
 

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
@@ -58,6 +58,12 @@ class MixedPrecision(Precision):
 
     def autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device_type, dtype=self.compute_dtype)
+
+    def share_overflow(
+        self, local: Callable[[list[nn.Parameter]], list[Tensor] | None], agree: Callable[[Tensor], None]
+    ) -> None:
+        if self._scaling is not None:
+            self._scaling.share_overflow(local, agree)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         if self._scaling is not None:

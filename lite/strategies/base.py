@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lite.environments.base import Environment
+from lite.precision.base import Precision
 
 
 class Engine:
@@ -21,9 +22,12 @@ class Engine:
 
     Attributes:
         syncs_buffers: Whether each forward starts with rank 0's buffers, so that they may differ between forwards.
+        through_call: Whether only a call of the model itself, with its hooks, is a whole forward, so that
+            `model.forward(...)` is one of its other methods.
     """
 
     syncs_buffers: bool = False
+    through_call: bool = False
 
     def forward(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the whole forward by `run(*args, **kwargs)`, with what the strategy needs around it."""
@@ -47,12 +51,17 @@ class Strategy:
     Attributes:
         name: As users write it.
         distributed: Whether it can run on several processes.
+        shards: Whether ranks hold parts of parameters and gradients, once it is connected.
         start_method: How `Lite.launch` starts processes for it: "spawn", "fork" or "forkserver".
     """
 
     name: ClassVar[str] = "single"
     distributed: ClassVar[bool] = False
+    shards: bool = False
     start_method: str = "spawn"
+
+    def check_world_size(self, world_size: int) -> None:
+        """Refuse a number of processes that doesn't fit the strategy's arguments, before any of them starts."""
 
     def connect(self, environment: Environment, device: torch.device) -> Any:
         """Join the job's processes. Collective: called on all ranks.
@@ -61,6 +70,18 @@ class Strategy:
             The store that the ranks share, or None with one process.
         """
         return None
+
+    @property
+    def moves_modules(self) -> bool:
+        """Whether `wrap` brings a model to the device itself, part by part."""
+        return False
+
+    def check_module(self, module: nn.Module) -> None:
+        """Refuse a model that `wrap` can't prepare, while it is still as the user made it."""
+
+    def forward_precision(self, precision: Precision) -> Precision:
+        """What goes around the forwards of the models that are wrapped from now on, where `wrap` does some of it."""
+        return precision
 
     def wrap(self, module: nn.Module, device: torch.device) -> Engine | None:
         """Prepare a model that is already on its device, or return None where nothing has to stand around it."""
@@ -90,8 +111,26 @@ class Strategy:
         """What to do about torch's error in a backward, where the strategy knows."""
         return None
 
+    def check_new_optimizer(self, optimizer: Optimizer) -> None:
+        """Refuse an optimizer that can't train what `wrap` makes, while everything is as the user made it."""
+
     def check_optimizer(self, optimizer: Optimizer) -> None:
         """Refuse an optimizer with parameters whose gradients would not be synchronised."""
+
+    def successor(self, parameter: Tensor) -> nn.Parameter | None:
+        """What has taken the place of a parameter of a raw model in the wrapped one."""
+        return None
+
+    def adopt_optimizer(self, optimizer: Optimizer) -> None:
+        """Let an optimizer of raw parameters hold those that have taken their place."""
+
+    def data_group(self) -> Any:
+        """The process group of the ranks that have different data; None is all."""
+        return None
+
+    def local_gradients(self, parameters: Iterable[nn.Parameter]) -> list[Tensor] | None:
+        """This rank's parts of sharded gradients, as views; None where every rank has whole ones."""
+        return None
 
     def norms_agree(self) -> bool:
         """Whether gradients, and so their norms, are equal on all ranks now."""
