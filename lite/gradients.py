@@ -103,6 +103,7 @@ class Accumulation:
     Attributes:
         count: Micro-batches in the current window so far.
         ready: Whether the window is complete: step now.
+        total_count: Micro-batches in all windows so far.
     """
 
     def __init__(
@@ -121,6 +122,7 @@ class Accumulation:
         self.steps = steps
         self.count = 0
         self.ready = False
+        self.total_count = 0
         self._parameters = parameters
         self._no_sync = no_sync
         self._scaled = scaled
@@ -169,6 +171,7 @@ class Accumulation:
         with self._scaled(scale), self._no_sync(not boundary):
             yield
         self.count += 1
+        self.total_count += 1
         if weight is not None:
             self._total = self._total + weight
         if boundary:

@@ -160,7 +160,7 @@ class Lite(Resuming, Steps, Records):
             collectives.name_mismatches()
         self._store = plan.strategy.connect(plan.environment, self._device)
         self._first_rank = FirstRank(self._store, self.global_rank) if self._store is not None else None
-        self._windows = weakref.WeakSet()
+        self._windows = []
         self._connected = True
         self._backward = compose_backward(self)  # type: ignore[method-assign]
         if self._store is not None:
@@ -303,6 +303,7 @@ class Lite(Resuming, Steps, Records):
         The loggers are flushed, and a background save is waited for; if it failed, that is raised at the end.
         """
         self._prepared.release()
+        self._windows = []
         for logger in self._loggers:
             logger.flush()
         self._finish_saves()

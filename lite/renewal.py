@@ -27,8 +27,8 @@ from lite.errors import CheckpointError
 def renew(present: Any, loaded: Any, where: str) -> Any:
     """Return what shall stand in the place of `present`: itself with new content, or `loaded` as its type.
 
-    Tensors and arrays of the stored shape and dtype, lists, dicts, deques and sets are changed in place. Where the
-    types have nothing to do with each other, `loaded` is returned as it is.
+    Tensors and arrays of the stored shape and dtype, lists, dicts, deques, sets and dataclasses are changed in place.
+    Where the types have nothing to do with each other, `loaded` is returned as it is.
 
     Raises:
         CheckpointError: A parameter has another shape than the stored one; the message has `where`.
@@ -83,7 +83,10 @@ def _renew_tensor(present: Tensor, loaded: Any, where: str) -> Any:
     if not fits or hasattr(present, "__tensor_flatten__") or loaded.dtype != present.dtype:
         return loaded
     with torch.no_grad():
-        present.copy_(loaded)
+        try:
+            present.copy_(loaded)
+        except RuntimeError:  # it can't be written to: an expanded view, say
+            return loaded
     return present
 
 
@@ -94,12 +97,15 @@ def _renew_items(present: Any, loaded: Any, where: str) -> list[Any]:
 
 
 def _renew_dataclass(present: Any, loaded: Mapping[str, Any], where: str) -> Any:
-    names = {field.name for field in dataclasses.fields(present) if field.init}
-    if not names <= loaded.keys():
+    fields = {field.name: field for field in dataclasses.fields(present)}
+    if not fields.keys() <= loaded.keys():
         return loaded
-    return dataclasses.replace(
-        present, **{name: renew(getattr(present, name), loaded[name], f"{where}.{name}") for name in names}
-    )
+    values = {name: renew(getattr(present, name, None), loaded[name], f"{where}.{name}") for name in fields}
+    if present.__dataclass_params__.frozen:
+        return dataclasses.replace(present, **{name: v for name, v in values.items() if fields[name].init})
+    for name, value in values.items():
+        setattr(present, name, value)
+    return present
 
 
 def _maker(present: Any) -> Callable[[Any], Any] | None:

@@ -36,6 +36,9 @@ class Run(Protocol):
     @property
     def is_accumulating(self) -> bool: ...
 
+    @property
+    def num_micro_batches(self) -> int: ...
+
     def save(self, path: str, state: Any, *, async_save: bool = ..., busy: str = ...) -> bool: ...
 
     def load(self, path: str, state: Any, strict: bool = ..., *, verify: bool = ...) -> dict[str, Any]: ...
@@ -108,6 +111,7 @@ class Resumable:
         self._async_save, self._sharded = async_save, sharded
         self._requeue, self._on_error = requeue, on_error
         self.saved_steps: int | None = None
+        self._micro_batches = 0  # as a save was last due
         self._postponed = False  # to the end of an open accumulation window
         self._writing: int | None = None  # the steps of a background save of which nothing has been heard yet
         self._begun_at = 0
@@ -164,7 +168,9 @@ class Resumable:
         stop = agreement.step()
         periodic = self._every_steps is not None and self.steps % self._every_steps == 0
         if stop or periodic or agreement.due or self._postponed:
-            self._postponed = self._run.is_accumulating
+            # A window that got nothing since the last step was left open; nobody will close it.
+            self._postponed = self._run.is_accumulating and self._run.num_micro_batches != self._micro_batches
+            self._micro_batches = self._run.num_micro_batches
             if self._postponed:
                 return False
             # Called once per epoch, after the loop over the loader, it is the epoch's end.

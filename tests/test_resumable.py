@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import json
 import os
@@ -149,6 +150,37 @@ def test_gradients_of_a_window_are_not_lost(tmp_path: Path, how: str, world_size
         rest = run(folder, None)
         assert [row[:-1] for row in rest] == whole[6 - len(rest) :], cut
         assert 0 < len(rest) < 6 and len(done) + len(rest) >= 6
+
+
+def left_open(folder: str) -> list[int]:
+    """A window that is never completed, held by an object in a cycle, which each rank's collector finds some time."""
+    lite = Lite(accelerator="cpu")
+    model = nn.Linear(1, 1)
+    model, optimizer = lite.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    run = lite.resumable({"model": model}, folder, every_steps=2, signals=())
+    saved = []
+    warnings.filterwarnings("ignore", "lite.save came within an accumulation window")
+    for _ in run.epochs(2):
+        holder = [lite.accumulate(model, steps=4)]
+        holder.append(holder)  # type: ignore[arg-type]
+        for _ in range(3):
+            with holder[0]():
+                lite.backward(model(torch.ones(1, 1)).sum())
+        del holder
+        if lite.global_rank == 1:
+            gc.collect()
+        for _ in range(4):
+            lite.backward(model(torch.ones(1, 1)).sum())
+            optimizer.step()
+            run.step()
+        saved.append(run.saved_steps)
+    return saved
+
+
+def test_an_abandoned_window_holds_nothing_up_for_ever(tmp_path: Path) -> None:
+    """And all ranks save at the same steps, whatever their garbage collectors do."""
+    first, second = run_distributed(left_open, str(tmp_path))
+    assert first == second == [4, 8]
 
 
 def test_a_save_within_a_window_is_warned_of(tmp_path: Path) -> None:

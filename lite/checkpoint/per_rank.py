@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from lite import collectives
 from lite.errors import CheckpointError
@@ -69,23 +70,24 @@ def gather_buffers(content: dict[str, Any], state: Mapping[str, Any]) -> dict[st
     Collective: call on all ranks. In `content` they are rank 0's afterwards.
     """
     mine = {
-        (name, key): buffer.detach().cpu().contiguous()
+        (name, key): buffer
         for name, module in state.items()
         if isinstance(module, nn.Module) and name in content
         for key, buffer in _buffers(module).items()
         if key in content[name]
     }
-    if not collectives.any_rank(bool(mine)):
-        return {}
     sums = collectives.all_gather_objects({place: _checksum(buffer) for place, buffer in mine.items()})
-    differing = [place for place, value in sums[0].items() if any(other.get(place) != value for other in sums)]
+    common = [place for place in sums[0] if all(place in other for other in sums)]
+    differing = [place for place in common if len({other[place] for other in sums}) > 1]
     if not differing:
         return {}
-    everyone = collectives.all_gather_objects([mine[place].clone() for place in differing])
+    everyone = collectives.all_gather_objects([_as_bytes(mine[place].detach().cpu()).clone() for place in differing])
     found: dict[str, dict[str, list[Tensor]]] = {}
     for i, (name, key) in enumerate(differing):
-        found.setdefault(name, {})[key] = [buffers[i] for buffers in everyone]
-        content[name][key] = everyone[0][i]
+        like = mine[name, key]
+        values = [buffers[i].view(like.dtype).view(like.shape) for buffers in everyone]
+        found.setdefault(name, {})[key] = values
+        content[name][key] = values[0]
     return found
 
 
@@ -100,13 +102,29 @@ def restore_buffers(saved: Mapping[str, Mapping[str, list[Tensor]]], state: Mapp
 
 
 def _buffers(module: nn.Module) -> dict[str, Tensor]:
-    """The module's plain buffers by the keys of its state dict."""
-    return {plain_key(key): b for key, b in module.named_buffers() if not hasattr(b, "__tensor_flatten__")}
+    """The module's plain, dense buffers by the keys of its state dict."""
+    return {
+        plain_key(key): buffer
+        for key, buffer in module.named_buffers()
+        if buffer.layout == torch.strided and not buffer.is_quantized and not hasattr(buffer, "__tensor_flatten__")
+    }
 
 
-def _checksum(tensor: Tensor) -> int:
-    values: Any = tensor.reshape(-1).view(torch.uint8).numpy()
-    return zlib.crc32(values)
+_checksums: Any = WeakTensorKeyDictionary()
+
+
+def _checksum(buffer: Tensor) -> tuple[Any, ...]:
+    """What equal buffers have in common; computed once for each version of a buffer, as large ones seldom change."""
+    version, found = _checksums.get(buffer, (None, None))
+    if version != buffer._version:
+        values: Any = _as_bytes(buffer.detach().cpu()).numpy()
+        found = (tuple(buffer.shape), str(buffer.dtype), zlib.crc32(values))
+        _checksums[buffer] = (buffer._version, found)
+    return found  # type: ignore[no-any-return]
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8)
 
 
 def restore_random_state(saved: list[Any]) -> Moment:

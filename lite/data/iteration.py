@@ -16,7 +16,7 @@ from lite.data.sampler import ShardedSampler
 from lite.data.shares import BatchWeight, Shard
 from lite.data.split import generators_of, samplers_of
 from lite.data.stream import StreamTracker, is_stateful, warn_of_reading_again
-from lite.data.workers import shielded
+from lite.data.workers import start_shielded
 from lite.errors import CheckpointError, UsageError
 from lite.seed import Moment, RandomState, drawing_under, mix
 
@@ -277,8 +277,9 @@ class Iteration:
         elif self.strided.num_workers > 0:
             current.seed = mix(self._sync(current.start.before).digest(), current.epoch)
         stream.seed = current.seed
-        with self.making_workers(), shielded(self.strided):
-            batches = iter(self.strided)
+        strided = self.strided
+        with self.making_workers():
+            batches: Iterator[Any] = start_shielded(strided, lambda: iter(strided))
         if self.strided.num_workers > 0:
             stream.resume = None  # the workers have it; those of the next epoch begin at the beginning
         return batches

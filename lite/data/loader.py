@@ -20,7 +20,7 @@ from lite.data.sampler import ShardedSampler
 from lite.data.shares import BatchWeight, Shard
 from lite.data.split import interleave, is_distributed, keep_order, split_samplers
 from lite.data.stream import StreamTracker
-from lite.data.workers import RankedWorkerInit, shielded
+from lite.data.workers import RankedWorkerInit, start_shielded
 from lite.disguise import disguise
 from lite.errors import ConfigError, UsageError
 from lite.seed import Moment
@@ -146,8 +146,8 @@ def _give_iteration(loader: DataLoader[Any], iteration: Iteration, shard: Shard,
 
     # torch 2.13 makes the workers, and draws their base seed, in this method.
     def _get_iterator(self: DataLoader[Any]) -> Any:
-        with iteration.making_workers(), shielded(self):
-            return iteration.watch(raw_get_iterator(self))
+        with iteration.making_workers():
+            return iteration.watch(start_shielded(self, lambda: raw_get_iterator(self)))
 
     def strided_len(self: DataLoader[Any]) -> int:
         assert self.batch_size is not None

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import random
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-# Signals that ask this process for a stop. Schedulers send them to all processes of a job, workers included; but those
-# must live on, or the process that was asked has no data to finish its step with.
-stop_signals: set[signal.Signals] = set()
+# Signals that may ask this process for a stop. Schedulers send them to all processes of a job, workers included; but
+# those must live on, or the process that was asked has no data to finish its step with.
+stop_signals = {getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)}
 
 
 class RankedWorkerInit:
@@ -38,28 +37,28 @@ class RankedWorkerInit:
             self.then(worker_id)
 
 
-@contextmanager
-def shielded(loader: DataLoader[Any]) -> Iterator[None]:
-    """Workers that the block starts outlive a stop signal to the whole process group."""
-    if loader.num_workers == 0 or not stop_signals:
-        yield
-        return
-    init = loader.worker_init_fn
-    loader.__dict__["worker_init_fn"] = _ShieldedInit(tuple(stop_signals), init)
-    # A new process begins with what is blocked here, until it can say itself what it does with a signal.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals)
+def start_shielded(loader: DataLoader[Any], make: Callable[[], Any]) -> Any:
+    """Return the iterator that `make` makes of the loader; its workers outlive a stop signal to the process group."""
+    if loader.num_workers == 0 or not hasattr(signal, "pthread_sigmask"):
+        return make()
+    init, signals = loader.worker_init_fn, tuple(stop_signals)
+    loader.__dict__["worker_init_fn"] = _ShieldedInit(signals, init)
+    # A new process begins with what is blocked here, until it can say itself that it ignores them.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
-        yield
+        batches = make()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         loader.__dict__["worker_init_fn"] = init
+    for worker in getattr(batches, "_workers", ()):
+        # torch and multiprocessing end a worker that hangs by a SIGTERM (torch 2.13, Python 3.10 to 3.14).
+        worker.terminate = worker.kill
+        worker._popen.terminate = worker._popen.kill
+    return batches
 
 
 class _ShieldedInit:
-    """In the worker: ignore stop signals, then run the user's `worker_init_fn`.
-
-    torch and multiprocessing end a worker that hangs by a SIGTERM each; the second one does.
-    """
+    """In the worker: ignore stop signals, then run the user's `worker_init_fn`."""
 
     def __init__(self, signals: tuple[signal.Signals, ...], then: Callable[[int], None] | None) -> None:
         self.signals = signals
@@ -67,11 +66,7 @@ class _ShieldedInit:
 
     def __call__(self, worker_id: int) -> None:
         for number in self.signals:
-            signal.signal(number, _default_next if number == signal.SIGTERM else signal.SIG_IGN)
+            signal.signal(number, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, self.signals)
         if self.then is not None:
             self.then(worker_id)
-
-
-def _default_next(number: int, frame: Any) -> None:
-    signal.signal(number, signal.SIG_DFL)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import torch
@@ -31,7 +30,7 @@ class Facet:
     _modules: dict[nn.Module, Engine | None]
     _weight: BatchWeight
     _prepared: Prepared
-    _windows: weakref.WeakSet[Accumulation]
+    _windows: list[tuple[Accumulation, set[nn.Module]]]
 
     @property
     def device(self) -> torch.device:
@@ -82,7 +81,12 @@ class Facet:
     @property
     def is_accumulating(self) -> bool:
         """Whether a window of `accumulate` has gradients that wait for its remaining micro-batches."""
-        return any(window.is_open for window in self._windows)
+        return any(window.is_open for window, _ in self._windows)
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches so far in the windows of `accumulate`."""
+        return sum(window.total_count for window, _ in self._windows)
 
     def explain(self) -> str:
         """Every setting with where it came from, and, once they are set up, what was done to models and loaders."""

@@ -15,6 +15,7 @@ from lite.checkpoint import manifest, per_rank
 from lite.checkpoint.background import Background
 from lite.errors import CheckpointError, ConfigError, choose
 from lite.facets.base import Facet
+from lite.first_rank import refuse_alone
 from lite.sharded import gather, holds_parts
 from lite.state import Filter, LoadReport, collect, restore, restore_object, sanitise
 
@@ -66,6 +67,7 @@ class Checkpoints(Facet):
                 key. Or the background save before this one has failed.
         """
         self._require_connected("save")
+        refuse_alone("lite.save")
         if self.is_accumulating:
             warnings.warn(
                 "lite.save came within an accumulation window, whose gradients are in no checkpoint: a run that goes "

@@ -46,9 +46,9 @@ class Steps(Facet):
         if weight is not None:
             if self._scale is not None and self._scale.weighted:
                 raise UsageError(f"backward(weight={weight!r}): the open window of accumulate has a weight; give one.")
-            # A rank without a sample of its own has another one's, to stay in step.
-            loss = loss * (0.0 if self._weight.num_real == 0 else weight)
-            self._weight.waive()
+            with self._weight.instead(weight) as factor:
+                self._backward(loss * factor, *args, **kwargs)
+            return
         self._backward(loss, *args, **kwargs)
 
     def _backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -103,7 +103,8 @@ class Steps(Facet):
             lambda: self._weight.value == 0.0,
             self._device,
         )
-        self._windows.add(window)
+        held = set(models)
+        self._windows = [(window, held), *((w, m) for w, m in self._windows if not m & held)]
         return window
 
     def clip_gradients(
@@ -204,7 +205,7 @@ class Steps(Facet):
 
     def _mean_loss(self, loss: Any) -> Any:
         """What one process would have seen: the mean of the ranks' losses, each counted by its samples."""
-        return loss if loss is None else collectives.all_reduce(loss * self._weight.value, "mean")
+        return loss if loss is None else collectives.all_reduce(loss * self._weight.counted, "mean")
 
 
 def compose_backward(lite: Steps) -> Callable[..., None]:

@@ -65,7 +65,7 @@ class StopSignals:
         self._shields: set[signal.Signals] = set()
         self._pid = os.getpid()
         self._ear: _Ear | None = None
-        for number in [_parse(s) for s in signals]:
+        for number in dict.fromkeys(_parse(s) for s in signals):
             try:
                 self._before[number] = signal.signal(number, self._handle)
             except (OSError, ValueError) as error:
@@ -138,7 +138,9 @@ class _Ear:
 
     def close(self) -> None:
         """Stop listening. Only the main thread can."""
-        signal.set_wakeup_fd(-1)
+        current = signal.set_wakeup_fd(-1)
+        if current != self._theirs.fileno():
+            signal.set_wakeup_fd(current)  # of someone who has come since
         _ears.discard(self)
         self._theirs.send(_END)  # closing alone does not tell: a forked process may have it open still
         self._theirs.close()

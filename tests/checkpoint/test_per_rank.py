@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from lite import CheckpointError, Lite
+from lite import CheckpointError, Lite, UsageError
 from tests.support.processes import run_distributed
 
 
@@ -143,6 +143,28 @@ def load_and_evaluate(folder: str, suffix: str) -> list[float]:
     rest = lite.load(f"{folder}/bn{suffix}", {"model": model, "optimizer": optimizer})
     assert rest["mine"][0].tolist() == rest["mine"][1]["too"].tolist() == [0, 0]  # what is the user's is rank 0's
     return evaluate(model)
+
+
+def odd_buffers(folder: str) -> list[Any]:
+    lite = Lite(accelerator="cpu")
+    model = nn.Linear(1, 1)
+    model.register_buffer("small", torch.full((2,), float(lite.global_rank + 1)).to(torch.float8_e4m3fn))
+    model.register_buffer("lazy", None if lite.global_rank else torch.ones(1))
+    model.register_buffer("sparse", torch.eye(2).to_sparse())
+    lite.save(f"{folder}/odd.ckpt", {"model": model})
+    with pytest.raises(UsageError, match=r"lite\.save needs all ranks"), lite.rank_zero_first():
+        lite.save(f"{folder}/odd.ckpt", {"model": model})
+    if lite.global_rank == 0:
+        model.lazy = None
+    model.small = torch.zeros(2).to(torch.float8_e4m3fn)
+    with pytest.warns(UserWarning, match=r"unexpected: model\.lazy"):
+        lite.load(f"{folder}/odd.ckpt", {"model": model}, strict=False)
+    return model.small.float().tolist()  # type: ignore[no-any-return]
+
+
+def test_buffers_of_every_kind_and_missing_ones_are_no_trouble(tmp_path: Path) -> None:
+    """Of 8 bits, sparse, or there on one rank alone."""
+    assert run_distributed(odd_buffers, str(tmp_path)) == [[1, 1], [2, 2]]
 
 
 @pytest.mark.parametrize("suffix", [".ckpt", ""])

@@ -9,7 +9,7 @@ import datetime
 import enum
 import sys
 import types
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,6 +43,17 @@ class Config:
     where: Path
 
 
+@dataclass(frozen=True)
+class Fixed:
+    lr: float
+
+
+@dataclass
+class Best:
+    loss: float = 1.0
+    seen: int = field(default=0, init=False)
+
+
 class Name(str):
     """A user's subclass of strings."""
 
@@ -58,6 +69,7 @@ PLAIN = {
     "enum": (Colour.RED, "red"),
     "int enum": (Level.HIGH, 2),
     "dataclass": (Config(0.1, Path("y")), {"lr": 0.1, "where": "y"}),
+    "frozen": (Fixed(0.5), {"lr": 0.5}),
     "set": ({1, 2}, {1, 2}),
     "named tuple": (Point(Path("z"), 1), ("z", 1)),
     "ordered": (collections.OrderedDict(a=1), collections.OrderedDict(a=1)),
@@ -89,6 +101,9 @@ def test_plain_values_come_back_as_what_they_were(tmp_path: Path) -> None:
     """Where the script says what that is; what can be changed in place is, for those who hold it by another name."""
     values = {name: value for name, (value, _) in PLAIN.items()}
     weight = nn.Parameter(torch.ones(2))
+    values["best"] = Best()
+    values["best"].seen = 7
+    values["expanded"] = torch.ones(1).expand(3)
     values.update(array=np.arange(3), weight=weight, history=[torch.zeros(2), 1], nested={"a": [1, {"b": weight}]})
     lite = Lite(accelerator="cpu")
     expected = copy.deepcopy(values)
@@ -101,13 +116,15 @@ def test_plain_values_come_back_as_what_they_were(tmp_path: Path) -> None:
     values["default"]["b"].append(1)
     values["deque"].append(5)
     values["set"].add(3)
+    values["best"].seen = 0
     held = dict(values)
     lite.load(tmp_path / "a.ckpt", values)
-    kept = {"array", "weight", "history", "nested", "default", "deque", "set", "namespace", "ordered", "counter"}
+    kept = {"best", "dataclass", "array", "weight", "history", "nested"}
+    kept |= {"default", "deque", "set", "namespace", "ordered", "counter"}
     assert {name for name in kept if values[name] is not held[name]} == set()
     for name, value in expected.items():
         assert type(values[name]) is type(value), name
-        assert name in ("array", "weight", "history", "nested") or values[name] == value, name
+        assert name in ("array", "weight", "history", "nested", "expanded") or values[name] == value, name
     assert values["array"].tolist() == [0, 1, 2] and weight.tolist() == [1, 1] and weight.requires_grad
     assert values["nested"]["a"][1]["b"] is weight and values["nested"]["a"][0] == 1
     assert values["history"][0].tolist() == [0, 0] and values["deque"].maxlen == 2

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+import socket
 import threading
 import time
 from pathlib import Path
@@ -84,6 +86,50 @@ def test_workers_live_on_when_the_whole_process_group_is_signalled(context: str)
     )
     done = run_python("-c", code)
     assert (done.returncode, done.stdout) == (0, "True True SIGUSR1\n"), done.stderr
+
+
+class Hanging(Slow):
+    def __getitem__(self, index: int) -> int:
+        if index >= 4:  # as native libraries do after a fork
+            mutex, libc = ctypes.create_string_buffer(64), ctypes.CDLL(None)
+            libc.pthread_mutex_lock(mutex)
+            libc.pthread_mutex_lock(mutex)
+        return index
+
+
+def test_a_worker_that_hangs_in_native_code_is_ended_with_its_process() -> None:
+    """No handler of Python's runs there; persistent workers of before the handlers were installed live on as others."""
+    code = (
+        "import os, signal\nfrom torch.utils.data import DataLoader\nfrom lite import Lite\n"
+        "from tests.guards.test_signals import Hanging, Slow\n"
+        "os.setsid()\nlite = Lite(accelerator='cpu')\n"
+        "early = lite.setup_dataloaders(DataLoader(Slow(), batch_size=20, num_workers=1, persistent_workers=True))\n"
+        "for _ in early: pass\n"
+        "signals = lite.stop_on_signals()\n"
+        "for batch in early:\n"
+        "    if not lite.should_stop(): os.killpg(0, signal.SIGUSR1)\n"
+        "print(len(batch), signals.received.name)\n"
+        "loader = lite.setup_dataloaders(DataLoader(Hanging(), batch_size=2, num_workers=1, timeout=2))\n"
+        "try:\n"
+        "    for batch in loader: pass\n"
+        "except RuntimeError as error: print('timed out' in str(error))\n"
+    )
+    done = run_python("-c", code, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "20 SIGUSR1\nTrue\n"), done.stderr
+
+
+def test_listening_ends_without_taking_anything_from_others() -> None:
+    """A signal named twice is one; whoever listens since then goes on."""
+    before = signal.getsignal(signal.SIGTERM)
+    signals = Lite(accelerator="cpu").stop_on_signals("TERM", signal.SIGTERM)
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+    signal.set_wakeup_fd(theirs.fileno())
+    signals.close()
+    assert signal.set_wakeup_fd(-1) == theirs.fileno()
+    assert signal.getsignal(signal.SIGTERM) is before
+    ours.close()
+    theirs.close()
 
 
 def test_a_forked_process_can_be_ended() -> None:

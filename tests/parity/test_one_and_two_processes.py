@@ -77,7 +77,35 @@ def summed(num_samples: int, steps: int) -> list[torch.Tensor]:
     for x, y in loader:
         with window():
             lite.backward((model(x) - y).pow(2).sum(), weight=lite.world_size)
+            lite.backward(model(x).pow(4).mean())  # which the batch weighs
     return [p.grad.clone() for p in model.parameters()]
+
+
+def search() -> torch.Tensor:
+    """Strong Wolfe decides by the loss, a sum here, whose gradient must be its own."""
+    lite = Lite(accelerator="cpu", precision="64-true")
+    loader = DataLoader(regression(16, torch.float64), batch_size=16 // lite.world_size)
+    loader = lite.setup_dataloaders(loader)
+    model = MLP(torch.float64)
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=10, line_search_fn="strong_wolfe")
+    lite.setup(model, optimizer)
+    for x, y in loader:
+
+        def closure(x=x, y=y):
+            optimizer.zero_grad()
+            loss = (model(x) - y).pow(2).sum()
+            lite.backward(loss, weight=lite.world_size)
+            return loss
+
+        optimizer.step(closure)
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_a_line_search_sees_the_loss_as_it_was_weighed() -> None:
+    """LBFGS on a sum over two ranks is LBFGS on one."""
+    expected = search()
+    for weights in run_distributed(search):
+        torch.testing.assert_close(weights, expected, rtol=0, atol=1e-8)
 
 
 @pytest.mark.parametrize("steps", [1, 2])
