@@ -15,6 +15,7 @@ LAYERS = [
     {"errors", "disguise"},
     {"state", "seed", "nesting", "agreement", "first_rank"},
     {"sharded"},
+    {"deferred"},
     {"collectives"},
     {"launchers", "environments", "accelerators", "precision", "checkpoint", "loggers", "data"},
     {"strategies", "wrapping"},
