@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -331,11 +332,31 @@ class Lite(Resuming, Steps, Records):
         return seed_everything(seed)
 
     @contextmanager
-    def init_module(self) -> Iterator[None]:
-        """Create modules on the device and in the precision's dtype at once."""
+    def init_module(self, *, empty_init: str | None = None) -> Iterator[None]:
+        """Create modules on the device and in the precision's dtype at once.
+
+        Args:
+            empty_init: "meta" creates them without memory. `setup` then makes the values that they would have had, one
+                tensor after the other, and keeps of each the part that this rank holds: so a model that is larger than
+                a device can be made. The block draws as many random numbers as it would without, one tensor at a time.
+                Make optimizers after `setup`, and hand them to `setup_optimizers`.
+
+        Raises:
+            ConfigError: `empty_init` is something else.
+        """
         self._require_connected("init_module")
-        with self._device, self.precision.init_context(self._device):
+        if empty_init not in (None, "meta"):
+            raise ConfigError(f"empty_init={empty_init!r} is not known; use 'meta', or leave it out.")
+        if empty_init is None:
+            with self._device, self.precision.init_context(self._device):
+                yield
+            return
+        from lite.deferred import Recording
+
+        recording = Recording(self._device)
+        with torch.device("meta"), self.precision.init_context(self._device), recording:
             yield
+        recording.draw()
 
     def init_tensor(self) -> AbstractContextManager[None]:
         """Create tensors on the device and in the precision's dtype."""

@@ -98,11 +98,21 @@ class Prepared:
     def add_module(self, model: nn.Module, device: torch.device, *, move: bool) -> None:
         """Convert a checked model, bring it to the device, and put around it what strategy and precision need."""
         precision = self._strategy.forward_precision(self._precision)
+        deferred = None
+        if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
+            from lite.deferred import Deferred, allocate
+
+            deferred = Deferred(model)
         name = type(model).__name__
         self._precision.convert_module(model)
+        if deferred is not None and not self._strategy.moves_modules:
+            allocate(model, device)
+            deferred.fill(device, collectives.broadcast)
         if move and not self._strategy.moves_modules:
             model.to(device)
         engine = collectives.explained(self._strategy.wrap)(model, device)
+        if deferred is not None and self._strategy.moves_modules:
+            deferred.fill(device, collectives.broadcast)
         try:
             wrap_module(model, engine=engine, precision=precision, device=device)
         except Exception:
@@ -186,6 +196,12 @@ class Prepared:
         known = {id(p) for module in modules for p in module.parameters()}
         for optimizer in optimizers:
             held = [p for group in optimizer.param_groups for p in group["params"]]
+            if any(p.is_meta for p in held):
+                raise ConfigError(
+                    f"{type(optimizer).__name__} was made of parameters on the meta device, which setup exchanges for "
+                    "real ones; set the model up first, and make the optimizer of what it has then: "
+                    "`model = lite.setup(model)`, then `lite.setup_optimizers(AdamW(model.parameters()))`."
+                )
             foreign = [p for p in held if id(p) not in known and self._strategy.successor(p) is None]
             if foreign:
                 raise ConfigError(
@@ -240,10 +256,9 @@ def _check_tensors(model: nn.Module) -> None:
             "setup."
         )
     if any(t.is_meta for t in tensors):
-        raise ConfigError(
-            f"{type(model).__name__} has parameters on the meta device, without values; materialise them first, e.g. "
-            "with model.to_empty(device=lite.device) and its reset_parameters()."
-        )
+        from lite.deferred import check_deferred
+
+        check_deferred(model)
 
 
 def _post_hook(tell: AfterStep, strategy: Strategy) -> Callable[[Optimizer, Any, Any], None]:

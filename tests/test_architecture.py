@@ -16,6 +16,7 @@ LAYERS = [
     {"renewal"},
     {"state", "seed", "nesting", "agreement", "first_rank"},
     {"sharded"},
+    {"deferred"},
     {"collectives"},
     {"launchers", "environments", "accelerators", "precision", "checkpoint", "loggers", "data"},
     {"strategies", "wrapping"},

@@ -219,23 +219,28 @@ def shard_over_data(
     """
     from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
-    from lite.strategies.restoring import broadcast_from_rank_0
-
     offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if cpu_offload else OffloadPolicy()
     described = describe_blocks(blocks)
     name = type(module).__name__
     for part in [*reversed(blocks.values()), module]:
         if not placed:
-            for tensor in (*part.parameters(), *part.buffers()):
-                if tensor.device != device and not hasattr(tensor, "device_mesh") and not tensor.is_meta:
-                    tensor.data = tensor.data.to(device)
-            broadcast_from_rank_0(part)
+            place(part, device)
         options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy(part is module), "offload_policy": offload}
         if replicated:
             _replicate()(part, **options)
         else:
             fully_shard(part, reshard_after_forward=reshard, **options)
     return f"{described} and {name} itself" if blocks else f"{name} as a whole, in which no layers repeat"
+
+
+def place(part: nn.Module, device: torch.device) -> None:
+    """Bring plain parameters and buffers to the device, with rank 0's values. Collective: call on all ranks."""
+    from lite.strategies.restoring import broadcast_from_rank_0
+
+    for tensor in (*part.parameters(), *part.buffers()):
+        if tensor.device != device and not hasattr(tensor, "device_mesh") and not tensor.is_meta:
+            tensor.data = tensor.data.to(device)
+    broadcast_from_rank_0(part)
 
 
 def _replicate() -> Any:

@@ -14,9 +14,8 @@ from lite.errors import ConfigError
 from lite.precision.base import Precision
 from lite.strategies import parallel_plan
 from lite.strategies.blocks import choose_blocks
-from lite.strategies.fsdp import Uncast, policies, shard_over_data
+from lite.strategies.fsdp import Uncast, place, policies, shard_over_data
 from lite.strategies.meshes import make_mesh, settle_sizes
-from lite.strategies.restoring import broadcast_from_rank_0
 from lite.strategies.sharded import ShardedStrategy
 
 
@@ -151,8 +150,7 @@ class ModelParallelStrategy(ShardedStrategy):
     def shard(self, module: nn.Module, device: torch.device, blocks: dict[str, nn.Module]) -> str:
         from torch.distributed.tensor.parallel import parallelize_module
 
-        module.to(device)
-        broadcast_from_rank_0(module)
+        place(module, device)
         tied = parallel_plan.shared_names(module)
         if self._plan is not None:
             parallelize_module(module, self._mesh["tensor"], self._plan)

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from lite.sharded import is_sharded, whole
+from lite.strategies.parallel_plan import shared_names
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 _HOOK_OPTIONS = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
@@ -28,7 +30,9 @@ class Original:
         self._classes = {part: type(part) for part in module.modules()}
         self._before = self._hooks()
         self._added: list[tuple[nn.Module, str, int]] = []
-        self.parameters = dict(module.named_parameters(remove_duplicate=False))
+        self._tied = shared_names(module)
+        # Held weakly, so that a block's whole parameters go when it is sharded.
+        self.names = WeakIdKeyDictionary({p: n for n, p in module.named_parameters(remove_duplicate=False)})
 
     def _hooks(self) -> set[tuple[nn.Module, str, int]]:
         return {(part, kind, key) for part in self._root.modules() for kind in _HOOKS for key in getattr(part, kind)}
@@ -49,6 +53,10 @@ class Original:
             if isinstance(part, FSDPModule):
                 part.reshard()
         successors = _plain_parameters(self._root)
+        for first, *others in self._tied:
+            for name in others:
+                path, _, attribute = name.rpartition(".")
+                self._root.get_submodule(path)._parameters[attribute] = self._root.get_parameter(first)
         for part, kind, key in self._added:
             for table in (kind, *_HOOK_OPTIONS):
                 getattr(part, table).pop(key, None)

@@ -165,6 +165,10 @@ class ShardedStrategy(Strategy):
                 original.restore()
             raise
         original.settle()
+        if any(t.is_meta for t in (*module.parameters(), *module.buffers())):
+            from lite.deferred import allocate
+
+            allocate(module, device)
         # A model's last layer often returns a view. Its backward is announced by `prepare_backward` as well, so nothing
         # is lost by writing into it.
         returned = f"FSDP2-wrapped module .*{type(module).__name__}.* returned a view"

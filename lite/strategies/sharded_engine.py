@@ -65,10 +65,9 @@ class ShardedEngine(Engine):
         self._undo = list(undo)
         current = dict(module.named_parameters(remove_duplicate=False))
         self._former = WeakIdKeyDictionary()
-        for name, old in original.parameters.items():
+        for old, name in original.names.items():  # type: ignore[no-untyped-call]
             if current[name] is not old:
                 self._former[old] = current[name]
-        original.parameters = {}  # the last references to whole parameters
         self.names = {id(p): name for name, p in current.items()}
         self._kept = list(current.values())  # so that no id is given to another one
         self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()

@@ -36,15 +36,22 @@ def make(seed: int) -> tuple[TinyGPT, torch.optim.Optimizer]:
     return model, torch.optim.AdamW([{"params": first, "lr": 0.01}, {"params": rest}], lr=0.02)
 
 
-def set_up(name: str, seed: int) -> tuple[Lite, TinyGPT, torch.optim.Optimizer, tuple[int, int]]:
+def start(name: str) -> tuple[Lite, tuple[int, int]]:
     lite = Lite(accelerator="cpu", strategy=STRATEGIES[name][2](), precision="64-true")
-    model, optimizer = make(seed)
-    lite.setup(model, optimizer)
-    return lite, model, optimizer, lite.strategy.data_shards(lite.world_size, lite.global_rank)
+    return lite, lite.strategy.data_shards(lite.world_size, lite.global_rank)
+
+
+def forms(name: str, other: str) -> tuple[str, ...]:
+    """Every pair has a file or a directory; what a strategy has saved itself, it loads in every form."""
+    if name == other:
+        return ("file.ckpt", "folder", "fresh.ckpt", "async")
+    return ("file.ckpt",) if (NAMES.index(name) + NAMES.index(other)) % 2 else ("folder",)
 
 
 def save(name: str, folder: Path) -> None:
-    lite, model, optimizer, part = set_up(name, 3)
+    lite, part = start(name)
+    model, optimizer = make(3)
+    lite.setup(model, optimizer)
     lite.save(folder / name / "fresh.ckpt", {"model": model, "optimizer": optimizer})
     for number in range(2):
         step(model, optimizer, lite.backward, part, number)
@@ -58,9 +65,11 @@ def save(name: str, folder: Path) -> None:
 
 def load(name: str, folder: Path) -> dict[str, Any]:
     seen: dict[str, Any] = {}
+    lite, part = start(name)
     for other in NAMES:
-        for form in ("file.ckpt", "folder", *(("fresh.ckpt", "async") if other == name else ())):
-            lite, model, optimizer, part = set_up(name, 4)
+        for form in forms(name, other):
+            model, optimizer = make(4)
+            lite.setup(model, optimizer)
             if form != "fresh.ckpt":
                 step(model, optimizer, lite.backward, part, 3)  # state that is to be replaced
             state: dict[str, Any] = {"model": model, "optimizer": optimizer}
@@ -105,7 +114,7 @@ def test_any_goes_on_from_any(name: str, saved: Path) -> None:
     world_size = STRATEGIES[name][0]
     results = [load(name, saved)] if world_size == 1 else run_distributed(load, name, saved, world_size=world_size)
     for result in results:
-        assert len(result) == 2 * len(NAMES) + 2
+        assert len(result) == len(NAMES) + 3
         for where, (loaded, moments, after) in result.items():
             fresh = where.endswith("fresh.ckpt")
             for key, wanted in expected["fresh" if fresh else "weights"].items():
