@@ -16,7 +16,7 @@ from lite.errors import (
 from lite.lite import Lite
 from lite.seed import seed_everything
 from lite.state import Stateful
-from lite.strategies import DDPStrategy, SingleStrategy, Strategy
+from lite.strategies import DDPStrategy, PowerSGD, SingleStrategy, Strategy
 
 __version__ = "0.1.0"
 
@@ -31,6 +31,7 @@ __all__ = [
     "MissingExtraError",
     "NonFiniteError",
     "PeerError",
+    "PowerSGD",
     "SingleStrategy",
     "Stateful",
     "Strategy",

@@ -87,6 +87,7 @@ class Prepared:
         self._check_parameters(model, optimizers)
         for optimizer in optimizers:
             check_optimizer(optimizer, self._precision)
+            self._strategy.check_new_optimizer(optimizer)
         self._check_schedulers([s for s in others if isinstance(s, LRScheduler)], optimizers)
 
     def check_loaders(self, loaders: Sequence[Any]) -> None:

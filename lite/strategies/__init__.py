@@ -6,9 +6,10 @@ from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
 
 from lite.strategies.base import Engine, SingleStrategy, Strategy
+from lite.strategies.comm_hooks import PowerSGD
 from lite.strategies.ddp import DDPStrategy
 
-__all__ = ["STRATEGIES", "DDPStrategy", "Engine", "SingleStrategy", "Strategy", "strategy_factories"]
+__all__ = ["STRATEGIES", "DDPStrategy", "Engine", "PowerSGD", "SingleStrategy", "Strategy", "strategy_factories"]
 
 STRATEGIES: dict[str, Callable[[], Strategy]] = {
     "single": SingleStrategy,
