@@ -18,7 +18,7 @@ from lite.errors import (
 from lite.lite import Lite
 from lite.seed import seed_everything
 from lite.state import Stateful
-from lite.strategies import DDPStrategy, SingleStrategy, Strategy
+from lite.strategies import DDPStrategy, PowerSGD, SingleStrategy, Strategy
 
 if TYPE_CHECKING:
     from lite.strategies import FSDPStrategy, ModelParallelStrategy
@@ -38,6 +38,7 @@ __all__ = [
     "ModelParallelStrategy",
     "NonFiniteError",
     "PeerError",
+    "PowerSGD",
     "SingleStrategy",
     "Stateful",
     "Strategy",

@@ -69,6 +69,47 @@ class Steps(Facet):
         self._check_set_up("no_backward_sync", model)
         return self.strategy.no_sync(self._modules[model], enabled)
 
+    def join(
+        self,
+        *models: nn.Module,
+        divide_by_initial_world_size: bool = True,
+        throw_on_early_termination: bool = False,
+    ) -> AbstractContextManager[None]:
+        """A context for a loop whose ranks may run out of batches at different steps, under DDP.
+
+        Collective: call on all ranks. A rank that has left the loop waits at the block's end and answers the others'
+        gradient averaging with zeros; at the very end all ranks have the model and the optimizers' state of the last
+        one that trained (schedulers and loss scales are each rank's own). Loaders
+        from `setup_dataloaders` don't need it: they give every rank the same number of batches, also of an uneven
+        dataset. It is for streams of your own, whose lengths nobody knows. Within the block only forward, backward and
+        optimizer steps may communicate: no `all_reduce`, `save` or `check_sync`, which the others would not answer.
+
+        Args:
+            *models: The set-up models that are trained in the block.
+            divide_by_initial_world_size: Gradients are divided by the number of all ranks; False divides by the number
+                of those that still train.
+            throw_on_early_termination: Raise RuntimeError on all ranks as soon as one runs out.
+
+        Raises:
+            UsageError: A model is not set up, or the strategy has nothing of the kind.
+
+        Source: https://docs.pytorch.org/docs/stable/distributed.algorithms.join.html
+        """
+        if not models:
+            raise ConfigError("join() got no model; pass the models that are trained.")
+        for model in models:
+            self._check_set_up("join", model)
+        trained = {id(p) for model in models for p in model.parameters()}
+        optimizers = [
+            o for o in self._prepared.optimizers if any(id(p) in trained for g in o.param_groups for p in g["params"])
+        ]
+        return self.strategy.join(
+            [self._modules[model] for model in models],
+            optimizers,
+            divide_by_initial_world_size=divide_by_initial_world_size,
+            throw_on_early_termination=throw_on_early_termination,
+        )
+
     def accumulate(self, *models: nn.Module, steps: int) -> gradients.Accumulation:
         """Accumulate gradients over `steps` micro-batches before each optimizer step.
 
@@ -196,9 +237,16 @@ class Steps(Facet):
         """Route the optimizer's step, with what this number of ranks needs."""
         self.strategy.adopt_optimizer(optimizer)
         if self.world_size > 1:
-            check = self.strategy.check_optimizer
-            check(optimizer)
-            wrap_optimizer(optimizer, self.precision, check=check, mean_loss=self._mean_loss)
+            strategy = self.strategy
+            strategy.check_optimizer(optimizer)
+            wrap_optimizer(
+                optimizer,
+                self.precision,
+                check=strategy.check_optimizer,
+                mean_loss=self._mean_loss,
+                divide=strategy.divide_optimizer,
+                follow=strategy.follow_optimizer,
+            )
         else:
             wrap_optimizer(optimizer, self.precision)
         move_optimizer_state(optimizer, self.precision)

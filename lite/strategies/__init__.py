@@ -7,6 +7,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
 
 from lite.strategies.base import Engine, SingleStrategy, Strategy
+from lite.strategies.comm_hooks import PowerSGD
 from lite.strategies.ddp import DDPStrategy
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ __all__ = [
     "Engine",
     "FSDPStrategy",
     "ModelParallelStrategy",
+    "PowerSGD",
     "SingleStrategy",
     "Strategy",
     "strategy_factories",

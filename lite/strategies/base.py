@@ -5,7 +5,7 @@ A strategy joins the processes that a launcher or a scheduler started; it starts
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
@@ -131,6 +131,20 @@ class Strategy:
     def local_gradients(self, parameters: Iterable[nn.Parameter]) -> list[Tensor] | None:
         """This rank's parts of sharded gradients, as views; None where every rank has whole ones."""
         return None
+
+    def divide_optimizer(self, optimizer: Optimizer) -> Callable[[], None] | None:
+        """Change how an optimizer steps, in place, beneath the precision; return what takes that back, or None."""
+        return None
+
+    def follow_optimizer(self, optimizer: Optimizer) -> Callable[[], None] | None:
+        """Do something after every step that is asked for, skipped ones too; return what takes that back, or None."""
+        return None
+
+    def join(
+        self, engines: Sequence[Engine | None], optimizers: Sequence[Optimizer], **options: Any
+    ) -> AbstractContextManager[None]:
+        """A context in which ranks may run out of batches at different steps; see `Lite.join`."""
+        return nullcontext()
 
     def norms_agree(self) -> bool:
         """Whether gradients, and so their norms, are equal on all ranks now."""

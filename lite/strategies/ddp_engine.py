@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from lite.errors import UsageError
 from lite.strategies import provenance
 from lite.strategies.base import Engine
+from lite.strategies.comm_hooks import Register
 from lite.strategies.ddp_parameters import Averaged, some
 
 _NO_OUTPUT = (
@@ -159,12 +160,12 @@ class DDPEngine(Engine):
         self,
         module: nn.Module,
         engines: Engines,
-        comm_hook: Callable[..., Any] | None,
+        register: Register | None,
         options: dict[str, Any],
     ) -> None:
         self._self = weakref.ref(self)
         self._engines = engines
-        self._averaged = Averaged(module, comm_hook, options)
+        self._averaged = Averaged(module, register, options)
         self._static = bool(options.get("static_graph"))
         self._unused = bool(options.get("find_unused_parameters")) and not self._static
         self.names = self._averaged.names
@@ -183,6 +184,11 @@ class DDPEngine(Engine):
     def synchronise(self) -> bool:
         """Whether forwards and backwards average gradients now: false within `no_sync`."""
         return self._averaged.synchronise
+
+    @property
+    def ddp(self) -> nn.parallel.DistributedDataParallel | None:
+        """The newest one; None where nothing is trained."""
+        return self._averaged.ddp
 
     # ---- forward and methods
 
