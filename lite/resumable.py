@@ -120,6 +120,7 @@ class Resumable:
         self._begun: list[int] = []  # passes over each of them as the epoch began
         self._steps_within = self._steps_after = 0  # of this epoch: while a pass was under way, and with none
         self._random_state: RandomState | None = None
+        self._positions: list[tuple[Any, Any]] = []  # that were loaded, for a script that has looked at a batch
         self._saved_at = time.monotonic()
         if every_seconds is not None:
             agreement.watch_clock(lambda: time.monotonic() - self._saved_at >= every_seconds)
@@ -135,7 +136,9 @@ class Resumable:
         Args:
             count: Epochs in all.
         """
-        if self._random_state is not None:  # whatever the script has drawn since it was loaded
+        if self._random_state is not None:  # whatever the script has drawn or looked at since it was loaded
+            for loader, position in self._positions:
+                loader.load_state_dict(position)
             self._random_state.restore()
             self._random_state = None
         any_left = self.epoch < count
@@ -313,6 +316,7 @@ class Resumable:
         self.steps, self.epoch = progress["steps"], progress["epoch"]
         self.resumed_from, self.saved_steps, self._begun_at = chosen, self.steps, self.steps
         self._random_state = RandomState.capture(cuda=True)
+        self._positions = [(loader, loader.state_dict()) for loader in self._loaders]
         self._run.print(f"resumed from {chosen}, step {self.steps}", file=sys.stderr)
 
     def _find_newest(self) -> tuple[str | None, list[str]]:

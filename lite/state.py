@@ -263,7 +263,9 @@ def sanitise(value: Any, where: str) -> Any:
     if isinstance(value, Enum):
         return sanitise(value.value, where)
     if isinstance(value, (np.bool_, np.integer, np.floating, np.complexfloating)):
-        return value.item()
+        item = value.item()
+        if not isinstance(item, np.generic):  # as it is of numpy's long doubles
+            return item
     if type(value) in (bool, int, float, complex, str, bytes):
         return value
     builtins: tuple[Any, ...] = (int, float, complex, str, bytes)

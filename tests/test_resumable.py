@@ -37,6 +37,7 @@ def train(
     stop_after: int | None = None,
     at_end: bool = False,
     batch_size: int = 4,
+    peek: bool = False,
     **options: Any,
 ) -> Any:
     """A run with dropout and a shuffled loader; each step logs its number, the samples and the model's sum."""
@@ -49,6 +50,8 @@ def train(
     state: dict[str, Any] = {"model": model, "optimizer": optimizer, "loader": loader}
     run = lite.resumable(state, folder, **options)
     torch.rand(2)  # what a script draws before its loop does not matter
+    if peek:
+        next(iter(loader))  # nor does a look at the first batch
     try:
         for epoch in run.epochs(EPOCHS):
             for batch in loader:
@@ -77,11 +80,14 @@ def names(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir())
 
 
-@pytest.mark.parametrize("options", [{}, {"async_save": True}, {"sharded": True}], ids=["file", "async", "sharded"])
+OPTIONS = [{}, {"async_save": True}, {"sharded": True}, {"peek": True}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_a_run_goes_on_from_its_newest_checkpoint(tmp_path: Path, options: dict[str, Any]) -> None:
     """What was done since then is done again, alike; steps, epochs, samples and weights are those of one run."""
     whole: list[Any] = []
-    train(str(tmp_path / "whole"), whole, every_steps=100)
+    train(str(tmp_path / "whole"), whole, every_steps=100, peek=bool(options.get("peek")))
     assert len(whole) == EPOCHS * STEPS
     for cut in (3, 4, 5, 9):
         folder = tmp_path / str(cut)

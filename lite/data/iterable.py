@@ -13,7 +13,7 @@ from lite.data.checksum import checksum
 from lite.data.shares import Shard, Share, slice_evenly
 from lite.data.stream import is_stateful
 from lite.errors import UsageError
-from lite.seed import mix, seed_here
+from lite.seed import RandomState, drawing_under, mix, seed_here
 
 
 class StridedStream(IterableDataset[Any]):
@@ -34,6 +34,7 @@ class StridedStream(IterableDataset[Any]):
     Attributes:
         resume: Global batches to leave out in the next iteration, and the dataset's state after them or None.
         seed: From which the workers' seeds are made; the same on all ranks.
+        opened: The random state as the iterator of a resumed epoch was made.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class StridedStream(IterableDataset[Any]):
         self.shard = shard
         self.resume: tuple[int, Any] | None = None
         self.seed = 0
+        self.opened: RandomState | None = None
 
     def __iter__(self) -> Iterator[tuple[Any, Share | None, int | None, Any]]:
         """The batch, its share where it is ragged, once per process a fingerprint of the stream, a worker's state."""
@@ -54,7 +56,10 @@ class StridedStream(IterableDataset[Any]):
         seed = None if worker is None else self.seed
         size = self.batch_size * self.shard.world_size
         (number, state), self.resume = self.resume or (0, None), None
-        items = self._open(number, state, seed)
+        # A worker is seeded; here the order may come from the generators as they were when the epoch began.
+        again = number > 0 and state is None and worker is None
+        with drawing_under(self.opened if again else None):
+            items = self._open(number, state, seed)
         tells = worker is not None and is_stateful(self.dataset)
         fingerprint: int | None = None
         told = False

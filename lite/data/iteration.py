@@ -11,6 +11,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from lite.data.delivery import Delivery
+from lite.data.epochs import epoch_teller
+from lite.data.iterable import StridedStream
 from lite.data.position import Pass, Start
 from lite.data.sampler import ShardedSampler
 from lite.data.shares import BatchWeight, Shard
@@ -77,9 +79,8 @@ class Iteration:
         self.per_rank = shard.world_size > 1 and strided is None and not sliced
         samplers = [] if sampler is None else [s for s in samplers_of(loader) if s is not sampler]
         self._generators = generators_of(loader)
-        self._epoch_samplers = [s for s in samplers if callable(getattr(s, "set_epoch", None))]
+        self._epochs = [teller for s in samplers if (teller := epoch_teller(s)) is not None]
         self._stateful_samplers = [s for s in samplers if is_stateful(s)]
-        self._last_epochs: list[Any] = []
         self._next: Pass | None = None  # the pass that a loaded state asks for
         self._moment: Moment | None = None  # the random state of the moment from which that pass goes on
         self._pass: Pass | None = None  # the newest one
@@ -98,7 +99,6 @@ class Iteration:
             self._moment = None
         current.uses = current.began = self._weight.uses
         self.epoch = current.epoch + 1
-        self._last_epochs = [_epochs(sampler) for sampler in self._epoch_samplers]
         self._pass = current
         if self._sampler is not None:
             self._sampler.upcoming = current
@@ -107,12 +107,11 @@ class Iteration:
         return current
 
     def _fresh_pass(self) -> Pass:
-        for i, sampler in enumerate(self._epoch_samplers):
-            if self.epoch > 0 and self._last_epochs and _epochs(sampler) == self._last_epochs[i]:
-                sampler.set_epoch(_epoch_of(sampler, self.epoch - 1) + 1)
+        for teller in self._epochs:
+            teller.begin_pass(first=self.epoch == 0)
         before = self._capture()
         samplers = [sampler.state_dict() for sampler in self._stateful_samplers]
-        epochs = [_epoch_of(sampler, None) for sampler in self._epoch_samplers]
+        epochs = [teller.epoch for teller in self._epochs]
         return Pass(self.epoch, Start(before, samplers=samplers, epochs=epochs))
 
     def _capture(self) -> RandomState:
@@ -133,6 +132,8 @@ class Iteration:
             yield
             if self._tracker is not None:
                 self._tracker.opened = RandomState.capture()
+            elif self.strided is not None:
+                self._stream().opened = RandomState.capture()
 
     def around(self, batches: Iterator[Any], current: Pass) -> Iterator[Any]:
         """Give out the batches of a pass."""
@@ -154,8 +155,9 @@ class Iteration:
             # What the next epoch begins with, where it is not in the global generators.
             generators = RandomState.capture(self._generators, torch_only=True)
             samplers = [sampler.state_dict() for sampler in self._stateful_samplers]
-            epochs = [_epoch_of(sampler, None) for sampler in self._epoch_samplers]
+            epochs = [teller.epoch for teller in self._epochs]
             rest = {"samplers": samplers, "epochs": epochs, "stream": self._rest_of_stream()}
+            rest["apart"] = None if self._sampler is None else self._sampler.apart()
             return {**state, "rest": {**rest, "generators": list(generators.generator_states)}}
         if self._own_iter and current.read != current.consumed:
             raise UsageError(
@@ -174,6 +176,7 @@ class Iteration:
             "crc": current.consumed_crc(),
             "start": current.start.state_dict(),
             "stream": self._stream_state(current),
+            "apart": None if self._sampler is None else self._sampler.apart(),
         }
 
     def go_on_under(self, moment: Moment) -> None:
@@ -237,6 +240,7 @@ class Iteration:
             first=state["batches"] if size == state["size"] else -(-state["items"] // size),
             crc=state["crc"],
             stream=state["stream"],
+            apart=state["apart"],
         )
         self._restore_samplers(current.start.samplers, current.start.epochs)
         self._next = current
@@ -249,15 +253,14 @@ class Iteration:
         """Take over what the next epoch begins with."""
         RandomState(torch.empty(0), generator_states=tuple(rest["generators"])).restore_generators(self._generators)
         self._restore_samplers(rest["samplers"], rest["epochs"])
-        # As if this process had been told: the next pass counts on.
-        self._last_epochs = [_epochs(sampler) for sampler in self._epoch_samplers]
+        if self._sampler is not None:
+            self._sampler.begin_apart(rest["apart"])
         if rest["stream"] is not None:
             self._dataset.load_state_dict(rest["stream"])
 
     def _restore_samplers(self, states: list[Any], epochs: list[Any]) -> None:
-        for sampler, epoch in zip(self._epoch_samplers, epochs, strict=True):
-            if epoch is not None:
-                sampler.set_epoch(epoch)
+        for teller, epoch in zip(self._epochs, epochs, strict=True):
+            teller.restore(epoch)
         for sampler, saved in zip(self._stateful_samplers, states, strict=True):
             sampler.load_state_dict(saved)
 
@@ -266,21 +269,26 @@ class Iteration:
         here = self._tracker is not None and self._tracker.reads_here
         return self._dataset.state_dict() if here and is_stateful(self._dataset) else None
 
-    def open_strided(self, current: Pass) -> Iterator[Any]:
-        """The iterator of the loader over the one stream."""
+    def _stream(self) -> StridedStream:
+        """The one stream that all ranks read."""
         assert self.strided is not None
         stream: Any = self.strided.dataset
+        return stream  # type: ignore[no-any-return]
+
+    def open_strided(self, current: Pass) -> Iterator[Any]:
+        """The iterator of the loader over the one stream."""
+        stream, strided = self._stream(), self.strided
+        assert strided is not None
         if current.resumed:
             if current.stream is None and current.first:
                 warn_of_reading_again(stream.dataset, current.first)
             stream.resume = (current.first, current.stream)
-        elif self.strided.num_workers > 0:
+        elif strided.num_workers > 0:
             current.seed = mix(self._sync(current.start.before).digest(), current.epoch)
         stream.seed = current.seed
-        strided = self.strided
         with self.making_workers():
             batches: Iterator[Any] = start_shielded(strided, lambda: iter(strided))
-        if self.strided.num_workers > 0:
+        if strided.num_workers > 0:
             stream.resume = None  # the workers have it; those of the next epoch begin at the beginning
         return batches
 
@@ -290,15 +298,6 @@ class Iteration:
         if self.strided is not None and self.strided.num_workers == 0 and is_stateful(self._dataset):
             return self._dataset.state_dict()
         return current.stream
-
-
-def _epochs(sampler: Any) -> dict[str, Any]:
-    """Where a sampler keeps its epoch, by name: `epoch`, `_epoch`, `current_epoch`."""
-    return {name: value for name, value in getattr(sampler, "__dict__", {}).items() if "epoch" in name}
-
-
-def _epoch_of(sampler: Any, default: Any) -> Any:
-    return next((e for e in _epochs(sampler).values() if isinstance(e, int)), default)
 
 
 def _length(value: Any) -> int | None:

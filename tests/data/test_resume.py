@@ -162,6 +162,20 @@ class ByEpoch(Counting):
         return iter([(i + self.epoch) % 9 for i in range(9)])
 
 
+class Seeded(ByEpoch):
+    """By a name of its own, beside another number about epochs."""
+
+    def __init__(self) -> None:
+        self.num_epochs = 10
+        self.base = self.seed = 7
+
+    def set_epoch(self, epoch: int) -> None:
+        self.seed = self.base + epoch
+
+    def __iter__(self) -> Iterator[int]:
+        return iter([(i * self.seed) % 9 for i in range(9)])
+
+
 def shuffled(**options: Any) -> DataLoader[Any]:
     return DataLoader(Augmented(), batch_size=4, shuffle=True, **options)
 
@@ -183,6 +197,7 @@ LOADERS: dict[str, Callable[[], DataLoader[Any]]] = {
     "own generator": lambda: DataLoader(Augmented(50), batch_size=9, sampler=OwnGenerator(1, hidden=False)),
     "stateful sampler": lambda: DataLoader(Augmented(), batch_size=2, sampler=Counting()),
     "epoch sampler": lambda: DataLoader(Augmented(), batch_size=2, sampler=ByEpoch()),
+    "seeded epochs": lambda: DataLoader(Augmented(), batch_size=2, sampler=Seeded()),
     "generated": lambda: Generated(Augmented(), batch_size=4, shuffle=True),
 }
 
@@ -356,6 +371,55 @@ def test_another_global_batch_keeps_the_samples_and_says_so() -> None:
     assert sorted(seen + rest) == list(range(10))
 
 
+class Drawn:
+    """A sampler that draws each item as it is asked for."""
+
+    def __init__(self, draw: Callable[[], int]) -> None:
+        self.draw = draw
+
+    def __len__(self) -> int:
+        return 12
+
+    def __iter__(self) -> Iterator[int]:
+        for _ in range(12):
+            yield self.draw()
+
+
+DRAWS: list[Callable[[], int]] = [
+    lambda: random.randrange(1000),
+    lambda: int(torch.randint(1000, (1,))),
+    lambda: int(np.random.randint(1000)),
+]
+
+
+@pytest.mark.parametrize("draw", DRAWS, ids=["python", "torch", "numpy"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_sampler_that_draws_item_by_item_is_the_raw_loops_and_repeats_nothing(
+    draw: Callable[[], int], workers: int
+) -> None:
+    """While nobody else draws, its order and what it leaves behind are the raw loader's. Otherwise epochs differ."""
+
+    def make() -> DataLoader[Any]:
+        return DataLoader(range(1000), batch_size=2, sampler=Drawn(draw), num_workers=workers)
+
+    seed(5)
+    raw = make()
+    expected = [[b.tolist() for b in raw] for _ in range(3)]
+    after = RandomState.capture()
+    seed(5)
+    loader = prepare(make())
+    assert [[b.tolist() for b in loader] for _ in range(3)] == expected
+    assert after.same_globals(RandomState.capture())
+    loader, epochs = prepare(make()), []
+    for _ in range(4):
+        epochs.append([])
+        for batch in loader:
+            epochs[-1].extend(batch.tolist())
+            torch.rand(1), random.random(), np.random.rand()
+    runs = {tuple(epoch[i : i + 3]) for epoch in epochs for i in range(10)}
+    assert len(runs) == 40  # no stretch of 3 items of 1000 comes twice
+
+
 def test_a_state_that_does_not_fit_is_refused() -> None:
     """Another dataset; another sampler, or one that would yield other samples than before."""
     loader = prepare(DataLoader(range(10), batch_size=2))
@@ -500,6 +564,40 @@ def test_a_strided_stream_goes_on_with_any_number_of_processes(kind: type, worke
     assert [i for group in whole for i, _ in group] == list(range(21))
     assert len({noise for group in whole for _, noise in group}) == (21 if workers else 1)
     assert head + middle + tail == whole
+
+
+class Shuffling(IterableDataset):
+    """One stream for all, in an order of each epoch's."""
+
+    def __iter__(self) -> Iterator[int]:
+        return (i for i in torch.randperm(21).tolist())
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_strided_stream_that_shuffles_goes_on_in_its_order(workers: int) -> None:
+    """Read again from the state that the epoch began from, whatever was drawn since."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        for cut in (1, 3, 8, 12):
+            log: list[Any] = []
+            saved: Any = None
+            rng = RandomState.capture()
+            for resumed in (False, True):
+                seed(99 if resumed else 3)
+                raw = DataLoader(Shuffling(), batch_size=3, num_workers=workers)
+                loader = prepare(raw, iterable_shard="stride")
+                if resumed:
+                    loader.load_state_dict(saved)
+                    rng.restore()
+                    del log[cut:]
+                while len(log) < 18:
+                    for batch in loader:
+                        log.append([*batch.tolist(), torch.rand(1).item()])
+                        if len(log) == cut:
+                            saved, rng = through_a_file(loader.state_dict()), RandomState.capture()
+                if not resumed:
+                    whole = list(log)
+            assert log == whole, cut
 
 
 class Whole(IterableDataset):
