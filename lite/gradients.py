@@ -154,6 +154,10 @@ class Accumulation:
         Raises:
             UsageError: Some micro-batches of the window have a weight and others not, or another window is open.
         """
+        if not isinstance(last, bool):
+            raise ConfigError(f"window(last={last!r}) must be True or False: whether this is the last micro-batch.")
+        if weight is not None:
+            check_weight("window", weight)
         if self.ready:
             self.count, self.ready, self._weighted, self._total = 0, False, None, 0.0
         if self._weighted is not None and self._weighted != (weight is not None):
@@ -184,7 +188,8 @@ class Accumulation:
             total = torch.as_tensor(self._total, dtype=torch.float64 if self._device.type != "mps" else torch.float32)
             # The ranks' gradients were averaged; dividing by the mean weight gives the sum over the sum of weights.
             mean_weight = collectives.all_reduce(total.to(self._device), "mean")
-            self._multiply((self._unit or 1.0) / mean_weight)
+            # A window without any token has no gradient.
+            self._multiply(torch.where(mean_weight > 0, (self._unit or 1.0) / mean_weight, 0.0))
         elif self.count != self.steps:
             self._multiply(self.steps / self.count)
 
@@ -192,6 +197,19 @@ class Accumulation:
         for parameter in {id(p): p for p in self._parameters()}.values():
             if parameter.grad is not None:
                 parameter.grad.mul_(factor.to(parameter.grad.dtype) if isinstance(factor, Tensor) else factor)
+
+
+def check_weight(call: str, weight: Any) -> None:
+    """Refuse a weight that is no number of tokens or samples. Tensors' values are not looked at.
+
+    Raises:
+        ConfigError: It is negative, not finite, or no number.
+    """
+    is_number = isinstance(weight, Tensor) and weight.numel() == 1
+    if not is_number and isinstance(weight, (int, float)) and not isinstance(weight, bool):
+        is_number = math.isfinite(weight) and weight >= 0
+    if not is_number:
+        raise ConfigError(f"{call}(weight={weight!r}) must be a number of at least 0, of tokens or samples.")
 
 
 def _unit(weight: float | Tensor) -> float:

@@ -172,6 +172,12 @@ class Lite(Resuming, Steps, Records):
         self._close_loggers = weakref.finalize(self, _close_all, writers)
         self.call("on_launch", self)
 
+    def _leave_job(self) -> None:
+        """Say that this rank has ended by itself, which a process that a launcher started does not do at its exit."""
+        if self._watch is not None:
+            self._watch.close()
+        self.strategy.close()
+
     # ---- setting up
 
     def setup(
@@ -374,20 +380,19 @@ def _run_in_process(lite: Lite, fn: Callable[..., T], args: tuple[Any, ...], kwa
     """What a started process does: join as itself, run, and leave; a forked one runs nothing at its exit."""
     lite._plan = lite._plan.joined(detect_environment(os.environ))
     lite._connect()
-    strategy = lite.strategy
     try:
         value = fn(lite, *args, **kwargs)
         lite._finish_saves()  # over the group that is about to go
     except BaseException as error:
         if isinstance(error, SystemExit) and error.code in (None, 0):
-            strategy.close()
+            lite._leave_job()
         else:
+            # The group is left alone: the other ranks learn of the failure by this process's end.
             lite._tell_of_failure(error)
         raise
     finally:
-        # After a failure the group is left alone: the other ranks learn of it by this process's end.
         lite._close_loggers()
-    strategy.close()
+    lite._leave_job()
     return value
 
 

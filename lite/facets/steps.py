@@ -41,9 +41,12 @@ class Steps(Facet):
             UsageError: The gradients would not be synchronised over the ranks, `model` is not set up, or a window of
                 `accumulate` has a weight already.
         """
+        if not isinstance(loss, Tensor):
+            raise ConfigError(f"backward got loss={loss!r:.80}, which is no tensor; pass the loss tensor itself.")
         if model is not None:
             self._check_set_up("backward", model)
         if weight is not None:
+            gradients.check_weight("backward", weight)
             if self._scale is not None and self._scale.weighted:
                 raise UsageError(f"backward(weight={weight!r}): the open window of accumulate has a weight; give one.")
             with self._weight.instead(weight) as factor:
@@ -246,10 +249,24 @@ class Steps(Facet):
                 mean_loss=self._mean_loss,
                 divide=strategy.divide_optimizer,
                 follow=strategy.follow_optimizer,
+                before=self._check_window,
             )
         else:
             wrap_optimizer(optimizer, self.precision)
         move_optimizer_state(optimizer, self.precision)
+
+    def _check_window(self, optimizer: Optimizer) -> None:
+        """Refuse a step with gradients that an open window has kept on this rank."""
+        for window, models in self._windows:
+            if not window.is_open or all(getattr(self._modules.get(m), "gradients_agree", True) for m in models):
+                continue
+            held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            if any(id(p) in held for model in models for p in model.parameters()):
+                raise UsageError(
+                    f"{type(optimizer).__name__}.step() came after {window.count} of {window.steps} micro-batches of "
+                    "an accumulation window, whose gradients are each rank's own until the last one; step when "
+                    "window.ready, and end a window early by window(last=True)."
+                )
 
     def _mean_loss(self, loss: Any) -> Any:
         """What one process would have seen: the mean of the ranks' losses, each counted by its samples."""
@@ -270,6 +287,11 @@ def compose_backward(lite: Steps) -> Callable[..., None]:
 
     def checked_backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
         # Tensor.backward(gradient, retain_graph, create_graph, inputs)
+        if (args or kwargs) and (kwargs.get("create_graph") or (len(args) > 2 and args[2])):
+            raise UsageError(
+                "lite.backward(create_graph=True) can't be averaged over several ranks: the averaging changes "
+                "gradients in place. Take those that a loss is made of by torch.autograd.grad(create_graph=True)."
+            )
         loss = strategy.prepare_backward(loss, partial=len(args) > 3 or kwargs.get("inputs") is not None)
         scale = lite._scale
         if scale is not None:
@@ -281,6 +303,7 @@ def compose_backward(lite: Steps) -> Callable[..., None]:
                 loss = loss * factor
         try:
             plain(loss, *args, **kwargs)
+            strategy.finish_backward()
         except RuntimeError as error:
             collectives.raise_explained(error)
             advice = strategy.explain_backward_error(error)

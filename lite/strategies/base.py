@@ -107,6 +107,9 @@ class Strategy:
         """
         return loss
 
+    def finish_backward(self) -> None:
+        """Refuse gradients that a backward, which has just ended, has left unsynchronised."""
+
     def explain_backward_error(self, error: RuntimeError) -> str | None:
         """What to do about torch's error in a backward, where the strategy knows."""
         return None

@@ -126,6 +126,10 @@ class DDPStrategy(Strategy):
     def prepare_backward(self, loss: Tensor, *, partial: bool = False) -> Tensor:
         return loss if self._engines is None else self._engines.prepare_backward(loss, partial=partial)
 
+    def finish_backward(self) -> None:
+        if self._engines is not None:
+            self._engines.finish_backward()
+
     def explain_backward_error(self, error: RuntimeError) -> str | None:
         if "mark a variable ready only once" not in str(error) and "marked as ready twice" not in str(error):
             return None

@@ -88,7 +88,14 @@ class Engines:
             )
         for engine in engines:
             loss = engine.begin_backward(loss)
+        self.begun = engines
         return loss
+
+    def finish_backward(self) -> None:
+        """The backward has ended: every model that it averages gradients of must have had all of them."""
+        begun, self.begun = self.begun, set()
+        for engine in begun:
+            engine.finish_backward()
 
     def check_optimizer(self, optimizer: Optimizer) -> None:
         """Refuse an optimizer with parameters that no engine knows."""
@@ -231,6 +238,17 @@ class DDPEngine(Engine):
             return self._prepare(self._averaged.ddp, loss)  # type: ignore[no-any-return]
         return loss
 
+    def finish_backward(self) -> None:
+        """Refuse a backward that has left parameters out: the averaging of all gradients waits for theirs."""
+        ddp = self._averaged.ddp
+        if ddp is None:
+            return
+        try:
+            ddp._check_reducer_finalized()  # type: ignore[no-untyped-call]  # so in torch 2.6 to 2.13
+        except RuntimeError as error:
+            self._explain_unused(error)
+            raise
+
     def _prepare(self, ddp: nn.parallel.DistributedDataParallel, outputs: Any) -> Any:
         # Broadcasting buffers now would change what the backward needs, and methods communicate nothing.
         before, ddp.require_forward_param_sync = ddp.require_forward_param_sync, False
@@ -289,7 +307,7 @@ class DDPEngine(Engine):
         unused = [n for n, p in self._averaged.module.named_parameters() if p.requires_grad and p.grad is None]
         which = f" ({some(unused)})" if unused else ""
         raise UsageError(
-            f"some parameters{which} got no gradient in the last backward, so its synchronisation never finished; use "
+            f"some parameters{which} got no gradient in a backward, so its synchronisation never finished; use "
             'strategy="ddp_find_unused_parameters_true", or make every parameter take part in the loss.'
         ) from error
 
