@@ -318,6 +318,7 @@ def all_gather_objects(obj: Any, *, group: Any = None) -> list[Any]:
     """Every rank's object, which must pickle, in rank order. Collective: call on all ranks."""
     if world_size(group) == 1:
         return [obj]
+    refuse_alone("all_gather_objects")
     gathered: list[Any] = [None] * world_size(group)
     dist.all_gather_object(gathered, obj, group=group)
     return gathered
@@ -348,6 +349,7 @@ def smallest(number: int) -> int:
     """The smallest of all ranks' numbers, in one small all_reduce. Collective: call on all ranks."""
     if world_size() == 1:
         return number
+    refuse_alone("a number that all ranks agree on")
     value = torch.tensor(number, device=control_device(None))
     dist.all_reduce(value, op=dist.ReduceOp.MIN)
     return int(value.item())
@@ -365,6 +367,7 @@ def gather_numbers(number: Tensor) -> list[int]:
     """Every rank's int64 scalar, in one small all_gather. Collective: call on all ranks."""
     if world_size() == 1:
         return [int(number.item())]
+    refuse_alone("a comparison of all ranks")
     number = number.to(control_device(None)).reshape(1)
     return [int(part) for part in torch.cat(_gather_equal(number, None)).tolist()]
 

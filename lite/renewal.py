@@ -102,7 +102,10 @@ def _renew_dataclass(present: Any, loaded: Mapping[str, Any], where: str) -> Any
         return loaded
     values = {name: renew(getattr(present, name, None), loaded[name], f"{where}.{name}") for name in fields}
     if present.__dataclass_params__.frozen:
-        return dataclasses.replace(present, **{name: v for name, v in values.items() if fields[name].init})
+        renewed = dataclasses.replace(present, **{name: v for name, v in values.items() if fields[name].init})
+        for name in fields:
+            object.__setattr__(renewed, name, values[name])  # those, too, that the constructor doesn't take
+        return renewed
     for name, value in values.items():
         setattr(present, name, value)
     return present

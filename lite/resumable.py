@@ -274,7 +274,7 @@ class Resumable:
             return
         there = [name for name in self._names(whole=True) if f"{self._shown}/{name}" not in self._damaged]
         old = [name for name in there if _steps(name) <= self.saved_steps][: -self._keep_last]
-        old = [name for name in old if self._keep_every is None or _steps(name) % self._keep_every]
+        old = [name for name in old if name not in self._kept_for_good(there)]
         # Directories whose save was killed or failed; a newer one may be a save in flight.
         old += [name for name in self._names(whole=False) if _steps(name) < self.saved_steps]
         if self.saved_steps > self._begun_at:
@@ -285,6 +285,15 @@ class Resumable:
                 remove(f"{self._shown}/{name}")
         except OSError as error:  # on rank 0 alone, while the others go on
             warnings.warn(f"an old checkpoint in {self._shown} could not be removed: {error}", stacklevel=4)
+
+    def _kept_for_good(self, names: list[str]) -> set[str]:
+        """Of each so many steps the first checkpoint: one that waited for a window's end has another number."""
+        every, kept, before = self._keep_every, set(), 0
+        for name in names:
+            if every is not None and _steps(name) // every > before // every:
+                kept.add(name)
+            before = _steps(name)
+        return kept
 
     # ---- resuming
 

@@ -189,6 +189,20 @@ def test_an_abandoned_window_holds_nothing_up_for_ever(tmp_path: Path) -> None:
     assert first == second == [4, 8]
 
 
+def test_one_of_so_many_steps_is_kept_for_good_whatever_its_number(tmp_path: Path) -> None:
+    """Saves that waited for a window's end have other numbers than were asked for."""
+    lite = Lite(accelerator="cpu")
+    model = lite.setup(nn.Linear(1, 1))
+    window = lite.accumulate(model, steps=4)
+    run = lite.resumable({"model": model}, tmp_path, every_steps=10, keep_every=10, keep_last=1, signals=())
+    for _ in run.epochs(1):
+        for _ in range(60):
+            with window():
+                lite.backward(model(torch.ones(1, 1)).sum())
+            run.step()
+    assert names(tmp_path) == [f"step-{step:08d}.ckpt" for step in (12, 20, 32, 40, 52, 60)]
+
+
 def test_a_save_within_a_window_is_warned_of(tmp_path: Path) -> None:
     """Its gradients are in no checkpoint."""
     lite = Lite(accelerator="cpu")

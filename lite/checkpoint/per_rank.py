@@ -105,7 +105,7 @@ def _buffers(module: nn.Module) -> dict[str, Tensor]:
     """The module's plain, dense buffers by the keys of its state dict."""
     return {
         plain_key(key): buffer
-        for key, buffer in module.named_buffers()
+        for key, buffer in module.named_buffers(remove_duplicate=False)
         if buffer.layout == torch.strided and not buffer.is_quantized and not hasattr(buffer, "__tensor_flatten__")
     }
 

@@ -284,6 +284,7 @@ class Iteration:
                 warn_of_reading_again(stream.dataset, current.first)
             stream.resume = (current.first, current.stream)
         elif strided.num_workers > 0:
+            strided._iterator = None  # workers that last would go on with the epoch's seed that they were started with
             current.seed = mix(self._sync(current.start.before).digest(), current.epoch)
         stream.seed = current.seed
         with self.making_workers():

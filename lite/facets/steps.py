@@ -144,7 +144,7 @@ class Steps(Facet):
             lambda: (p for m in models for p in m.parameters()),
             no_sync,
             self._scaled,
-            lambda: self._weight.value == 0.0,
+            lambda: self._weight.num_real == 0,
             self._device,
         )
         held = set(models)

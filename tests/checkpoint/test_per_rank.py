@@ -149,6 +149,7 @@ def odd_buffers(folder: str) -> list[Any]:
     lite = Lite(accelerator="cpu")
     model = nn.Linear(1, 1)
     model.register_buffer("small", torch.full((2,), float(lite.global_rank + 1)).to(torch.float8_e4m3fn))
+    model.register_buffer("twin", model.small)
     model.register_buffer("lazy", None if lite.global_rank else torch.ones(1))
     model.register_buffer("sparse", torch.eye(2).to_sparse())
     lite.save(f"{folder}/odd.ckpt", {"model": model})
@@ -156,15 +157,15 @@ def odd_buffers(folder: str) -> list[Any]:
         lite.save(f"{folder}/odd.ckpt", {"model": model})
     if lite.global_rank == 0:
         model.lazy = None
-    model.small = torch.zeros(2).to(torch.float8_e4m3fn)
+    model.small, model.twin = (torch.zeros(2).to(torch.float8_e4m3fn) for _ in range(2))
     with pytest.warns(UserWarning, match=r"unexpected: model\.lazy"):
         lite.load(f"{folder}/odd.ckpt", {"model": model}, strict=False)
-    return model.small.float().tolist()  # type: ignore[no-any-return]
+    return (model.small.float() + model.twin.float()).tolist()  # type: ignore[no-any-return]
 
 
 def test_buffers_of_every_kind_and_missing_ones_are_no_trouble(tmp_path: Path) -> None:
     """Of 8 bits, sparse, or there on one rank alone."""
-    assert run_distributed(odd_buffers, str(tmp_path)) == [[1, 1], [2, 2]]
+    assert run_distributed(odd_buffers, str(tmp_path)) == [[2, 2], [4, 4]]
 
 
 @pytest.mark.parametrize("suffix", [".ckpt", ""])

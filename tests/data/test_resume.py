@@ -566,6 +566,15 @@ def test_a_strided_stream_goes_on_with_any_number_of_processes(kind: type, worke
     assert head + middle + tail == whole
 
 
+@pytest.mark.parametrize("persistent", [False, True])
+def test_a_strided_streams_workers_draw_anew_in_each_epoch(persistent: bool) -> None:
+    """Persistent ones are started anew, since they keep what they were told."""
+    raw = DataLoader(Whole(Stream()), batch_size=4, num_workers=1, persistent_workers=persistent)
+    loader = prepare(raw, iterable_shard="stride")
+    epochs = [tuple(b[:, 1].sum().item() for b in loader) for _ in range(3)]
+    assert len(set(epochs)) == 3
+
+
 class Shuffling(IterableDataset):
     """One stream for all, in an order of each epoch's."""
 
