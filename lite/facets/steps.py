@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
@@ -242,6 +243,7 @@ class Steps(Facet):
         if self.world_size > 1:
             strategy = self.strategy
             strategy.check_optimizer(optimizer)
+            window_check = weakref.WeakMethod(self._check_window)  # an optimizer may outlive this object
             wrap_optimizer(
                 optimizer,
                 self.precision,
@@ -249,7 +251,7 @@ class Steps(Facet):
                 mean_loss=self._mean_loss,
                 divide=strategy.divide_optimizer,
                 follow=strategy.follow_optimizer,
-                before=self._check_window,
+                before=lambda optimizer: check(optimizer) if (check := window_check()) is not None else None,
             )
         else:
             wrap_optimizer(optimizer, self.precision)
