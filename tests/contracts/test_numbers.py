@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -138,14 +139,23 @@ def train(name: str, loop: str) -> tuple[list[float], dict[str, torch.Tensor], d
     return losses, sharded, {k: v.clone() for k, v in model.state_dict().items()}
 
 
+def train_all(name: str) -> dict[str, Any]:
+    return {loop: train(name, loop) for loop in LOOPS}
+
+
+@functools.cache
+def trained(name: str) -> list[dict[str, Any]]:
+    """What each rank has of each loop, from one job: to start one takes longer than to train."""
+    world_size = STRATEGIES[name][0]
+    return [train_all(name)] if world_size == 1 else run_distributed(train_all, name, world_size=world_size)
+
+
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_losses_and_weights_are_those_of_a_raw_loop(name: str, loop: str) -> None:
     """In float64, to 1e-10: sums over ranks round otherwise than sums over a batch, and AdamW divides by them."""
-    world_size = STRATEGIES[name][0]
-    results = [train(name, loop)] if world_size == 1 else run_distributed(train, name, loop, world_size=world_size)
     losses, weights = train_raw(loop)
-    for mine, sharded, torn_down in results:
+    for mine, sharded, torn_down in [result[loop] for result in trained(name)]:
         assert mine == pytest.approx(losses, abs=1e-10)
         assert list(sharded) == list(torn_down) == list(weights)
         for key, wanted in weights.items():
