@@ -235,11 +235,12 @@ def _gather_one(value: Tensor, shapes: list[tuple[int, ...]], sync_grads: bool, 
 def _gather_equal(value: Tensor, group: Any) -> list[Tensor]:
     # As bytes: backends don't send every dtype, and a gathering doesn't compute.
     parts = [torch.empty_like(value, memory_format=torch.contiguous_format) for _ in range(world_size(group))]
-    dist.all_gather([_as_bytes(p) for p in parts], _as_bytes(value.contiguous()), group=group)
+    dist.all_gather([as_bytes(p) for p in parts], as_bytes(value.contiguous()), group=group)
     return parts
 
 
-def _as_bytes(value: Tensor) -> Tensor:
+def as_bytes(value: Tensor) -> Tensor:
+    """The memory of a contiguous tensor, flat."""
     return value.view(-1).view(torch.uint8)
 
 
@@ -307,21 +308,35 @@ def _gather_objects(leaf: Any, num_real: int | None, device: torch.device | None
     items = items if num_real is None else items[:num_real]
     if world_size(group) == 1:
         return items
-    payloads: list[Any] = [None] * world_size(group)
-    dist.all_gather_object(payloads, _pickled(items), group=group)
-    parts = [_unpickled(p, f"gather_for_metrics: rank {r}'s list", device) for r, p in enumerate(payloads)]
+    parts = all_gather_objects(items, name="gather_for_metrics: rank {}'s list", device=device, group=group)
     return [item for part in parts for item in part]
 
 
 @explained
-def all_gather_objects(obj: Any, *, group: Any = None) -> list[Any]:
-    """Every rank's object, which must pickle, in rank order. Collective: call on all ranks."""
+def all_gather_objects(
+    obj: Any,
+    *,
+    name: str = "all_gather_objects: rank {}'s object",
+    device: torch.device | None = None,
+    group: Any = None,
+) -> list[Any]:
+    """Every rank's object, in rank order. Collective: call on all ranks.
+
+    Args:
+        obj: Anything that pickles.
+        name: What the object of rank {} is called in an error.
+        device: Where received tensors are put; None leaves them on the CPU.
+        group: A process group; None is all ranks.
+
+    Raises:
+        UsageError: (on all ranks) an object doesn't pickle.
+    """
     if world_size(group) == 1:
         return [obj]
     refuse_alone("all_gather_objects")
-    gathered: list[Any] = [None] * world_size(group)
-    dist.all_gather_object(gathered, obj, group=group)
-    return gathered
+    payloads: list[Any] = [None] * world_size(group)
+    dist.all_gather_object(payloads, _pickled(obj), group=group)
+    return [_unpickled(payload, name.format(rank), device) for rank, payload in enumerate(payloads)]
 
 
 def any_rank(flag: bool, *, group: Any = None) -> bool:
@@ -387,7 +402,7 @@ class _Pickler(pickle.Pickler):
 
     def reducer_override(self, obj: Any) -> Any:
         if type(obj) is Tensor and obj.dtype in _IRREDUCIBLE and obj.layout == torch.strided:
-            return _from_bytes, (_as_bytes(obj.contiguous()), obj.dtype, tuple(obj.shape))
+            return _from_bytes, (as_bytes(obj.contiguous()), obj.dtype, tuple(obj.shape))
         return NotImplemented
 
 

@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lite.errors import ConfigError
+from lite.precision.base import default_dtype
 from lite.sharded import cut, is_sharded, local
 
 Moment = list[Tensor]
@@ -144,7 +145,7 @@ class Recording(TorchDispatchMode):
         Returns:
             The random state at the end; the present one is left as it is.
         """
-        with torch.no_grad(), _random_from(start, self._device), _default_dtype(self._dtype):
+        with torch.no_grad(), _random_from(start, self._device), default_dtype(self._dtype):
             self._play(deliver, wanted)
             return random_state(self._device)
 
@@ -239,16 +240,6 @@ def _random_from(start: Moment, device: torch.device) -> Iterator[None]:
         _set_random_state(before, device)
 
 
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
 # ---- whole modules
 
 
@@ -258,11 +249,6 @@ def _tensors(module: nn.Module) -> Iterator[tuple[nn.Module, dict[str, Any], str
             for name, tensor in table.items():
                 if tensor is not None:
                     yield part, table, name, tensor
-
-
-def is_deferred(module: nn.Module) -> bool:
-    """Whether a parameter or buffer is on the meta device."""
-    return any(tensor.is_meta for *_, tensor in _tensors(module))
 
 
 def check_deferred(module: nn.Module) -> None:

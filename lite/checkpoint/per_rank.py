@@ -81,11 +81,10 @@ def gather_buffers(content: dict[str, Any], state: Mapping[str, Any]) -> dict[st
     differing = [place for place in common if len({other[place] for other in sums}) > 1]
     if not differing:
         return {}
-    everyone = collectives.all_gather_objects([_as_bytes(mine[place].detach().cpu()).clone() for place in differing])
+    everyone = collectives.all_gather_objects([mine[place].contiguous() for place in differing])
     found: dict[str, dict[str, list[Tensor]]] = {}
     for i, (name, key) in enumerate(differing):
-        like = mine[name, key]
-        values = [buffers[i].view(like.dtype).view(like.shape) for buffers in everyone]
+        values = [buffers[i] for buffers in everyone]
         found.setdefault(name, {})[key] = values
         content[name][key] = values[0]
     return found
@@ -117,14 +116,10 @@ def _checksum(buffer: Tensor) -> tuple[Any, ...]:
     """What equal buffers have in common; computed once for each version of a buffer, as large ones seldom change."""
     version, found = _checksums.get(buffer, (None, None))
     if version != buffer._version:
-        values: Any = _as_bytes(buffer.detach().cpu()).numpy()
+        values: Any = collectives.as_bytes(buffer.detach().cpu().contiguous()).numpy()
         found = (tuple(buffer.shape), str(buffer.dtype), zlib.crc32(values))
         _checksums[buffer] = (buffer._version, found)
     return found  # type: ignore[no-any-return]
-
-
-def _as_bytes(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(-1).view(torch.uint8)
 
 
 def restore_random_state(saved: list[Any]) -> Moment:

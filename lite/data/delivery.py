@@ -30,9 +30,12 @@ class Delivery:
         device: Where batches are moved; None leaves them.
         sync: Returns rank 0's object on every rank.
         rank: This rank.
-        sliced: Whether each batch is a part of a global one, which the sampler has cut.
         watched: Whether ranks are meant to get different batches by the dataset's own doing.
         own_iter: Whether the loader's class iterates in a way of its own, around the batches that are read.
+
+    Attributes:
+        sliced: Whether each batch is a part of a global one, which the sampler has cut.
+        own_iter: As above.
     """
 
     def __init__(
@@ -45,7 +48,6 @@ class Delivery:
         device: torch.device | None,
         sync: Callable[[Any], Any],
         rank: int,
-        sliced: bool,
         watched: bool,
         own_iter: bool,
     ) -> None:
@@ -56,9 +58,9 @@ class Delivery:
         self._device = device
         self._sync = sync
         self._rank = rank
-        self._sliced = sliced
+        self.sliced = sampler is not None and sampler.shard.world_size > 1
         self._watched = watched
-        self._own_iter = own_iter
+        self.own_iter = own_iter
 
     def watch(self, batches: Any, newest: Callable[[], Pass | None]) -> Any:
         """The iterator that reads the batches, where the user's class stands between it and the user's loop.
@@ -67,7 +69,7 @@ class Delivery:
             batches: The iterator, which may serve several passes (persistent workers).
             newest: Returns the pass that it is in.
         """
-        if not self._own_iter:
+        if not self.own_iter:
             return batches
         raw_next = type(batches).__next__
 
@@ -75,7 +77,7 @@ class Delivery:
             batch = raw_next(iterator)
             current = newest()
             if current is not None:
-                if self._sliced:
+                if self.sliced:
                     self._tell(current, current.read)
                 current.read += 1
             return batch
@@ -93,7 +95,7 @@ class Delivery:
             batches = self._compare(batches)
         if self._device is not None:
             batches = self._move(batches, self._device)
-        if self._sliced or self._strided:
+        if self.sliced or self._strided:
             return self._weigh(batches, current)
         return self._count(batches, current)
 
@@ -104,7 +106,7 @@ class Delivery:
         self._sampler.upcoming = None if current.taken else current
         first = list(islice(batches, 1))
         self._sampler.upcoming = None
-        if first and self._sliced and not current.taken:
+        if first and self.sliced and not current.taken:
             raise UsageError(
                 "the DataLoader's class gives out batches of an iterator that it made before "
                 "lite.setup_dataloaders, so they can't be split over the ranks; use a plain DataLoader "
@@ -119,7 +121,7 @@ class Delivery:
         current.finished = True
 
     def _weigh(self, batches: Iterator[Any], current: Pass) -> Iterator[Any]:
-        weight, tell = self._weight, self._sliced and not self._own_iter
+        weight, tell = self._weight, self.sliced and not self.own_iter
         outer = weight.outer()
         try:
             for number, batch in enumerate(self._started(batches, current)):

@@ -10,14 +10,11 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
 
-from lite.seed import RandomState, mix
-
-_KINDS = ("torch", "python", "numpy")
+from lite.seed import KINDS, RandomState, mix
 
 
 class Draws:
@@ -41,9 +38,9 @@ class Draws:
             yield
         finally:
             self._state = RandomState.capture()
-            for kind in _KINDS:
-                if not _same(here, mine, kind):
-                    _put_back(here, kind)
+            for kind in KINDS:
+                if not here.same_one(mine, kind):
+                    here.restore_one(kind)
 
     def apart(self) -> dict[str, int]:
         """The generators that the sampler has drawn from and that stand elsewhere now, and a number for its last state.
@@ -51,8 +48,8 @@ class Draws:
         The next pass must not begin where they stand: it would draw what this one has drawn once more.
         """
         here = RandomState.capture()
-        drawn = [kind for kind in _KINDS if not _same(self._start, self._state, kind)]
-        return {kind: _digest(self._state, kind) for kind in drawn if not _same(here, self._state, kind)}
+        drawn = [kind for kind in KINDS if not self._start.same_one(self._state, kind)]
+        return {kind: _digest(self._state, kind) for kind in drawn if not here.same_one(self._state, kind)}
 
 
 def move_on(apart: dict[str, int]) -> None:
@@ -68,31 +65,8 @@ def move_on(apart: dict[str, int]) -> None:
             np.random.seed(seed & (2**32 - 1))
 
 
-def _of(state: RandomState, kind: str) -> Any:
-    return getattr(state, f"{kind}_state")
-
-
-def _same(first: RandomState, second: RandomState, kind: str) -> bool:
-    a, b = _of(first, kind), _of(second, kind)
-    if kind == "torch":
-        return torch.equal(a, b)
-    if kind == "python" or a is None or b is None:
-        return bool(a == b) if kind == "python" else a is b
-    return bool(a[2:] == b[2:] and np.array_equal(a[1], b[1]))
-
-
 def _digest(state: RandomState, kind: str) -> int:
-    value = _of(state, kind)
+    value = getattr(state, f"{kind}_state")
     if kind == "torch":
         return state.digest()
     return mix(*(int(n) & (2**64 - 1) for n in (value[1] if kind == "python" else (*value[1], value[2]))))
-
-
-def _put_back(state: RandomState, kind: str) -> None:
-    value = _of(state, kind)
-    if kind == "torch":
-        torch.set_rng_state(value)
-    elif kind == "python":
-        random.setstate(value)
-    else:
-        np.random.set_state(value)

@@ -31,30 +31,26 @@ class Iteration:
 
     Args:
         loader: The copy of the user's loader.
+        delivery: What hands its batches out.
         sampler: What slices its sampler's stream; None for an IterableDataset.
         tracker: What knows how far an IterableDataset was read; None for others.
         strided: The loader over one stream that all ranks read, where that is how it is split.
         weight: Told what each batch counts, as it is given out.
-        device: Where batches are moved; None leaves them.
         sync: Returns rank 0's object on every rank.
         shard: This rank's part.
-        split: Whether ranks are meant to get different batches.
-        own_iter: Whether the loader's class iterates in a way of its own, around the batches that are read.
     """
 
     def __init__(
         self,
         loader: DataLoader[Any],
+        delivery: Delivery,
         *,
         sampler: ShardedSampler | None,
         tracker: StreamTracker | None,
         strided: DataLoader[Any] | None,
         weight: BatchWeight,
-        device: torch.device | None,
         sync: Sync,
         shard: Shard,
-        split: bool,
-        own_iter: bool,
     ) -> None:
         self.strided = strided
         self._sampler = sampler
@@ -62,21 +58,8 @@ class Iteration:
         self._weight = weight
         self._sync = sync
         self._dataset: Any = loader.dataset
-        self._own_iter = own_iter
-        sliced = sampler is not None and sampler.shard.world_size > 1
-        self._delivery = Delivery(
-            sampler=sampler,
-            tracker=tracker,
-            strided=strided is not None,
-            weight=weight,
-            device=device,
-            sync=sync,
-            rank=shard.rank,
-            sliced=sliced,
-            watched=split and tracker is not None,
-            own_iter=own_iter,
-        )
-        self.per_rank = shard.world_size > 1 and strided is None and not sliced
+        self._delivery = delivery
+        self.per_rank = shard.world_size > 1 and strided is None and not delivery.sliced
         samplers = [] if sampler is None else [s for s in samplers_of(loader) if s is not sampler]
         self._generators = generators_of(loader)
         self._epochs = [teller for s in samplers if (teller := epoch_teller(s)) is not None]
@@ -159,7 +142,7 @@ class Iteration:
             rest = {"samplers": samplers, "epochs": epochs, "stream": self._rest_of_stream()}
             rest["apart"] = None if self._sampler is None else self._sampler.apart()
             return {**state, "rest": {**rest, "generators": list(generators.generator_states)}}
-        if self._own_iter and current.read != current.consumed:
+        if self._delivery.own_iter and current.read != current.consumed:
             raise UsageError(
                 f"the position of this loader can't be stored: its class has read {current.read} batches and "
                 f"given out {current.consumed}, so they don't tell how far the loop has come. Store it at the end of "

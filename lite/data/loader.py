@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
+from lite.data.delivery import Delivery
 from lite.data.iterable import StridedStream, identity
 from lite.data.iteration import Iteration, Sync
 from lite.data.sampler import ShardedSampler
@@ -97,17 +98,19 @@ def setup_dataloader(
         # Not for a strided stream, which all ranks must read alike.
         ready.__dict__["worker_init_fn"] = RankedWorkerInit(shard.rank, ready.worker_init_fn)
     moves = device is not None and device.type != "cpu"
-    iteration = Iteration(
-        ready,
+    delivery = Delivery(
         sampler=sampler,
         tracker=tracker,
-        strided=strided,
+        strided=strided is not None,
         weight=weight,
         device=device if moves else None,
         sync=sync,
-        shard=shard,
-        split=split,
+        rank=shard.rank,
+        watched=split and tracker is not None,
         own_iter=type(loader).__iter__ is not DataLoader.__iter__,
+    )
+    iteration = Iteration(
+        ready, delivery, sampler=sampler, tracker=tracker, strided=strided, weight=weight, sync=sync, shard=shard
     )
     _give_iteration(ready, iteration, shard, own_state=own_state)
     _set_up.add(loader)

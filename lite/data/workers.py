@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader
 
 # Signals that may ask this process for a stop. Schedulers send them to all processes of a job, workers included; but
 # those must live on, or the process that was asked has no data to finish its step with.
-stop_signals = {getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)}
+DEFAULT_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
+stop_signals = set(DEFAULT_SIGNALS)
 
 
 class RankedWorkerInit:

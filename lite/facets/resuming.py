@@ -79,7 +79,7 @@ class Resuming(BetweenRanks, Checkpoints, Guards):
             >>> training.steps
             10
         """
-        from lite.guards.signals import DEFAULT_SIGNALS
+        from lite.data.workers import DEFAULT_SIGNALS
         from lite.resumable import Resumable
 
         self._require_connected("resumable")

@@ -243,7 +243,13 @@ class Steps(Facet):
         if self.world_size > 1:
             strategy = self.strategy
             strategy.check_optimizer(optimizer)
-            window_check = weakref.WeakMethod(self._check_window)  # an optimizer may outlive this object
+            this = weakref.ref(self)  # an optimizer may outlive this object
+
+            def before(optimizer: Optimizer) -> None:
+                lite = this()
+                if lite is not None:
+                    lite._check_window(optimizer)
+
             wrap_optimizer(
                 optimizer,
                 self.precision,
@@ -251,7 +257,7 @@ class Steps(Facet):
                 mean_loss=self._mean_loss,
                 divide=strategy.divide_optimizer,
                 follow=strategy.follow_optimizer,
-                before=lambda optimizer: check(optimizer) if (check := window_check()) is not None else None,
+                before=before,
             )
         else:
             wrap_optimizer(optimizer, self.precision)

@@ -15,7 +15,6 @@ from typing import Any
 from lite.data.workers import stop_signals
 from lite.errors import ConfigError, UsageError
 
-DEFAULT_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
 # A scheduler that signals every process of a job reaches torchrun's agent too, which hands the signal on once more.
 _SAME_S = 1.0
 # How long the handler of a second signal may wait for its turn: none runs while Python is in native code.

@@ -61,7 +61,7 @@ class Precision:
 
     def init_context(self, device: torch.device) -> AbstractContextManager[Any]:
         """A context in which new tensors and modules get this precision's dtype."""
-        return _default_dtype(self.param_dtype) if self.param_dtype is not None else nullcontext()
+        return default_dtype(self.param_dtype) if self.param_dtype is not None else nullcontext()
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Compute gradients."""
@@ -119,8 +119,20 @@ class Precision:
         """Take over a state that `state_dict` returned."""
 
 
+class Uncast(Precision):
+    """A precision whose casts around a forward are somebody else's.
+
+    Args:
+        precision: The one that the user asked for.
+    """
+
+    def __init__(self, precision: Precision) -> None:
+        self.name = precision.name
+
+
 @contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Within the block new tensors are of this dtype."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

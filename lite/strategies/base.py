@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lite.environments.base import Environment
+from lite.errors import UsageError
 from lite.precision.base import Precision
 
 
@@ -176,3 +177,20 @@ class Strategy:
 
 class SingleStrategy(Strategy):
     """One process on one device."""
+
+
+def refuse_foreign(optimizer: Optimizer, is_known: Callable[[Tensor], bool]) -> None:
+    """Refuse an optimizer that holds parameters of no model that is set up.
+
+    Raises:
+        UsageError: It does.
+    """
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    foreign = [p for p in held if not is_known(p)]
+    if foreign:
+        raise UsageError(
+            f"{type(optimizer).__name__} holds {len(foreign)} of {len(held)} parameters (the first of shape "
+            f"{tuple(foreign[0].shape)}) that came into being after lite.setup or belong to no model that is set "
+            "up, so their gradients would stay different on each rank; put them into the model before lite.setup, "
+            "or call lite.teardown() and set up again."
+        )

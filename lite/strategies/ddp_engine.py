@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from lite.errors import UsageError
 from lite.strategies import provenance
-from lite.strategies.base import Engine
+from lite.strategies.base import Engine, refuse_foreign
 from lite.strategies.comm_hooks import Register
 from lite.strategies.ddp_parameters import Averaged, some
 
@@ -36,10 +36,12 @@ class Engines:
 
     Attributes:
         running: Engines of which a method other than forward runs now, the innermost last.
+        begun: Those that average gradients in the backward that runs now.
     """
 
     def __init__(self) -> None:
         self.running: list[DDPEngine] = []
+        self.begun: set[DDPEngine] = set()
         self._all: list[weakref.ref[DDPEngine]] = []
 
     def add(self, engine: DDPEngine) -> None:
@@ -66,11 +68,7 @@ class Engines:
 
     def prepare_backward(self, loss: Tensor, *, partial: bool) -> Tensor:
         """Check the loss and prepare the models that it comes from; see `Strategy.prepare_backward`."""
-        if not loss.requires_grad:
-            raise UsageError(
-                "lite.backward got a loss that needs no gradient; was the forward run under torch.no_grad(), or the "
-                "loss detached?"
-            )
+        provenance.check_has_graph(loss)
         for outer in reversed(self.running):  # the loss was computed within a method of this model
             loss = outer.announce(loss)
         marks, leaves = provenance.origins([loss])
@@ -100,15 +98,7 @@ class Engines:
     def check_optimizer(self, optimizer: Optimizer) -> None:
         """Refuse an optimizer with parameters that no engine knows."""
         known: set[int] = set().union(*(engine.names for engine in self))
-        held = [p for group in optimizer.param_groups for p in group["params"]]
-        foreign = [p for p in held if id(p) not in known]
-        if foreign:
-            raise UsageError(
-                f"{type(optimizer).__name__} holds {len(foreign)} of {len(held)} parameters (the first of shape "
-                f"{tuple(foreign[0].shape)}) that came into being after lite.setup or belong to no model that is set "
-                "up, so their gradients would stay different on each rank; put them into the model before lite.setup, "
-                "or call lite.teardown() and set up again."
-            )
+        refuse_foreign(optimizer, lambda parameter: id(parameter) in known)
 
 
 @dataclass(frozen=True)

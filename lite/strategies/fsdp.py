@@ -11,7 +11,7 @@ from torch import nn
 
 from lite.errors import ConfigError, choose
 from lite.precision.base import Precision
-from lite.strategies.blocks import choose_blocks, describe_blocks
+from lite.strategies.blocks import describe_blocks
 from lite.strategies.meshes import make_mesh, settle_sizes
 from lite.strategies.sharded import ShardedStrategy
 
@@ -77,6 +77,8 @@ class FSDPStrategy(ShardedStrategy):
         start_method: str = "spawn",
     ) -> None:
         super().__init__(
+            auto_wrap=auto_wrap,
+            mixed_precision=mixed_precision,
             activation_checkpointing=activation_checkpointing,
             compile_blocks=compile_blocks,
             broadcast_buffers=broadcast_buffers,
@@ -98,15 +100,10 @@ class FSDPStrategy(ShardedStrategy):
             )
         if replicate_axis is not None:
             settle_sizes({"replicate_axis": replicate_axis}, replicate_axis)
-        self._auto_wrap = auto_wrap
         self._replicate_axis = replicate_axis
         self._reshard = False if sharding == "grad" else reshard_after_forward
         self._cpu_offload = cpu_offload
-        self._mixed_precision = mixed_precision
         self._mesh: Any = None
-
-    def blocks(self, module: nn.Module) -> dict[str, nn.Module]:
-        return choose_blocks(module, self._auto_wrap, "auto_wrap")
 
     def check_world_size(self, world_size: int) -> None:
         if self._replicate_axis is not None and world_size > 1:
@@ -131,11 +128,6 @@ class FSDPStrategy(ShardedStrategy):
             )
         self._mesh = make_mesh(device.type, {"replicate": replicas, "shard": shard})
 
-    def forward_precision(self, precision: Precision) -> Precision:
-        super().forward_precision(precision)
-        mixed = precision.compute_dtype is not None or self._mixed_precision is not None
-        return Uncast(precision) if mixed and self._world_size > 1 else precision
-
     def shard(self, module: nn.Module, device: torch.device, blocks: dict[str, nn.Module]) -> str:
         how = shard_over_data(
             module,
@@ -147,17 +139,6 @@ class FSDPStrategy(ShardedStrategy):
             cpu_offload=self._cpu_offload,
         )
         return f"fully_shard ({self._sharding}) around {how}, over {self._world_size} ranks"
-
-
-class Uncast(Precision):
-    """A precision whose casts around a forward are somebody else's.
-
-    Args:
-        precision: The one that the user asked for.
-    """
-
-    def __init__(self, precision: Precision) -> None:
-        self.name = precision.name
 
 
 Policies = Callable[[bool], Any]

@@ -11,10 +11,8 @@ import torch
 from torch import nn
 
 from lite.errors import ConfigError
-from lite.precision.base import Precision
 from lite.strategies import parallel_plan
-from lite.strategies.blocks import choose_blocks
-from lite.strategies.fsdp import Uncast, place, policies, shard_over_data
+from lite.strategies.fsdp import place, policies, shard_over_data
 from lite.strategies.meshes import make_mesh, settle_sizes
 from lite.strategies.sharded import ShardedStrategy
 
@@ -75,6 +73,8 @@ class ModelParallelStrategy(ShardedStrategy):
         start_method: str = "spawn",
     ) -> None:
         super().__init__(
+            auto_wrap=auto_wrap,
+            mixed_precision=mixed_precision,
             activation_checkpointing=activation_checkpointing,
             compile_blocks=compile_blocks,
             broadcast_buffers=broadcast_buffers,
@@ -96,9 +96,7 @@ class ModelParallelStrategy(ShardedStrategy):
         self._function = parallelize if callable(parallelize) else None
         self._asked = {"tensor_parallel": tensor_parallel, "data_parallel": data_parallel}
         self._sharded = sharded
-        self._auto_wrap = auto_wrap
         self._reshard = reshard_after_forward
-        self._mixed_precision = mixed_precision
         self._loss_parallel = loss_parallel
         self._contexts = ExitStack()
         self._mesh: Any = None
@@ -126,9 +124,6 @@ class ModelParallelStrategy(ShardedStrategy):
 
             self._contexts.enter_context(loss_parallel())
 
-    def blocks(self, module: nn.Module) -> dict[str, nn.Module]:
-        return choose_blocks(module, self._auto_wrap, "auto_wrap")
-
     def check_module(self, module: nn.Module) -> None:
         super().check_module(module)
         if self._world_size > 1 and self._plan is not None:
@@ -141,11 +136,6 @@ class ModelParallelStrategy(ShardedStrategy):
         super().check_new_optimizer(optimizer)
         if self._tensor > 1:
             check_kernels(optimizer, "ModelParallelStrategy")
-
-    def forward_precision(self, precision: Precision) -> Precision:
-        super().forward_precision(precision)
-        mixed = precision.compute_dtype is not None or self._mixed_precision is not None
-        return Uncast(precision) if mixed and self._data > 1 else precision
 
     def shard(self, module: nn.Module, device: torch.device, blocks: dict[str, nn.Module]) -> str:
         from torch.distributed.tensor.parallel import parallelize_module

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from lite import collectives
 from lite.sharded import is_sharded, whole
 from lite.strategies.parallel_plan import shared_names
 
@@ -115,6 +115,6 @@ def broadcast_from_rank_0(module: nn.Module) -> None:
     for tensor in (*module.parameters(), *module.buffers()):
         if tensor.numel() and not is_sharded(tensor) and not tensor.is_meta:
             sent = tensor.detach().contiguous()
-            dist.broadcast(sent.view(-1).view(torch.uint8), src=0)
+            dist.broadcast(collectives.as_bytes(sent), src=0)
             if sent.data_ptr() != tensor.data_ptr():
                 tensor.detach().copy_(sent)

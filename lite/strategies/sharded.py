@@ -6,6 +6,7 @@ import logging
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +18,11 @@ from lite import collectives
 from lite.environments.base import Environment
 from lite.errors import ConfigError, UsageError
 from lite.first_rank import refuse_alone
-from lite.precision.base import Precision
+from lite.precision.base import Precision, Uncast
 from lite.strategies import provenance
 from lite.strategies.activations import prepare_blocks
-from lite.strategies.base import Engine, Strategy
+from lite.strategies.base import Engine, Strategy, refuse_foreign
+from lite.strategies.blocks import choose_blocks
 from lite.strategies.process_group import ProcessGroup
 
 if TYPE_CHECKING:
@@ -33,6 +35,8 @@ class ShardedStrategy(Strategy):
     """Base of FSDPStrategy and ModelParallelStrategy; it knows no way of sharding.
 
     Args:
+        auto_wrap: What is sharded by itself, besides the model; see FSDPStrategy.
+        mixed_precision: A MixedPrecisionPolicy of the user's for every block, instead of the precision's, or None.
         activation_checkpointing: Which layers compute their activations again in backward: a set of classes, a function
             of a module, or "selective" (the blocks, keeping the results of matrix products).
         compile_blocks: Whether each block is compiled by itself, by `torch.nn.Module.compile`.
@@ -49,6 +53,8 @@ class ShardedStrategy(Strategy):
     def __init__(
         self,
         *,
+        auto_wrap: Any,
+        mixed_precision: Any,
         activation_checkpointing: Any,
         compile_blocks: bool,
         broadcast_buffers: bool,
@@ -61,6 +67,8 @@ class ShardedStrategy(Strategy):
             raise ConfigError(f"state_dict_type={state_dict_type!r} is not known; use 'sharded' or 'full'.")
         self._group = ProcessGroup(process_group_backend, timeout)
         self.start_method = start_method
+        self._auto_wrap = auto_wrap
+        self._mixed_precision = mixed_precision
         self._activation_checkpointing = activation_checkpointing
         self._compile_blocks = compile_blocks
         self._broadcast_buffers = broadcast_buffers
@@ -82,7 +90,7 @@ class ShardedStrategy(Strategy):
 
     def blocks(self, module: nn.Module) -> dict[str, nn.Module]:
         """The parts that are sharded by themselves, by name."""
-        raise NotImplementedError
+        return choose_blocks(module, self._auto_wrap, "auto_wrap")
 
     def lay_out(self, device: torch.device, num_nodes: int) -> None:
         """Make meshes, now that the ranks have met. Collective."""
@@ -138,7 +146,8 @@ class ShardedStrategy(Strategy):
 
     def forward_precision(self, precision: Precision) -> Precision:
         self._precision = precision
-        return precision
+        mixed = precision.compute_dtype is not None or self._mixed_precision is not None
+        return Uncast(precision) if mixed and self.shards_over_data else precision
 
     @property
     def moves_modules(self) -> bool:
@@ -197,11 +206,7 @@ class ShardedStrategy(Strategy):
         return self._done.get(module) or super().explain(module)
 
     def prepare_backward(self, loss: Tensor, *, partial: bool = False) -> Tensor:
-        if not loss.requires_grad:
-            raise UsageError(
-                "lite.backward got a loss that needs no gradient; was the forward run under torch.no_grad(), or the "
-                "loss detached?"
-            )
+        provenance.check_has_graph(loss)
         marks, leaves = provenance.origins([loss])
         engines = {engine for mark in marks for ref in mark.states if (engine := ref()) is not None}
         stray = next((leaf for leaf in leaves if isinstance(leaf, nn.Parameter)), None)
@@ -238,15 +243,7 @@ class ShardedStrategy(Strategy):
 
     def check_optimizer(self, optimizer: Optimizer) -> None:
         known: set[int] = set().union(*(engine.names for engine in self._engines()))
-        held = [p for group in optimizer.param_groups for p in group["params"]]
-        foreign = [p for p in held if id(p) not in known and self.successor(p) is None]
-        if foreign:
-            raise UsageError(
-                f"{type(optimizer).__name__} holds {len(foreign)} of {len(held)} parameters (the first of shape "
-                f"{tuple(foreign[0].shape)}) that came into being after lite.setup or belong to no model that is set "
-                "up, so their gradients would stay different on each rank; put them into the model before lite.setup, "
-                "or call lite.teardown() and set up again."
-            )
+        refuse_foreign(optimizer, lambda p: id(p) in known or self.successor(p) is not None)
 
     def norms_agree(self) -> bool:
         return True
@@ -311,9 +308,7 @@ class BlocksEngine(Engine):
     def method(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return run(*args, **kwargs)
 
-    def no_sync(self) -> Any:
-        from contextlib import nullcontext
-
+    def no_sync(self) -> AbstractContextManager[None]:
         return nullcontext()
 
     def close(self) -> None:
