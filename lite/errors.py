@@ -14,7 +14,7 @@ LiteError
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class LiteError(Exception):
@@ -78,3 +78,8 @@ def choose(name: str, value: object, choices: Iterable[str]) -> str:
     else:
         hint = ""
     raise ConfigError(f"{name}={value!r} is not known; choose one of {', '.join(map(repr, names))}.{hint}")
+
+
+def some(names: Sequence[str]) -> str:
+    """The first few names."""
+    return f"{', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"

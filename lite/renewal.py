@@ -27,8 +27,9 @@ from lite.errors import CheckpointError
 def renew(present: Any, loaded: Any, where: str) -> Any:
     """Return what shall stand in the place of `present`: itself with new content, or `loaded` as its type.
 
-    Tensors and arrays of the stored shape and dtype, lists, dicts, deques, sets and dataclasses are changed in place.
-    Where the types have nothing to do with each other, `loaded` is returned as it is.
+    Tensors and arrays of the stored shape and dtype, lists, dicts, deques, sets and dataclasses are changed in place;
+    tensors of another shape or dtype are replaced. Where the types have nothing to do with each other, or nothing is
+    there to tell the type by (a list that was empty or of another length), `loaded` is returned as it is.
 
     Raises:
         CheckpointError: A parameter has another shape than the stored one; the message has `where`.
@@ -64,7 +65,10 @@ def renew(present: Any, loaded: Any, where: str) -> Any:
         renew(vars(present), loaded, where)
         return present
     if isinstance(present, dict) and isinstance(loaded, Mapping):
-        entries = {k: renew(present[k], v, f"{where}.{k}") if k in present else v for k, v in loaded.items()}
+        keys = {_plain_key(key): key for key in present}
+        entries = {
+            keys.get(k, k): renew(present[keys[k]], v, f"{where}.{k}") if k in keys else v for k, v in loaded.items()
+        }
         present.clear()
         present.update(entries)
         return present
@@ -109,6 +113,15 @@ def _renew_dataclass(present: Any, loaded: Mapping[str, Any], where: str) -> Any
     for name, value in values.items():
         setattr(present, name, value)
     return present
+
+
+def _plain_key(key: Any) -> Any:
+    """What a checkpoint holds in the place of a dict's key."""
+    if isinstance(key, Enum):
+        return key.value
+    if isinstance(key, np.generic):
+        return key.item()
+    return str(key) if isinstance(key, PurePath) else key
 
 
 def _maker(present: Any) -> Callable[[Any], Any] | None:

@@ -54,6 +54,8 @@ class Resumable:
     """Keeps the checkpoints of one run and goes on from the newest whole one; made by `Lite.resumable`.
 
     Attributes:
+        folder: Where the checkpoints are.
+        is_open: Whether it goes on saving: until `close`.
         steps: Steps so far, those before the interruption included.
         epoch: The epoch that `epochs` is in.
         resumed_from: The checkpoint that this run began from, or None.
@@ -103,7 +105,8 @@ class Resumable:
         self.resumed_from: str | None = None
         self._run, self._state = run, state
         self._storage, self._folder, _ = locate(folder)
-        self._shown = folder.rstrip("/")
+        self.folder = folder.rstrip("/")
+        self.is_open = True
         self.signals: StopSignals | None = None
         self._agreement = agreement
         self._every_steps, self._every_seconds = every_steps, every_seconds
@@ -119,6 +122,8 @@ class Resumable:
         self._loaders = [value for value in state.values() if hasattr(value, "go_on_under")]
         self._begun: list[int] = []  # passes over each of them as the epoch began
         self._steps_within = self._steps_after = 0  # of this epoch: while a pass was under way, and with none
+        self._cuts: list[int] = []  # batches that each had given out at the newest step
+        self._warned_of_cut = False
         self._random_state: RandomState | None = None
         self._positions: list[tuple[Any, Any]] = []  # that were loaded, for a script that has looked at a batch
         self._saved_at = time.monotonic()
@@ -132,6 +137,9 @@ class Resumable:
         """The epochs that are still to do, `range(count)` in a run that was not interrupted.
 
         After the last one the final state is saved, so that a script that is run once more has nothing left to do.
+
+        An epoch that is cut short by `break`: let what is in `state` decide, at the top of the loop (`for batch in
+        loader: if loader.batches_done > 100: break`), so that a run that goes on from the step before decides alike.
 
         Args:
             count: Epochs in all.
@@ -151,6 +159,7 @@ class Resumable:
                     self._save(self.epoch + 1, final=True)
                     self._stop()
                 return
+            self._look_for_a_cut()
             self.epoch += 1
         if any_left:
             self._save(self.epoch, final=True)
@@ -167,6 +176,7 @@ class Resumable:
         """
         self.steps += 1
         self._count()
+        self._cuts = [loader.batches_done for loader in self._loaders]
         agreement = self._agreement
         stop = agreement.step()
         periodic = self._every_steps is not None and self.steps % self._every_steps == 0
@@ -197,6 +207,7 @@ class Resumable:
 
     def close(self) -> None:
         """Wait for the last save and put the signal handlers back that were there before."""
+        self.is_open = False
         self._settle()
         self._prune()
         if self._every_seconds is not None:
@@ -211,6 +222,19 @@ class Resumable:
             self._steps_within += 1
         else:
             self._steps_after += 1
+
+    def _look_for_a_cut(self) -> None:
+        """Warn of a break after a step: a run that goes on from that step can't know of it."""
+        now = [loader.batches_done for loader in self._loaders]
+        cut = any(under_way for _, under_way in [loader.progress() for loader in self._loaders])
+        if cut and now == self._cuts and not self._warned_of_cut:
+            self._warned_of_cut = True
+            warnings.warn(
+                f"epoch {self.epoch} was left by break after a step, before the loader's end: a run that is resumed "
+                "from that step goes on with the rest of the epoch. Break at the top of the loop instead, by "
+                "loader.batches_done or what else is in state.",
+                stacklevel=3,
+            )
 
     def _passes_have_ended(self) -> bool:
         """Whether loaders were gone through since the epoch began, all that were begun to their end."""
@@ -256,7 +280,7 @@ class Resumable:
         warnings.warn(f"the run goes on without this checkpoint: {error}", stacklevel=4)
 
     def _path(self, steps: int) -> str:
-        return f"{self._shown}/step-{steps:08d}" + ("" if self._sharded else ".ckpt")
+        return f"{self.folder}/step-{steps:08d}" + ("" if self._sharded else ".ckpt")
 
     def _names(self, *, whole: bool) -> list[str]:
         """The checkpoints that are there, or directories without an index, oldest first."""
@@ -272,7 +296,7 @@ class Resumable:
         """Remove what need not be kept, once this run has a checkpoint of its own."""
         if not self._run.is_global_zero or self.saved_steps is None:
             return
-        there = [name for name in self._names(whole=True) if f"{self._shown}/{name}" not in self._damaged]
+        there = [name for name in self._names(whole=True) if f"{self.folder}/{name}" not in self._damaged]
         old = [name for name in there if _steps(name) <= self.saved_steps][: -self._keep_last]
         old = [name for name in old if name not in self._kept_for_good(there)]
         # Directories whose save was killed or failed; a newer one may be a save in flight.
@@ -282,9 +306,9 @@ class Resumable:
             self._damaged.clear()
         try:
             for name in old:
-                remove(f"{self._shown}/{name}")
+                remove(f"{self.folder}/{name}")
         except OSError as error:  # on rank 0 alone, while the others go on
-            warnings.warn(f"an old checkpoint in {self._shown} could not be removed: {error}", stacklevel=4)
+            warnings.warn(f"an old checkpoint in {self.folder} could not be removed: {error}", stacklevel=4)
 
     def _kept_for_good(self, names: list[str]) -> set[str]:
         """Of each so many steps the first checkpoint: one that waited for a window's end has another number."""
@@ -306,12 +330,16 @@ class Resumable:
             try:
                 chosen, told = self._find_newest()
             except (OSError, CheckpointError) as error:
-                problem = f"{self._shown} can't be looked through: {error}"
+                problem = f"{self.folder} can't be looked through: {error}"
+            if chosen is None and told and problem is None:
+                problem = f"no checkpoint in {self.folder} is whole; remove them, or use another folder, to begin anew."
+            cannot = self._obstacle()
+            if cannot is not None and self._on_error == "warn":
+                told.append(cannot)
+            problem = problem or (cannot if self._on_error == "raise" else None)
         chosen, told, problem = collectives.broadcast((chosen, told, problem))
         for text in told:
             warnings.warn(text, stacklevel=5)
-        if chosen is None and told and problem is None:
-            problem = f"no checkpoint in {self._shown} is whole; remove them, or use another folder, to begin anew."
         if problem is not None:
             raise CheckpointError(problem)
         if chosen is None:
@@ -328,6 +356,14 @@ class Resumable:
         self._positions = [(loader, loader.state_dict()) for loader in self._loaders]
         self._run.print(f"resumed from {chosen}, step {self.steps}", file=sys.stderr)
 
+    def _obstacle(self) -> str | None:
+        """Why nothing can be written to the folder, which is made if it isn't there."""
+        try:
+            self._storage.check_writable(self._folder)
+        except OSError as error:
+            return f"no checkpoint can be written to {self.folder}: {error}; give resumable another folder."
+        return None
+
     def _find_newest(self) -> tuple[str | None, list[str]]:
         """The newest whole checkpoint, and what is to be told of newer ones. What killed saves left is removed."""
         for name in self._storage.names(self._folder):
@@ -335,7 +371,7 @@ class Resumable:
                 self._storage.sweep(self._folder, left[1])
         told: list[str] = []
         for name in reversed(self._names(whole=True)):
-            path = f"{self._shown}/{name}"
+            path = f"{self.folder}/{name}"
             problem = _damage(path)
             if problem is None:
                 return path, told

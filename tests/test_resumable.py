@@ -259,6 +259,58 @@ def test_a_save_at_the_end_of_an_epoch_counts_it_as_done(tmp_path: Path) -> None
     assert log == whole
 
 
+def cut_short(folder: Path, at_top: bool, stop_after: int | None = None) -> list[list[float]]:
+    """Epochs of 3 of their 4 batches, in one life of a run that saves after each step."""
+    lite = Lite(accelerator="cpu")
+    torch.manual_seed(1)
+    loader = lite.setup_dataloaders(DataLoader(torch.arange(8.0), batch_size=2, shuffle=True))
+    run = lite.resumable({"loader": loader}, folder, every_steps=1, signals=())
+    seen = []
+    for _ in run.epochs(2):
+        for batch in loader:
+            if at_top and loader.batches_done > 3:
+                break
+            seen.append(batch.tolist())
+            run.step()
+            if len(seen) == stop_after:
+                run.close()
+                return seen
+            if not at_top and loader.batches_done == 3:
+                break
+    return seen
+
+
+def test_an_epoch_that_is_cut_short_is_cut_alike_by_the_resumed_run(tmp_path: Path) -> None:
+    """At the top of the loop; a break after a step is warned of, as the checkpoint of that step can't tell of it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        whole = cut_short(tmp_path / "whole", True)
+        assert len(whole) == 6
+        for stop in (2, 3, 4):
+            folder = tmp_path / str(stop)
+            assert cut_short(folder, True, stop) + cut_short(folder, True) == whole
+    with pytest.warns(UserWarning, match=r"epoch 0 was left by break after a step.*Break at the top"):
+        assert cut_short(tmp_path / "bottom", False) == whole
+
+
+def test_a_folder_that_cannot_be_written_is_told_of_before_the_first_step(tmp_path: Path) -> None:
+    """Or warned of, where training may go on without; and two runs on one folder are warned of."""
+    (tmp_path / "file").write_text("")
+    lite = Lite(accelerator="cpu")
+    for folder in (tmp_path / "file", tmp_path / "file" / "under"):
+        with pytest.raises(CheckpointError, match=rf"no checkpoint can be written to {folder}.*another folder"):
+            lite.resumable({"n": [1]}, folder, signals=())
+    with pytest.warns(UserWarning, match="no checkpoint can be written"):
+        lite.resumable({"n": [1]}, folder, signals=(), on_error="warn")
+    run = lite.resumable({"n": [1]}, tmp_path / "a", signals=())
+    with pytest.warns(UserWarning, match="another open resumable's too"):
+        lite.resumable({"n": [1]}, tmp_path / "a", signals=()).close()
+    run.close()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lite.resumable({"n": [1]}, tmp_path / "a", signals=())
+
+
 def seen_epochs(folder: Path, count: int, how: str = "steps", stop_after: int | None = None) -> list[int]:
     """The epoch of each batch in one life of a run; `how` says where it steps and saves."""
     lite = Lite(accelerator="cpu")

@@ -54,6 +54,25 @@ def load_directory(
                 raise
 
 
+def code_in_directory(storage: Storage, folder: str) -> str | None:
+    """What in a directory is more than plain data, so that loading it is refused; None where there is nothing.
+
+    One tensor at a time is read.
+    """
+    index = names.read_index(storage, folder, verify=False)
+    try:
+        if index.save_id is not None:
+            where = storage.join(folder, names.plain_name(index.save_id))
+            with storage.open(where) as file:
+                unpickle(file, where, weights_only=True)
+        for key, info in index.metadata.storage_data.items():
+            with storage.open(storage.join(folder, info.relative_path)) as file:
+                _read_piece(file, storage, folder, index, key, weights_only=True)
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
 def _load(storage: Storage, folder: str, verify: bool, weights_only: bool, lazily: bool) -> dict[str, Any]:
     index = names.read_index(storage, folder, verify=verify)
     damage = names.damage_in_files(storage, folder, index) if verify else None

@@ -91,7 +91,8 @@ def load_file(
     except CheckpointError:
         raise
     except Exception as error:
-        raise CheckpointError(f"path={str(path)!r} is damaged or is no checkpoint: {reason(error)}") from error
+        more = "" if verify else "; verify=True tells what is damaged"
+        raise CheckpointError(f"path={str(path)!r} is damaged or is no checkpoint: {reason(error)}{more}.") from error
     if damage:
         raise CheckpointError(f"path={str(path)!r} is damaged: {damage}. Nothing was read from it.")
     if not isinstance(content, dict):
@@ -108,6 +109,13 @@ def damage_in_file(storage: Storage, target: str) -> str | None:
                 "if it loads, save it anew"
             )
         return damage_in_zip(view)
+
+
+def code_in_file(storage: Storage, target: str) -> str | None:
+    """What in a file is more than plain data, so that loading it is refused; None where there is nothing."""
+    with storage.open(target) as file:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    return f"it asks for {', '.join(names)}" if names else None
 
 
 def is_without_checksums(view: memoryview) -> bool:

@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from lite.checkpoint import manifest as about
-from lite.checkpoint.file import damage_in_file, load_file
+from lite.checkpoint.file import code_in_file, damage_in_file, load_file
 from lite.checkpoint.storage import locate
 from lite.errors import CheckpointError
 
@@ -55,6 +55,19 @@ def damage(path: str | os.PathLike[str]) -> str | None:
     if index.save_id is None:
         return names.damage_in_lengths(storage, target, index)
     return names.damage_in_files(storage, target, index)
+
+
+def code_in(path: str | os.PathLike[str]) -> str | None:
+    """What in a whole checkpoint is more than plain data, so that loading it is refused; None where there is nothing.
+
+    Nothing of it is run.
+    """
+    storage, target, _ = locate(path)
+    if storage.kind(target) == "file":
+        return code_in_file(storage, target)
+    from lite.checkpoint.directory_load import code_in_directory
+
+    return code_in_directory(storage, target)
 
 
 def remove(path: str | os.PathLike[str]) -> None:

@@ -53,6 +53,20 @@ class Storage:
     def make_folder(self, folder: str) -> None:
         os.makedirs(folder, exist_ok=True)
 
+    def check_writable(self, folder: str) -> None:
+        """Make the folder, and a file in it that is removed again.
+
+        Raises:
+            OSError: That can't be done.
+        """
+        self.make_folder(folder)
+        probe = self.join(folder, f".probe.{uuid.uuid4().hex}.tmp")
+        try:
+            with self.create(probe):
+                pass
+        finally:
+            self.remove(probe)
+
     def remove(self, path: str) -> None:
         """Remove a file, if it is there."""
         with suppress(FileNotFoundError), _freed_later(path):

@@ -12,7 +12,7 @@ from torch import Tensor
 from lite.checkpoint import tree
 from lite.checkpoint.file import save_file
 from lite.checkpoint.manifest import KEY
-from lite.checkpoint.reading import damage, read
+from lite.checkpoint.reading import code_in, damage, read
 from lite.errors import CheckpointError
 
 
@@ -22,7 +22,7 @@ def add_to(rooms: Any) -> None:
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     for run, words, paths in (
         (show, "names, shapes, dtypes, bytes, and who wrote it", ["PATH+"]),
-        (verify, "whether it is whole; exit code 1 if one is not", ["PATH+"]),
+        (verify, "whether it is whole and plain data; exit code 1 if one is not", ["PATH+"]),
         (diff, "which entries differ; exit code 1 if any does", ["A", "B"]),
         (consolidate, "write a directory's content to one file", ["DIRECTORY", "FILE"]),
     ):
@@ -52,15 +52,19 @@ def show(options: argparse.Namespace) -> int:
 
 
 def verify(options: argparse.Namespace) -> int:
-    """Print whether each checkpoint is whole."""
+    """Print whether each checkpoint is whole, and whether there is code in it."""
     code = 0
     for path in options.path:
+        verdict = "whole"
         try:
-            problem = damage(path)
+            if problem := damage(path):
+                verdict = f"NOT WHOLE: {problem}"
+            elif problem := code_in(path):
+                verdict = f"whole, but REFUSED when it is loaded, as it holds more than plain data: {problem}"
         except (CheckpointError, OSError) as error:
-            problem = str(error)
-        print(f"{path}: " + ("whole" if problem is None else f"NOT WHOLE: {' '.join(problem.split())}"))
-        code = code if problem is None else 1
+            verdict = f"NOT WHOLE: {error}"
+        print(f"{path}: {' '.join(verdict.split())}")
+        code = code if verdict == "whole" else 1
     return code
 
 

@@ -13,17 +13,16 @@ from torch.utils.data import DataLoader
 from lite.data.delivery import Delivery
 from lite.data.epochs import epoch_teller
 from lite.data.iterable import StridedStream
-from lite.data.position import Pass, Start
+from lite.data.position import VERSION, Pass, Start, check_state
 from lite.data.sampler import ShardedSampler
 from lite.data.shares import BatchWeight, Shard
 from lite.data.split import generators_of, samplers_of
 from lite.data.stream import StreamTracker, is_stateful, warn_of_reading_again
 from lite.data.workers import start_shielded
-from lite.errors import CheckpointError, UsageError
+from lite.errors import UsageError
 from lite.seed import Moment, RandomState, drawing_under, mix
 
 Sync = Callable[[Any], Any]
-_VERSION = 1
 
 
 class Iteration:
@@ -133,7 +132,7 @@ class Iteration:
         current = self._next or self._pass
         size = 1 if self._sampler is None else self._sampler.group_size
         length, order = _length(self._dataset), self._order()
-        state = {"version": _VERSION, "epoch": self.epoch, "size": size, "length": length, "order": order}
+        state = {"version": VERSION, "epoch": self.epoch, "size": size, "length": length, "order": order}
         if current is None or current.finished:
             # What the next epoch begins with, where it is not in the global generators.
             generators = RandomState.capture(self._generators, torch_only=True)
@@ -178,29 +177,22 @@ class Iteration:
         current = self._next or self._pass
         return 0 if current is None else current.first + current.consumed
 
+    def check_state_dict(self, state: dict[str, Any]) -> None:
+        """Refuse a state that means nothing here.
+
+        Raises:
+            CheckpointError: It is of another dataset, sampler or generator, or of another version.
+        """
+        counts = (len(self._generators), len(self._stateful_samplers), len(self._epochs))
+        check_state(state, _length(self._dataset), self._order(), counts)
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Let the next pass go on from there.
 
         Raises:
-            CheckpointError: The state is of another dataset or of a newer version.
+            CheckpointError: The state means nothing here.
         """
-        if state.get("version") != _VERSION:
-            raise CheckpointError(
-                f"the loader's state has version {state.get('version')!r}, and this lite reads {_VERSION}; resume "
-                "with the lite that wrote it."
-            )
-        length = _length(self._dataset)
-        if state["length"] != length:
-            raise CheckpointError(
-                f"the loader's state is of a dataset with {state['length']} samples, but this one has {length}; its "
-                "position means nothing here. Leave the loader out of what is loaded to begin the data anew."
-            )
-        if "items" in state and state["order"] != self._order():
-            raise CheckpointError(
-                f"the loader's state is of an order by {state['order']}, but this loader's is by {self._order()}; its "
-                "position means nothing in that. Give the loader the sampler that it had, or leave it out of what is "
-                "loaded to begin the data anew."
-            )
+        self.check_state_dict(state)
         self._pass = self._moment = None
         self.epoch = state["epoch"]
         if "items" not in state:

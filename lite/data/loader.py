@@ -162,6 +162,10 @@ def _give_iteration(loader: DataLoader[Any], iteration: Iteration, shard: Shard,
         """How far the user's loop has come, counted in batches that it was given; see `Lite.setup_dataloaders`."""
         return iteration.state_dict()
 
+    def check_state_dict(self: DataLoader[Any], state: dict[str, Any]) -> None:
+        """Refuse a state that means nothing here; `Lite.load` asks before it changes anything."""
+        iteration.check_state_dict(state)
+
     def load_state_dict(self: DataLoader[Any], state: dict[str, Any]) -> None:
         """Let the next iteration go on from there."""
         iteration.load_state_dict(state)
@@ -179,7 +183,8 @@ def _give_iteration(loader: DataLoader[Any], iteration: Iteration, shard: Shard,
     if own_state:
         body["state_is_per_rank"] = shard.world_size > 1
     else:
-        body.update(state_dict=state_dict, load_state_dict=load_state_dict, go_on_under=go_on_under)
+        body.update(state_dict=state_dict, check_state_dict=check_state_dict)
+        body.update(load_state_dict=load_state_dict, go_on_under=go_on_under)
         body["batches_done"] = property(lambda self: iteration.batches_done)
         body["progress"] = lambda self: iteration.progress()
         body["state_is_per_rank"] = iteration.per_rank

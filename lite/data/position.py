@@ -7,12 +7,15 @@ for any number of them.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from lite.data.shares import Share
+from lite.errors import CheckpointError
 from lite.seed import RandomState
+
+VERSION = 1
 
 
 @dataclass
@@ -105,3 +108,44 @@ def items_crc(items: Iterable[Any], crc: int = 0) -> int:
     for item in items:
         crc = zlib.crc32(repr(item).encode(), crc)
     return crc
+
+
+def check_state(state: Any, length: int | None, order: str | None, counts: tuple[int, int, int]) -> None:
+    """Refuse a loader's state that means nothing for a loader.
+
+    Args:
+        state: The state.
+        length: Of the loader's dataset, where it has one.
+        order: What its samples' order comes from.
+        counts: How many generators, samplers with a `state_dict` and samplers with `set_epoch` it has.
+
+    Raises:
+        CheckpointError: It is of another dataset, sampler or generator, or of another version.
+    """
+    version = state.get("version") if isinstance(state, Mapping) else None
+    if version != VERSION:
+        raise CheckpointError(
+            f"the loader's state has version {version!r}, and this lite reads {VERSION}; resume with the lite that "
+            "wrote it."
+        )
+    if state["length"] != length:
+        raise CheckpointError(
+            f"the loader's state is of a dataset with {state['length']} samples, but this one has {length}; its "
+            "position means nothing here. Leave the loader out of what is loaded to begin the data anew."
+        )
+    if "items" in state and state["order"] != order:
+        raise CheckpointError(
+            f"the loader's state is of an order by {state['order']}, but this loader's is by {order}; its position "
+            "means nothing in that. Give the loader the sampler that it had, or leave it out of what is loaded to "
+            "begin the data anew."
+        )
+    place = state["start"] if "items" in state else state["rest"]
+    generators = place["before"].get("generators", ()) if "items" in state else place["generators"]
+    then = (len(generators), len(place["samplers"]), len(place["epochs"]))
+    kinds = ("generators", "samplers with a state_dict", "samplers with set_epoch")
+    for kind, before, now in zip(kinds, then, counts, strict=True):
+        if before != now:
+            raise CheckpointError(
+                f"the loader's state is of a loader with {before} {kind}, but this one has {now}; give the loader the "
+                "generator= and sampler= that it had, or leave it out of what is loaded to begin the data anew."
+            )

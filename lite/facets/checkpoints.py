@@ -16,8 +16,9 @@ from lite.checkpoint.background import Background
 from lite.errors import CheckpointError, ConfigError, choose
 from lite.facets.base import Facet
 from lite.first_rank import refuse_alone
+from lite.loading import LoadReport, restore, restore_object
 from lite.sharded import gather, holds_parts
-from lite.state import Filter, LoadReport, collect, restore, restore_object, sanitise
+from lite.state import Filter, collect, sanitise
 
 Path = str | os.PathLike[str]
 
@@ -49,8 +50,8 @@ class Checkpoints(Facet):
         was there before stays whole until the new checkpoint is.
 
         Args:
-            path: The file or directory; folders are made.
-            state: Names and modules, optimizers, schedulers, Stateful objects or plain values.
+            path: The file or directory, the same on all ranks; folders are made.
+            state: Names, the same on all ranks, and modules, optimizers, schedulers, Stateful objects or plain values.
             filter: For a name of `state`, a function of (key, value) that says which of its items are kept.
             async_save: Return when the state is copied, and write in the background. If that fails, the next `save`,
                 `load`, `wait_for_save` or `teardown` raises it; Python ends only when the write has, and with exit code
@@ -87,7 +88,8 @@ class Checkpoints(Facet):
                 is_folder, content = self._prepare(path, state, filter)
             except Exception as error:
                 problem = error
-        if self._agree(problem, is_busy):
+        asked = {"path": str(os.fspath(path)), "state's names": sorted(state)} if problem is None else None
+        if self._agree(problem, is_busy, asked):
             return False
         assert content is not None
         content[manifest.KEY] = self._manifest(content, state, rng)
@@ -143,8 +145,9 @@ class Checkpoints(Facet):
 
         Args:
             path: What `save` wrote, on any number of processes.
-            state: As for `save`. Of plain values, lists, dicts and tensors are changed in place, others replaced in
-                it; each stays of its type. None returns everything, as plain values.
+            state: As for `save`. Of plain values, lists, dicts, and tensors of the stored shape and dtype are changed
+                in place, others replaced in it; each stays of its type, where there is one to tell it by: what a list
+                holds that was empty comes as plain values. None returns everything, as plain values.
             strict: Whether names and model keys that are missing or unexpected are errors. With False they are warned
                 of, and kept in `load_report`.
             verify: Whether checksums are compared before anything is read.
@@ -156,7 +159,8 @@ class Checkpoints(Facet):
             The entries that `state` doesn't ask for.
 
         Raises:
-            CheckpointError: It is missing, damaged or holds code, or doesn't fit the objects.
+            CheckpointError: It is missing, damaged or holds code, or doesn't fit the objects; models, optimizers and
+                loaders are looked at before any is changed.
         """
         from lite.checkpoint.stored import resolve
 
@@ -293,16 +297,23 @@ class Checkpoints(Facet):
             self._background = Background()
         return self._background
 
-    def _agree(self, problem: BaseException | None, is_busy: bool) -> bool:
-        """Raise on all ranks what is wrong on one; return whether one is busy. Collective."""
+    def _agree(self, problem: BaseException | None, is_busy: bool, asked: dict[str, Any] | None = None) -> bool:
+        """Raise on all ranks what is wrong on one, or asked differently; return whether one is busy. Collective."""
         said = None if problem is None else f"{type(problem).__name__}: {problem}"
-        answers = collectives.all_gather_objects((said, is_busy))
+        answers = collectives.all_gather_objects((said, is_busy, asked))
         if problem is not None:
             raise problem
-        for rank, (text, _) in enumerate(answers):
+        for rank, (text, _, _) in enumerate(answers):
             if text is not None:
                 raise CheckpointError(f"rank {rank} failed: {text}")
-        return any(busy for _, busy in answers)
+        for rank, (_, _, theirs) in enumerate(answers):
+            for what, first in (answers[0][2] or {}).items():
+                if theirs is not None and theirs[what] != first:
+                    raise CheckpointError(
+                        f"{what} must be the same on all ranks, but on rank {rank} it is {theirs[what]!r} and on rank "
+                        f"0 {first!r}; lite.broadcast gives all ranks rank 0's."
+                    )
+        return any(busy for _, busy, _ in answers)
 
     def _read(
         self, path: Path, verify: bool, weights_only: bool, lazily: bool = False

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import threading
+import warnings
+import weakref
 from collections.abc import MutableMapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from lite.facets.checkpoints import Checkpoints
 from lite.facets.guards import Guards
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 
 class Resuming(BetweenRanks, Checkpoints, Guards):
     """The side of `Lite` that goes on where a run was interrupted."""
+
+    _trainings: ClassVar[weakref.WeakSet[Resumable]] = weakref.WeakSet()
 
     def resumable(
         self,
@@ -100,6 +104,14 @@ class Resuming(BetweenRanks, Checkpoints, Guards):
             requeue=requeue,
             on_error=on_error,
         )
+        for other in self._trainings:
+            if other.is_open and other.folder == training.folder:
+                warnings.warn(
+                    f"folder={os.fspath(folder)!r} is another open resumable's too, and each removes the other's "
+                    "checkpoints; give each its own, or close() the first.",
+                    stacklevel=2,
+                )
+        self._trainings.add(training)
         if signals:
             training.signals = self.stop_on_signals(*signals)
         return training

@@ -249,12 +249,10 @@ class FailureWatch:
         self._told = True
         if left:
             ends = "; ".join(f"rank {rank} had ended already, {self._how_left(rank)}" for rank in left)
-            return PeerError(
-                f"{ends}, while this rank was still in a collective; every rank must make the same calls. ({text})"
-            )
+            return PeerError(f"{ends}, while this rank was still in a collective; every rank must make the same calls.")
         return PeerError(
             "another rank vanished without a word in the middle of a collective: killed (by the kernel, out of memory, "
-            f"or by the scheduler), or its machine is gone. ({text})"
+            "or by the scheduler), or its machine is gone."
         )
 
     def _ask_all(self) -> list[tuple[int, str]]:

@@ -113,6 +113,7 @@ class DDPStrategy(Strategy):
         refuse_alone("lite.setup")
         assert self._engines is not None
         options = {k: v for k, v in self._ddp_options.items() if v is not None}
+        options["process_group"] = self._group.for_ddp()
         return DDPEngine(module, self._engines, registration(self._comm_hook), options)
 
     def explain(self, module: nn.Module) -> str:

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lite.errors import UsageError
+from lite.errors import UsageError, some
 from lite.strategies import provenance
 from lite.strategies.base import Engine, refuse_foreign
 from lite.strategies.comm_hooks import Register
-from lite.strategies.ddp_parameters import Averaged, some
+from lite.strategies.ddp_parameters import Averaged
 
 _NO_OUTPUT = (
     "lite.backward got a loss that does not come from the output of a model that lite.setup returned, so gradients "

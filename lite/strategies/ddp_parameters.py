@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from operator import attrgetter
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lite.errors import UsageError
+from lite.errors import UsageError, some
 from lite.strategies.comm_hooks import Register
 
 _requires_grad, _dtype = attrgetter("requires_grad"), attrgetter("dtype")
@@ -172,11 +172,6 @@ class Tables:
         except (RuntimeError, TypeError):  # another tensor where one was: the truth of their comparison is ambiguous
             return False
         return same and all(table[key] is value for table, key, value in self._single)
-
-
-def some(names: Sequence[str]) -> str:
-    """The first few names."""
-    return f"{', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
 
 
 def _within(now: list[bool], then: list[bool]) -> bool:

@@ -35,6 +35,7 @@ class ProcessGroup:
         self.backend = backend
         self.timeout = timeout
         self._owned = False
+        self._silent: Any = None  # for DDP, where the default group compares collectives
 
     def join(self, environment: Environment, device: torch.device) -> Any:
         """Meet the other ranks. Collective: call on all ranks.
@@ -69,14 +70,32 @@ class ProcessGroup:
         self._owned = True
         return store
 
+    def for_ddp(self) -> Any:
+        """The group that DDP sends gradients over, None for the default one. Collective: call on all ranks.
+
+        Where the default group compares collectives (LITE_DEBUG, or torch's TORCH_DISTRIBUTED_DEBUG=DETAIL), it is one
+        that doesn't: torch 2.13's DDP ends the process (SIGSEGV) on a group that does.
+        """
+        level: Any = dist.DebugLevel  # type: ignore[attr-defined]
+        if dist.get_debug_level() != level.DETAIL:  # type: ignore[attr-defined]
+            return None
+        if self._silent is None:
+            dist.set_debug_level(level.INFO)  # type: ignore[attr-defined]
+            try:
+                self._silent = dist.new_group(backend=dist.get_backend(), timeout=self.timeout)
+            finally:
+                dist.set_debug_level(level.DETAIL)  # type: ignore[attr-defined]
+        return self._silent
+
     def leave(self) -> None:
         """Destroy the group, if it was made here, after those that run beside it."""
         collectives.destroy_cpu_groups()
         if self._owned and dist.is_initialized():
             gloo = "gloo" in dist.get_backend()
-            dist.destroy_process_group()
+            dist.destroy_process_group()  # and all others with it
             if gloo:
                 # torch 2.13: once a DDP was built, gloo's threads outlive the group, and one that still drops the last
                 # collective's tensors while the interpreter shuts down aborts the process. This lets it finish.
                 time.sleep(_GLOO_DRAIN_S)
         self._owned = False
+        self._silent = None

@@ -206,6 +206,9 @@ def _fail_on(path: str, bad: int) -> str:
     state = {"model": MLP(), "x": object() if lite.global_rank == bad else 1}
     with pytest.raises(CheckpointError) as caught:
         lite.save(path, state)
+    for differs, words in (({f"x{lite.global_rank}": 1}, "state's names"), ({}, "path")):
+        with pytest.raises(CheckpointError, match=rf"{words} must be the same on all ranks, but on rank 1 it is"):
+            lite.save(path if differs else f"{lite.global_rank}{Path(path).suffix}", differs)
     assert lite.all_reduce(1, "sum") == 2  # nobody is left behind
     return str(caught.value)
 

@@ -104,6 +104,7 @@ def test_plain_values_come_back_as_what_they_were(tmp_path: Path) -> None:
     values["best"] = Best()
     values["best"].seen = 7
     values["expanded"] = torch.ones(1).expand(3)
+    values["keys"] = {Colour.RED: 1, np.int64(2): [2], Path("p"): 3}
     values.update(array=np.arange(3), weight=weight, history=[torch.zeros(2), 1], nested={"a": [1, {"b": weight}]})
     lite = Lite(accelerator="cpu")
     expected = copy.deepcopy(values)
@@ -117,8 +118,10 @@ def test_plain_values_come_back_as_what_they_were(tmp_path: Path) -> None:
     values["deque"].append(5)
     values["set"].add(3)
     values["best"].seen = 0
+    values["keys"][Colour.RED] = 0
     held = dict(values)
     lite.load(tmp_path / "a.ckpt", values)
+    assert [type(key) for key in values["keys"]] == [type(key) for key in expected["keys"]]
     kept = {"best", "dataclass", "array", "weight", "history", "nested"}
     kept |= {"default", "deque", "set", "namespace", "ordered", "counter"}
     assert {name for name in kept if values[name] is not held[name]} == set()
@@ -181,11 +184,17 @@ def test_omegaconf_becomes_a_dict(monkeypatch: pytest.MonkeyPatch) -> None:
         (torch.Generator(), "get_state"),
         (torch.empty(2, device="meta"), "meta device"),
         (np.array(["a"], dtype=object), "plain values"),
+        (np.ma.array([1, 2], mask=[0, 1]), "data and its mask"),
+        (torch.utils.data.DataLoader([1]), "lite.setup_dataloaders returned"),
     ],
-    ids=["object", "function", "module", "generator", "meta", "objects"],
+    ids=["object", "function", "module", "generator", "meta", "objects", "masked", "loader"],
 )
 def test_what_cant_be_stored_is_refused_by_its_key(tmp_path: Path, value: object, hint: str) -> None:
     """At save, not at load; nothing is written."""
+    circle: list[Any] = []
+    circle.append(circle)
+    with pytest.raises(CheckpointError, match="circle holds itself"):
+        Lite(accelerator="cpu").save(tmp_path / "a.ckpt", {"circle": circle})
     with pytest.raises(CheckpointError, match=rf"config\.deep\[0\] is a.*{hint}"):
         Lite(accelerator="cpu").save(tmp_path / "a.ckpt", {"config": {"deep": [value]}})
     assert not list(tmp_path.iterdir())
@@ -230,7 +239,7 @@ def test_the_users_dicts_are_left_as_they_were(tmp_path: Path, suffix: str) -> N
     loaded = lite.load(tmp_path / f"a{suffix}")
     keys = list(loaded["model"])
     assert not any("_orig_mod" in key for key in keys)
-    from lite.state import restore_object
+    from lite.loading import restore_object
 
     restore_object(model, loaded["model"], "model", strict=True)
     assert list(loaded["model"]) == keys
@@ -270,6 +279,72 @@ def test_what_does_not_fit_is_named(tmp_path: Path, suffix: str) -> None:
         lite.load(path, {"epoch": MLP()})
     with pytest.raises(CheckpointError, match="'model' does not fit SGD"):
         lite.load(path, {"model": torch.optim.SGD(MLP().parameters(), lr=0.1)})
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ""])
+def test_what_does_not_fit_changes_nothing(tmp_path: Path, suffix: str) -> None:
+    """Whatever of it would have fitted; an object that only knows by itself names what was changed before it."""
+    lite = Lite(accelerator="cpu")
+    stored = training(lite)
+    step(lite, stored)
+    lite.save(tmp_path / f"a{suffix}", {**stored, "twice": stored["model"], "count": {"n": 2}})
+    model, half, count = MLP(), MLP(), {"n": 1}
+    half.body[2] = nn.Linear(8, 5)
+    before = weights({"model": model}), weights({"model": half})
+    groups = [{"params": list(model.parameters())[:2]}, {"params": [nn.Parameter(torch.ones(1))]}]
+    cases: dict[str, dict[str, Any]] = {
+        "it has no dampening, momentum, so another kind": {"optimizer": torch.optim.SGD(model.parameters(), lr=0.1)},
+        "it has 4 parameters, .* has 2 groups of 2, 1 parameters": {"optimizer": torch.optim.AdamW(groups)},
+        "does not fit Adam: it is no optimizer's state": {"twice": torch.optim.Adam(model.parameters())},
+        "has no 'absent'": {"absent": 0},
+        r"size mismatch for body\.2\.weight: .*Nothing was loaded": {"twice": half},
+    }
+    for said, last in cases.items():
+        with pytest.raises(CheckpointError, match=said):
+            lite.load(tmp_path / f"a{suffix}", {"model": model, "count": count, **last})
+        assert (weights({"model": model}), weights({"model": half})) == before and count == {"n": 1}
+    with pytest.raises(CheckpointError, match=r"'counter' does not fit Own: .*Already loaded are 'model'"):
+        lite.load(tmp_path / f"a{suffix}", {"model": model, "counter": Own()})
+
+
+class Own:
+    """It takes nothing over."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        raise ValueError("not for me")
+
+
+def test_modules_that_load_in_their_own_ways_are_left_to_it(tmp_path: Path) -> None:
+    """A class, a hook, an old BatchNorm, a parameter whose shape comes with the first batch."""
+    lite = Lite(accelerator="cpu")
+    lite.save(tmp_path / "a.ckpt", {"model": nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))})
+    model = nn.Sequential(nn.Linear(2, 3), Halved(3, 1))
+    lite.load(tmp_path / "a.ckpt", {"model": model})
+    assert model[1].weight.abs().sum() > 0
+    hooked = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
+
+    def widen(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        state.update({f"{prefix}{n}": state[f"{prefix}{n}"].repeat_interleave(2, 0) for n in ("weight", "bias")})
+
+    hooked[1].register_load_state_dict_pre_hook(widen)
+    lite.load(tmp_path / "a.ckpt", {"model": hooked})
+    assert torch.equal(hooked[1].weight[0], hooked[1].weight[1])
+    lite.load(tmp_path / "a.ckpt", {"model": nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 1))})
+    old = nn.Sequential(nn.BatchNorm1d(3)).state_dict()
+    del old["0.num_batches_tracked"], old._metadata  # type: ignore[attr-defined]
+    lite.save(tmp_path / "old.ckpt", {"model": old})
+    lite.load(tmp_path / "old.ckpt", {"model": nn.Sequential(nn.BatchNorm1d(3))})
+
+
+class Halved(nn.Linear):
+    """It finds half of its weight where a Linear's is."""
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        with torch.no_grad():
+            self.weight.copy_(state[f"{prefix}weight"] / 2)
 
 
 OPTIMIZERS: dict[str, Any] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from torch.distributed.checkpoint.state_dict_saver import _save_state_dict as to
 
 from lite import Lite
 from lite.cli.main import main
-from tests.checkpoint.parts import equal, flip, step, training
+from tests.checkpoint.parts import Evil, equal, flip, step, training
 from tests.support.processes import run_python
 
 
@@ -75,6 +76,14 @@ def test_verify_answers_in_one_line_whatever_lies_there(tmp_path: Path, capsys: 
         lines = capsys.readouterr().out.splitlines()
         assert len(lines) == 1 and lines[0].startswith(f"{tmp_path / name}: NOT WHOLE: ") and words in lines[0], lines
     assert main(["checkpoint", "verify", str(tmp_path / "foreign")]) == 0
+    capsys.readouterr()
+    evil = {"w": torch.ones(1), "e": Evil(tmp_path / "mark")}
+    torch.save(evil, tmp_path / "evil.ckpt")
+    torch_save(evil, FileSystemWriter(tmp_path / "evil"), no_dist=True)
+    for name in ("evil.ckpt", "evil"):
+        assert main(["checkpoint", "verify", str(tmp_path / name)]) == 1
+        assert re.search("^.*: whole, but REFUSED when .* asks for io.open.*$", capsys.readouterr().out)
+    assert not (tmp_path / "mark").exists()
     assert Lite(accelerator="cpu").load(tmp_path / "old.pt")["w"].tolist() == [1, 1, 1]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import random
 import tempfile
 import warnings
@@ -434,6 +435,12 @@ def test_a_state_that_does_not_fit_is_refused() -> None:
     other.load_state_dict(loader.state_dict())
     with pytest.raises(UsageError, match="OwnGenerator gives other samples"):
         next(iter(other))
+    for done in (1, 5):  # in an epoch, and after it
+        loader = prepare(DataLoader(range(10), batch_size=2, shuffle=True, generator=torch.Generator()))
+        for _ in itertools.islice(loader, done):
+            pass
+        with pytest.raises(CheckpointError, match=r"with 1 generators, but this one has 0; give .*generator="):
+            prepare(DataLoader(range(10), batch_size=2, shuffle=True)).load_state_dict(loader.state_dict())
 
 
 class Pairs(DataLoader):
