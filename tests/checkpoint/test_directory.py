@@ -223,8 +223,14 @@ def test_one_rank_that_cant_write_is_an_error_on_all(tmp_path: Path, bad: int) -
 
 def _apart(path: str) -> list[str]:
     lite = Lite(accelerator="cpu")
-    with pytest.raises(CheckpointError) as caught:
-        lite.save(f"{path}/{lite.global_rank}/a", {"model": MLP()})
+    here, own = os.getcwd(), Path(path, str(lite.global_rank))
+    own.mkdir()
+    os.chdir(own)  # one name, and two places
+    try:
+        with pytest.raises(CheckpointError) as caught:
+            lite.save("a", {"model": MLP()})
+    finally:
+        os.chdir(here)
     messages = [str(caught.value)]
     from lite.checkpoint.staging import Staging
 

@@ -87,7 +87,7 @@ def test_every_flipped_bit_is_found_or_changes_nothing(tmp_path: Path) -> None:
     lite.save(path, state)
     whole = path.read_bytes()
     found = 0
-    for at in range(0, len(whole), 7):
+    for at in range(0, len(whole), 19):
         flip(path, at)
         try:
             assert equal(lite.load(path), state), at
@@ -95,7 +95,7 @@ def test_every_flipped_bit_is_found_or_changes_nothing(tmp_path: Path) -> None:
             assert "a.ckpt" in str(error)
             found += 1
         path.write_bytes(whole)
-    assert found > 100
+    assert found > 40
 
 
 @pytest.mark.parametrize("kept", [0, 1, 300, -1, -100])

@@ -2,12 +2,15 @@
 
     python run_scripts.py '[["a.py", "--epochs", "1"], ["b.py"]]'
 
-A line of `SEPARATOR` precedes each script's output.
+A line of `SEPARATOR` precedes each script's output. With NUM_BLOCKS=n in the environment, char_lm has n blocks of text,
+as a CPU may compute bfloat16 slowly.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -16,10 +19,13 @@ SEPARATOR = "=" * 20
 
 
 def main() -> None:
+    num_blocks = os.environ.get("NUM_BLOCKS")
     for command in json.loads(sys.argv[1]):
         print(SEPARATOR)
         sys.argv = command
         sys.path[0] = str(Path(command[0]).parent)
+        if num_blocks:
+            importlib.import_module("char_lm_model").load_data.__defaults__ = (int(num_blocks),)
         runpy.run_path(command[0], run_name="__main__")
 
 
