@@ -108,6 +108,8 @@ class Lite(Resuming, Steps, Records):
         self._scale = None
         if self._plan.started:
             self._connect()
+        else:
+            self._check_loggers()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Let a subclass's `run` start the processes when it is called before they run."""
@@ -163,6 +165,7 @@ class Lite(Resuming, Steps, Records):
         if self._store is not None:
             atexit.register(plan.strategy.close)
         self._guard_job()
+        self._check_loggers()
         # At the end of the script, or of this object's life; a launched function's end comes first.
         writers = self._loggers if self.is_global_zero else ()
         self._close_loggers = weakref.finalize(self, _close_all, writers)

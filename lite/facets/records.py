@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lite import collectives
 from lite.errors import ConfigError, UsageError, shown
 from lite.facets.base import Facet
 from lite.loggers import Logger
@@ -76,6 +77,22 @@ class Records(Facet):
         if self.is_global_zero:
             for logger in self._loggers:
                 logger.log_hyperparameters(params)
+
+    def _check_loggers(self) -> None:
+        """Refuse loggers that rank 0, which writes, could not write with: on all ranks. Collective where they run."""
+        problem: Exception | None = None
+        if self.is_global_zero:
+            try:
+                for logger in self._loggers:
+                    logger.check()
+            except Exception as error:  # of anybody's logger
+                problem = error
+        # Loggers may be given to rank 0 alone, so all take part.
+        told = collectives.broadcast(None if problem is None else str(problem)) if self._connected else None
+        if problem is not None:
+            raise problem
+        if told is not None:
+            raise ConfigError(told)
 
     def call(self, hook: str, *args: Any, **kwargs: Any) -> None:
         """Call the method `hook` of every callback that has it, in their order."""
