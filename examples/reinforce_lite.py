@@ -24,6 +24,7 @@ def main() -> None:
     policy = Policy()
     optimizer = torch.optim.Adam(policy.parameters(), lr=1e-2)
     policy, optimizer = lite.setup(policy, optimizer)
+    dtype = next(policy.parameters()).dtype
 
     losses = []
     for epoch in range(args.epochs):
@@ -32,11 +33,11 @@ def main() -> None:
         for game in range(first, first + args.batch_size):
             state, done = environment.reset(game), False
             while not done:
-                log_probs = policy(torch.tensor(state, device=lite.device))
+                log_probs = policy(torch.tensor(state, device=lite.device, dtype=dtype))
                 action = int(environment.random.random() < log_probs[1].exp().item())
                 policy.saved_actions.append(log_probs[action])
                 state, done = environment.step(action)
-            returns.append(discounted(environment.num_steps))
+            returns.append(discounted(environment.num_steps, log_probs.dtype))
 
         mine = lite.to_device(torch.cat(returns))
         earned = lite.all_gather(mine, cat=True)

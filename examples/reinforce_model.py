@@ -63,6 +63,6 @@ class Policy(nn.Module):
         return self.layers(state).log_softmax(dim=-1)
 
 
-def discounted(num_steps: int, discount: float = 0.99) -> Tensor:
-    """What is still to come at each step of an episode that earns 1 per step: shape (num_steps,), float32."""
-    return (1 - discount ** torch.arange(num_steps, 0, -1)) / (1 - discount)
+def discounted(num_steps: int, dtype: torch.dtype, discount: float = 0.99) -> Tensor:
+    """What is still to come at each step of an episode that earns 1 per step: shape (num_steps,)."""
+    return (1 - discount ** torch.arange(num_steps, 0, -1, dtype=dtype)) / (1 - discount)

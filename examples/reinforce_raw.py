@@ -36,7 +36,7 @@ def main() -> None:
                 action = int(environment.random.random() < log_probs[1].exp().item())
                 policy.saved_actions.append(log_probs[action])
                 state, done = environment.step(action)
-            returns.append(discounted(environment.num_steps))
+            returns.append(discounted(environment.num_steps, log_probs.dtype))
 
         earned = torch.cat(returns).to(device)
         num_steps = len(earned) / args.batch_size

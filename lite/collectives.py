@@ -274,7 +274,7 @@ def gather_for_metrics(
 
     Args:
         data: A tensor of shape (n, ...), a list of n objects (one for each sample: strings, dicts of boxes, ...), or a
-            nested dict or tuple of them, of this rank's batch.
+            nested dict or tuple of them, of this rank's batch. A list of tensors is n objects too.
         num_real: How many of the n samples are real; None is all. A rank that had no sample left got one to stay in
             step with the others, and passes 0.
         device: Where tensors in lists are put; None leaves them on the CPU.

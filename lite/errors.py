@@ -80,6 +80,35 @@ def choose(name: str, value: object, choices: Iterable[str]) -> str:
     raise ConfigError(f"{name}={value!r} is not known; choose one of {', '.join(map(repr, names))}.{hint}")
 
 
+def check_flag(name: str, value: object, hint: str = "") -> None:
+    """Refuse what is neither True nor False.
+
+    Args:
+        name: The argument, as the user knows it.
+        value: What the user gave.
+        hint: What to do instead.
+
+    Raises:
+        ConfigError: It is something else.
+    """
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name}={value!r} must be True or False{hint and '; '}{hint}.")
+
+
+def shown(value: object) -> str:
+    """A value as the user wrote it, for an error; its class alone where that would be long.
+
+    Example:
+        >>> shown(3), shown("a"), shown([0] * 100), shown(int)
+        ('3', "'a'", 'a list', 'the class int')
+    """
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    text = repr(value)
+    kind = type(value).__name__
+    return text if len(text) <= 60 and "\n" not in text else f"{'an' if kind[0] in 'AEIOUaeiou' else 'a'} {kind}"
+
+
 def some(names: Sequence[str]) -> str:
     """The first few names."""
     return f"{', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"

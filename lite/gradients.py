@@ -75,8 +75,8 @@ def check_clip_arguments(
     name, value = ("max_norm", max_norm) if max_norm is not None else ("clip_val", clip_val)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
         raise ConfigError(f"{name}={value!r} must be a number above 0.")
-    if isinstance(norm_type, bool) or not isinstance(norm_type, (int, float)) or math.isnan(norm_type):
-        raise ConfigError(f"norm_type={norm_type!r} must be a number: the p of the p-norm, or float('inf').")
+    if isinstance(norm_type, bool) or not isinstance(norm_type, (int, float)) or not norm_type > 0:
+        raise ConfigError(f"norm_type={norm_type!r} must be a number above 0: the p of the p-norm, or float('inf').")
     if nonfinite is not None and nonfinite not in NONFINITE:
         raise ConfigError(f"nonfinite={nonfinite!r} is not known; choose one of {', '.join(map(repr, NONFINITE))}.")
     if error_if_nonfinite is None:

@@ -21,14 +21,14 @@ from lite.accelerators import Accelerator, probe_devices
 from lite.data.shares import Shard
 from lite.data.transfer import move_to_device
 from lite.environments import Environment, detect_environment
-from lite.errors import ConfigError, UsageError
-from lite.facets.records import Records
+from lite.errors import ConfigError, UsageError, check_flag
+from lite.facets.records import Records, check_callbacks, check_loggers
 from lite.facets.resuming import Resuming
 from lite.facets.steps import Steps, compose_backward
 from lite.first_rank import FirstRank
 from lite.launchers import in_notebook
 from lite.loggers import Logger
-from lite.plan import AUTO, FULL_PRECISION, ONE_NODE, Plan, check_device, given, resolve
+from lite.plan import AUTO, DEBUG_VARIABLE, FULL_PRECISION, ONE_NODE, Plan, check_device, given, resolve
 from lite.precision.base import Precision
 from lite.prepared import Prepared
 from lite.seed import seed_everything
@@ -100,11 +100,7 @@ class Lite(Resuming, Steps, Records):
             strategies=strategy_factories(),
             notebook=in_notebook(),
         )
-        self._callbacks: tuple[Any, ...] = _as_tuple(callbacks)
-        self._loggers: tuple[Logger, ...] = _as_tuple(loggers)
-        for logger in self._loggers:
-            if not isinstance(logger, Logger):
-                raise ConfigError(f"loggers={loggers!r}: {logger!r} is no Logger; pass a lite.loggers.CSVLogger, say.")
+        self._callbacks, self._loggers = check_callbacks(callbacks), check_loggers(loggers)
         self._connected = False
         self._prepared = Prepared(self._plan.strategy, self._plan.precision)
         self._modules, self._weight = self._prepared.modules, self._prepared.weight
@@ -112,6 +108,8 @@ class Lite(Resuming, Steps, Records):
         self._scale = None
         if self._plan.started:
             self._connect()
+        else:
+            self._check_loggers()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Let a subclass's `run` start the processes when it is called before they run."""
@@ -157,7 +155,7 @@ class Lite(Resuming, Steps, Records):
         self._device = plan.accelerator.device(plan.devices[local])
         plan.accelerator.activate(self._device)
         check_device(plan, self._device)
-        if os.environ.get("LITE_DEBUG", "").lower() not in ("", "0", "false"):
+        if os.environ.get(DEBUG_VARIABLE, "").lower() not in ("", "0", "false"):
             collectives.name_mismatches()
         self._store = plan.strategy.connect(plan.environment, self._device)
         self._first_rank = FirstRank(self._store, self.global_rank) if self._store is not None else None
@@ -167,6 +165,7 @@ class Lite(Resuming, Steps, Records):
         if self._store is not None:
             atexit.register(plan.strategy.close)
         self._guard_job()
+        self._check_loggers()
         # At the end of the script, or of this object's life; a launched function's end comes first.
         writers = self._loggers if self.is_global_zero else ()
         self._close_loggers = weakref.finalize(self, _close_all, writers)
@@ -209,7 +208,8 @@ class Lite(Resuming, Steps, Records):
         """
         self._require_connected("setup")
         others = (*optimizers, *_as_tuple(schedulers))
-        self._prepared.check(model, others)
+        _check_move(move_to_device)
+        self._prepared.check("setup", (model,), others)
         self._prepared.add_module(model, self._device, move=move_to_device)
         self._prepared.add_optimizers(others, self._prepare_optimizer, self._methods("on_after_optimizer_step"))
         self.call("on_after_setup", self, model)
@@ -218,7 +218,8 @@ class Lite(Resuming, Steps, Records):
     def setup_module(self, model: nn.Module, *, move_to_device: bool = True) -> nn.Module:
         """Prepare a model without optimizers; see `setup`. Collective: call on all ranks."""
         self._require_connected("setup_module")
-        self._prepared.check(model, ())
+        _check_move(move_to_device)
+        self._prepared.check("setup_module", (model,), ())
         self._prepared.add_module(model, self._device, move=move_to_device)
         return model
 
@@ -232,7 +233,7 @@ class Lite(Resuming, Steps, Records):
         self._require_connected("setup_optimizers")
         if not optimizers:
             raise ConfigError("setup_optimizers() got no optimizer; pass at least one.")
-        self._prepared.check(None, optimizers)
+        self._prepared.check("setup_optimizers", (), optimizers)
         self._prepared.add_optimizers(optimizers, self._prepare_optimizer, self._methods("on_after_optimizer_step"))
         return optimizers if len(optimizers) > 1 else optimizers[0]
 
@@ -266,7 +267,7 @@ class Lite(Resuming, Steps, Records):
             The new loader, or a tuple of them.
 
         Raises:
-            ConfigError: None is given, or one is no DataLoader.
+            ConfigError: None is given, one is no DataLoader, or `shard` is given and none is of an IterableDataset.
             UsageError: One is set up already, or the processes don't run yet.
         """
         from lite.data.describe import describe_dataloader
@@ -277,7 +278,8 @@ class Lite(Resuming, Steps, Records):
             raise ConfigError("setup_dataloaders() got no loader; pass at least one DataLoader.")
         if shard not in (None, "stride"):
             raise ConfigError(f"shard={shard!r} is not known; use None or 'stride'.")
-        self._prepared.check_loaders(loaders)
+        _check_move(move_to_device)
+        self._prepared.check_loaders(loaders, shard)
         parts, index = self.strategy.data_shards(self.world_size, self.global_rank)
         ready: list[DataLoader[Any]] = []
         try:
@@ -415,6 +417,10 @@ def _launching(run: Callable[..., Any]) -> Callable[..., Any]:
         return self.launch(_call_run, *args, **kwargs)
 
     return launched
+
+
+def _check_move(move_to_device: Any) -> None:
+    check_flag("move_to_device", move_to_device, "the device itself is chosen by Lite(accelerator=..., devices=...)")
 
 
 def _as_tuple(value: Any) -> tuple[Any, ...]:

@@ -6,7 +6,9 @@ comes out. It starts nothing and every contradiction is a `ConfigError` that quo
 
 from __future__ import annotations
 
+import difflib
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,6 +30,8 @@ VARIABLES = {
     "num_nodes": "LITE_NUM_NODES",
     "precision": "LITE_PRECISION",
 }
+_PREFIX = "LITE_"
+DEBUG_VARIABLE = "LITE_DEBUG"
 DEFAULTS: dict[str, Any] = {
     "accelerator": "auto",
     "strategy": "auto",
@@ -134,8 +138,12 @@ def resolve(
 
     Raises:
         ConfigError: A value is unknown, unavailable or contradicts another one.
+
+    Warns:
+        UserWarning: A variable has nearly the name of one that is known.
     """
     asked = {name: _setting(name, arguments, environ) for name in DEFAULTS}
+    _warn_of_misspelt(environ)
     extra = _sort_plugins(plugins, asked)
     environment = extra.get("environment") or detect_environment(environ)
     environment.check()
@@ -176,6 +184,21 @@ def _setting(name: str, arguments: Mapping[str, Any], environ: Mapping[str, str]
     if environ.get(variable, "").strip():
         return Setting(name, environ[variable].strip(), variable)
     return Setting(name, DEFAULTS[name], "default")
+
+
+def _warn_of_misspelt(environ: Mapping[str, str]) -> None:
+    """A variable with nearly the name of one of ours would change nothing, without a word; others are not ours."""
+    known = (*VARIABLES.values(), DEBUG_VARIABLE)
+    bare = {name.removeprefix(_PREFIX): name for name in known}
+    for name in environ:
+        if name.upper().startswith(_PREFIX) and name not in known:
+            near = difflib.get_close_matches(name.upper().removeprefix(_PREFIX), bare, n=1)
+            if near:
+                warnings.warn(
+                    f"{name}={environ[name]} is no variable of lite's, and changes nothing; did you mean "
+                    f"{bare[near[0]]}?",
+                    stacklevel=4,
+                )
 
 
 def _sort_plugins(plugins: Any, asked: Mapping[str, Setting]) -> dict[str, Any]:

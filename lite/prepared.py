@@ -12,11 +12,11 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from lite import collectives
 from lite.data.shares import BatchWeight
-from lite.errors import ConfigError, UsageError
+from lite.errors import ConfigError, UsageError, shown
 from lite.precision.base import Precision
 from lite.strategies.base import Engine, Strategy
 from lite.wrapping.module import check_class, unwrap_module, wrap_module
@@ -58,11 +58,12 @@ class Prepared:
         self._schedulers: list[LRScheduler] = []
         self._loaders: list[DataLoader[Any]] = []
 
-    def check(self, model: Any, others: Sequence[Any]) -> None:
+    def check(self, call: str, models: Sequence[Any], others: Sequence[Any]) -> None:
         """Refuse what can't be set up, while everything is still as the user made it.
 
         Args:
-            model: The model, or None where optimizers follow a model that is set up.
+            call: What the user called.
+            models: The model, or nothing where optimizers follow a model that is set up.
             others: Optimizers and schedulers.
 
         Raises:
@@ -70,30 +71,36 @@ class Prepared:
                 objects that aren't.
             UsageError: Something is set up already, or given twice.
         """
-        if model is not None and not isinstance(model, nn.Module):
-            raise ConfigError(f"setup got {model!r} as the model; pass a torch.nn.Module first.")
+        for model in models:
+            if not isinstance(model, nn.Module):
+                raise ConfigError(f"{call} got {shown(model)} as the model; pass a torch.nn.Module first.")
         for other in others:
             if not isinstance(other, (Optimizer, LRScheduler)):
-                hint = "; loaders go to lite.setup_dataloaders" if isinstance(other, DataLoader) else ""
-                hint = "; set each model up by its own call" if isinstance(other, nn.Module) else hint
-                raise ConfigError(f"setup got a {type(other).__name__} among the optimizers and schedulers{hint}.")
-        self._check_free([*([model] if model is not None else []), *others])
-        if model is not None:
+                raise ConfigError(_misplaced(call, other))
+        self._check_free([*models, *others])
+        for model in models:
             _check_tensors(model)
             self._check_overlap(model)
             if self._precision.changes_forward:
                 check_class(model)
             self._strategy.check_module(model)
         optimizers = [o for o in others if isinstance(o, Optimizer)]
-        self._check_parameters(model, optimizers)
+        self._check_parameters(models, optimizers)
         for optimizer in optimizers:
             check_optimizer(optimizer, self._precision)
             self._strategy.check_new_optimizer(optimizer)
         self._check_schedulers([s for s in others if isinstance(s, LRScheduler)], optimizers)
 
-    def check_loaders(self, loaders: Sequence[Any]) -> None:
-        """Refuse loaders that are set up already, or given twice."""
-        self._check_free([loader for loader in loaders if isinstance(loader, DataLoader)])
+    def check_loaders(self, loaders: Sequence[Any], shard: str | None) -> None:
+        """Refuse loaders that are set up already, or given twice, and a `shard` that is for none of them."""
+        known = [loader for loader in loaders if isinstance(loader, DataLoader)]
+        self._check_free(known)
+        if shard is not None and known and not any(isinstance(loader.dataset, IterableDataset) for loader in known):
+            name = type(known[0].dataset).__name__
+            raise ConfigError(
+                f"shard={shard!r} is for IterableDatasets, and this loader's {name} has indices, by which it is split "
+                "without being asked; leave shard out."
+            )
 
     def add_module(self, model: nn.Module, device: torch.device, *, move: bool) -> None:
         """Convert a checked model, bring it to the device, and put around it what strategy and precision need."""
@@ -190,10 +197,9 @@ class Prepared:
                     "once, and call its parts through methods of that module."
                 )
 
-    def _check_parameters(self, model: nn.Module | None, optimizers: Sequence[Optimizer]) -> None:
+    def _check_parameters(self, models: Sequence[nn.Module], optimizers: Sequence[Optimizer]) -> None:
         """Every optimizer must train set-up parameters: others would go their own way on each rank."""
-        modules = [*self.modules, *([model] if model is not None else [])]
-        known = {id(p) for module in modules for p in module.parameters()}
+        known = {id(p) for module in (*self.modules, *models) for p in module.parameters()}
         for optimizer in optimizers:
             held = [p for group in optimizer.param_groups for p in group["params"]]
             if any(p.is_meta for p in held):
@@ -259,6 +265,20 @@ def _check_tensors(model: nn.Module) -> None:
         from lite.deferred import check_deferred
 
         check_deferred(model)
+
+
+def _misplaced(call: str, other: Any) -> str:
+    """What to do with an argument that is neither an optimizer nor a scheduler."""
+    if isinstance(other, (list, tuple)) and other and all(isinstance(o, (Optimizer, LRScheduler)) for o in other):
+        kinds = ", ".join(type(o).__name__ for o in other)
+        how = "model, *optimizers" if call == "setup" else "*optimizers"
+        return f"{call} got the {type(other).__name__} [{kinds}] as one argument; unpack it with *: lite.{call}({how})."
+    hint = "pass torch optimizers and schedulers"
+    if isinstance(other, DataLoader):
+        hint = "loaders go to lite.setup_dataloaders"
+    elif isinstance(other, nn.Module):
+        hint = "set each model up by its own call"
+    return f"{call} got {shown(other)} among the optimizers and schedulers; {hint}."
 
 
 def _post_hook(tell: AfterStep, strategy: Strategy) -> Callable[[Optimizer, Any, Any], None]:

@@ -162,6 +162,26 @@ def test_a_list_holds_one_object_per_sample() -> None:
     assert run_distributed(objects) == [[boxes, [[0, 1, 2, 3, 4], boxes]]] * 2
 
 
+def whole_batches() -> list[int]:
+    lite = Lite(accelerator="cpu")
+    gathered: list[int] = []
+    with torch.no_grad():
+        for batch in lite.setup_dataloaders(DataLoader(range(22), batch_size=4)):
+            with pytest.raises(UsageError, match=r"list of 5 tensors .*gather_for_metrics\(\(predictions, targets\)\)"):
+                lite.gather_for_metrics({"x": [batch] * 5})
+            five = lite.gather_for_metrics([torch.ones(5)] * len(batch))  # five boxes for each sample, say
+            both = lite.gather_for_metrics((batch, batch))
+            assert len(both[0]) == len(both[1]) == len(five)
+            gathered.extend(both[0].tolist())
+    assert len(lite.gather_for_metrics([torch.ones(4)] * 5)) == 5 * lite.world_size  # no batch to compare it with
+    return gathered
+
+
+def test_a_list_of_whole_batches_is_refused() -> None:
+    """On one process as on two, for full batches as for ragged ones; a tuple of them is gathered."""
+    assert [whole_batches(), *run_distributed(whole_batches)] == [list(range(22))] * 3
+
+
 def gather_late() -> list[str]:
     lite = Lite(accelerator="cpu")
     messages = []

@@ -32,7 +32,7 @@ def test_a_refused_setup_changes_nothing() -> None:
         ((optimizer, optimizer), UsageError, "same SGD was passed twice"),
         ((step_scheduler(optimizer),), ConfigError, "StepLR paces a SGD that is not set up"),
         ((optimizer, sgd(MLP())), ConfigError, "4 of 4 parameters"),
-        ((optimizer, 3), ConfigError, "setup got a int"),
+        ((optimizer, 3), ConfigError, "setup got 3 among"),
     ]
     for others, error, part in wrong:
         with pytest.raises(error, match=part):

@@ -74,6 +74,18 @@ def test_wrong_settings(
     assert all(part in str(caught.value) for part in parts), str(caught.value)
 
 
+def test_misspelt_variables_are_warned_of() -> None:
+    """Those that are known, and other software's that begin alike, are not."""
+    for name, meant in (
+        ("LITE_PRECISON", "LITE_PRECISION"),
+        ("LITE_DEVICE", "LITE_DEVICES"),
+        ("LITE_DBUG", "LITE_DEBUG"),
+    ):
+        with pytest.warns(UserWarning, match=f"^{name}=1 .* did you mean {meant}\\?$"):
+            resolve({}, {name: "1"}, DeviceProbe())
+    resolve({}, {"LITE_DEBUG": "1", "LITE_CACHE_DIR": "x", "ELITE_DEVICE": "2"}, DeviceProbe())
+
+
 def lite(**arguments: Any) -> Lite:
     return Lite(accelerator="cpu", **arguments)
 
@@ -112,6 +124,17 @@ def clip(**arguments: Any) -> Callable[[], Any]:
         it.clip_gradients(model, optimizer, **arguments)
 
     return call
+
+
+def clip_swapped() -> None:
+    it, (model, optimizer) = lite(), model_and_optimizer()
+    model, optimizer = it.setup(model, optimizer)
+    it.clip_gradients(optimizer, model, max_norm=1.0)  # type: ignore[arg-type]
+
+
+def optimizers_in_a_list() -> None:
+    model, optimizer = model_and_optimizer()
+    lite().setup(model, [optimizer])  # type: ignore[arg-type]
 
 
 def scaled_step_without_backward() -> None:
@@ -158,6 +181,24 @@ CALLS: list[tuple[Callable[[], Any], type[Exception], list[str]]] = [
     (loader_twice, UsageError, ["set up already"]),
     (foreign_optimizer, ConfigError, ["SGD holds 4 of 4 parameters", "model.parameters()"]),
     (lambda: lite().setup(3), ConfigError, ["setup got 3", "torch.nn.Module"]),
+    (lambda: lite().setup(None), ConfigError, ["setup got None", "torch.nn.Module"]),  # type: ignore[arg-type]
+    (lambda: lite().setup_module(MLP), ConfigError, ["setup_module got the class MLP"]),  # type: ignore[arg-type]
+    (lambda: lite().setup(MLP(), 3), ConfigError, ["setup got 3", "torch optimizers"]),  # type: ignore[arg-type]
+    (optimizers_in_a_list, ConfigError, ["the list [SGD]", "lite.setup(model, *optimizers)"]),
+    (lambda: lite().setup_optimizers(3), ConfigError, ["setup_optimizers got 3"]),  # type: ignore[arg-type]
+    *[
+        (call, ConfigError, ["move_to_device='cpu'", "True or False", "accelerator="])
+        for call in (
+            lambda: lite().setup(MLP(), move_to_device="cpu"),  # type: ignore[arg-type]
+            lambda: lite().setup_module(MLP(), move_to_device="cpu"),  # type: ignore[arg-type]
+            lambda: lite().setup_dataloaders(DataLoader(range(2)), move_to_device="cpu"),  # type: ignore[arg-type]
+        )
+    ],
+    (
+        lambda: lite().setup_dataloaders(DataLoader(range(2)), shard="stride"),
+        ConfigError,
+        ["shard='stride'", "range has indices", "leave shard out"],
+    ),
     (lambda: lite().setup(MLP(), DataLoader(range(2))), ConfigError, ["DataLoader", "setup_dataloaders"]),
     (lambda: lite().setup(MLP(), MLP()), ConfigError, ["MLP", "its own call"]),
     (lambda: lite().setup_optimizers(), ConfigError, ["no optimizer"]),
@@ -197,7 +238,8 @@ CALLS: list[tuple[Callable[[], Any], type[Exception], list[str]]] = [
     (lambda: lite().backward(torch.ones(1), model=MLP()), UsageError, ["backward", "MLP"]),
     (lambda: lite().clip_gradients("x", max_norm=1.0), ConfigError, ["clip_gradients got 'x'", "torch.nn.Module"]),
     (lambda: lite().clip_gradients(MLP(), max_norm=1.0), UsageError, ["clip_gradients", "MLP", "lite.setup"]),
-    (clip(max_norm=1, norm_type="x"), ConfigError, ["norm_type='x'", "inf"]),
+    *[(clip(max_norm=1, norm_type=p), ConfigError, [f"norm_type={p!r}", "inf"]) for p in ("x", 0, -2.0, float("nan"))],
+    (clip_swapped, ConfigError, ["got the optimizer, SGD, as the model", "lite.clip_gradients(model, optimizer"]),
     (lambda: lite().all_reduce(torch.ones(2), op="median"), ConfigError, ["op='median'", "mean"]),
     (lambda: lite().broadcast(1, src=3), ConfigError, ["src=3", "1 ranks"]),
     (lambda: seed_everything(-1), ConfigError, ["seed=-1"]),
@@ -208,8 +250,14 @@ CALLS: list[tuple[Callable[[], Any], type[Exception], list[str]]] = [
     (lambda: lite().save("x.ckpt", {"m": 1}, {"n": bool}), ConfigError, ["filter has the key 'n'", "'m'"]),
     (lambda: lite().log("loss", torch.ones(2)), ConfigError, ["'loss'", "(2,)"]),
     (lambda: lite().log("loss", "high"), ConfigError, ["'loss'", "str"]),
+    (lambda: lite().log(3, 1), ConfigError, ["the name 3", "log('loss', 0.5)"]),  # type: ignore[arg-type]
+    (lambda: lite().log_dict(3), ConfigError, ["metrics=3", "dict"]),  # type: ignore[arg-type]
+    (lambda: lite().log_hyperparameters(3), ConfigError, ["params=3", "vars(args)"]),  # type: ignore[arg-type]
     (lambda: lite().logger, UsageError, ["CSVLogger"]),
     (lambda: lite(loggers=3), ConfigError, ["loggers=3"]),
+    (lambda: lite(callbacks="x"), ConfigError, ["callbacks='x'", "on_after_setup"]),
+    (lambda: lite(callbacks=[print]), ConfigError, ["print", "no hooks"]),
+    (lambda: lite(callbacks=[DataLoader]), ConfigError, ["DataLoader is a class", "DataLoader(...)"]),
     (lambda: lite(plugins="fast"), ConfigError, ["plugins='fast'", "Precision"]),
     (lambda: lite(plugins=[MixedPrecision("bf16-mixed", "cpu")] * 2), ConfigError, ["two of the kind precision"]),
     (
@@ -219,6 +267,14 @@ CALLS: list[tuple[Callable[[], Any], type[Exception], list[str]]] = [
     ),
     (lambda: MixedPrecision("bf16-mixed", "cpu", torch.amp.GradScaler("cpu")), ConfigError, ["scaler=", "bf16"]),
     (lambda: DDPStrategy(comm_hook="fp8"), ConfigError, ["comm_hook='fp8'"]),
+    (lambda: DDPStrategy(comm_hook=3), ConfigError, ["comm_hook=3", "'fp16'", "PowerSGD"]),  # type: ignore[arg-type]
+    *[
+        (lambda size=size: DDPStrategy(bucket_cap_mb=size), ConfigError, [f"bucket_cap_mb={size}", "at least 0"])
+        for size in (-1, float("inf"), True)
+    ],
+    (lambda: DDPStrategy(process_group_backend="foo"), ConfigError, ["process_group_backend='foo'", "'gloo'"]),
+    (lambda: DDPStrategy(process_group_backend="cpu:mpi"), ConfigError, ["='cpu:mpi'", "no 'mpi'", "'gloo'"]),
+    (lambda: DDPStrategy(static_graph="x"), ConfigError, ["static_graph='x'", "True or False"]),  # type: ignore[arg-type]
     (lambda: DDPStrategy(timeout=3), ConfigError, ["timeout=3", "timedelta"]),  # type: ignore[arg-type]
     (lambda: CSVLogger("x", flush_every=0), ConfigError, ["flush_every=0"]),
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from itertools import chain, islice
 from typing import Any
@@ -87,6 +88,8 @@ class Delivery:
 
     def around(self, batches: Iterator[Any], current: Pass) -> Iterator[Any]:
         """Give out batches in place, with their weights told, and count them."""
+        told = None if self.own_iter else self._sampler
+        self._weight.ask_size = _size_of_newest(told, current) if told is not None else None
         if self._strided:
             batches = self._unpack(batches, current)
         elif self._tracker is not None:
@@ -191,3 +194,14 @@ class Delivery:
     def _move(self, batches: Iterator[Any], device: torch.device) -> Iterator[Any]:
         for batch in batches:
             yield move_to_device(batch, device)
+
+
+def _size_of_newest(sampler: ShardedSampler, current: Pass) -> Callable[[], int | None]:
+    """What tells the size of a pass's newest batch, and keeps neither the sampler nor its dataset alive."""
+    reference = weakref.ref(sampler)
+
+    def size() -> int | None:
+        sampler = reference()
+        return None if sampler is None else sampler.size_of_batch(current)
+
+    return size

@@ -100,6 +100,17 @@ class ShardedSampler:
             else:
                 yield Seeded(mine, current.seed, current.first + number, self._seed_rank)
 
+    def size_of_batch(self, current: Pass) -> int | None:
+        """Samples in the batch of a pass that its loop was given last; None where only the sampler itself knows."""
+        if self.batch_size is None or current.finished or not current.consumed:
+            return None
+        try:
+            total = len(self.sampler)  # type: ignore[arg-type]
+        except TypeError:
+            return None
+        left = total - current.skip - (current.consumed - 1) * self.group_size
+        return len(slice_evenly(range(max(0, min(left, self.group_size))), self.shard)[0])
+
     def _take(self, group: list[Any], full: bool) -> tuple[Any, Share | None]:
         rank, world = self.shard.rank, self.shard.world_size
         if self.batch_size is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -40,11 +40,24 @@ class BatchWeight:
         given: The weight that the user gave the current batch's last loss, or None.
         giver: The pass that the current batch is of.
         once: The ragged batch's loop was left before its loss was weighed: the weight holds for one backward.
+        ask_size: Returns how many samples the newest pass gave out last, or None; None where a loader can't tell.
     """
 
-    __slots__ = ("after_end", "filler_pending", "given", "giver", "num_real", "once", "owed", "uses", "value")
+    __slots__ = (
+        "after_end",
+        "ask_size",
+        "filler_pending",
+        "given",
+        "giver",
+        "num_real",
+        "once",
+        "owed",
+        "uses",
+        "value",
+    )
 
     def __init__(self) -> None:
+        self.ask_size: Callable[[], int | None] | None = None
         self.filler_pending = self.owed = False
         self.uses = 0
         self.giver: Any = None
@@ -113,6 +126,12 @@ class BatchWeight:
         finally:
             self.value = before
 
+    def size(self) -> int | None:
+        """Samples in this rank's current batch, a repeated one included; None where that is not known."""
+        if self.num_real is not None:
+            return max(self.num_real, 1)
+        return self.ask_size() if self.ask_size is not None else None
+
     @property
     def counted(self) -> float:
         """What the last backward of the current batch has multiplied its loss by, or will."""
@@ -137,7 +156,7 @@ class Share:
     weight: float
 
 
-def slice_evenly(items: list[Any], shard: Shard) -> tuple[list[Any], Share]:
+def slice_evenly(items: Any, shard: Shard) -> tuple[Any, Share]:
     """This rank's slice of a ragged batch; sizes differ by at most one, and a rank without a sample gets the first.
 
     Example:

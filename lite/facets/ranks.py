@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from lite import collectives
+from lite.data.shares import BatchWeight
 from lite.facets.base import Facet
 from lite.first_rank import FirstRank
 from lite.nesting import flatten
@@ -58,14 +59,16 @@ class BetweenRanks(Facet):
 
         Args:
             data: Tensors of shape (n, ...), lists of n objects (strings, dicts of boxes, ...), or a nested dict or
-                tuple of them, for the rank's n samples.
+                tuple of them, for the rank's n samples. Several tensors, such as predictions and targets, go into a
+                tuple or a dict, since a list is one object per sample.
 
         Returns:
             The same nesting with all ranks' samples along the first dimension, or in one list.
 
         Raises:
             UsageError: (on all ranks) it comes after the loop, and a batch in it held a sample twice; or the current
-                batch is ragged, and `data` has not one row or object for each of its samples.
+                batch is ragged, and `data` has not one row or object for each of its samples; or a list holds whole
+                batches instead of samples.
         """
         self._require_connected("gather_for_metrics")
         weight, refusal = self._weight, None
@@ -75,8 +78,10 @@ class BetweenRanks(Facet):
                 "stay in step with the others, and can't be told from the real ones any more; gather each batch "
                 "inside the loop."
             )
-        elif weight.num_real is not None:
-            refusal = _misfit(data, max(weight.num_real, 1))
+        else:
+            refusal = _whole_batches(data, weight)
+            if refusal is None and weight.num_real is not None:
+                refusal = _misfit(data, max(weight.num_real, 1))
         weight.filler_pending = weight.owed = False
         weight.uses += 1
         cuda = self._device if self._device.type == "cuda" else None
@@ -123,5 +128,20 @@ def _misfit(data: Any, size: int) -> str | None:
                 f"lite.gather_for_metrics got {len(leaf)} rows, but this rank's current batch, which is ragged, has "
                 f"{size} samples. Pass one row for each sample (a tensor of shape (n, ...), no flattened one), and "
                 "gather each batch before the loop takes the next one from the loader."
+            )
+    return None
+
+
+def _whole_batches(data: Any, weight: BatchWeight) -> str | None:
+    """What is wrong with a list of tensors that have each a row for every sample of the current batch."""
+    for leaf in flatten(data, split_lists=False)[0]:
+        if not isinstance(leaf, list) or not all(isinstance(part, Tensor) and part.ndim > 0 for part in leaf):
+            continue
+        rows = {len(part) for part in leaf}
+        if len(rows) == 1 and len(leaf) not in rows and rows == {weight.size()}:
+            return (
+                f"lite.gather_for_metrics got a list of {len(leaf)} tensors of {rows.pop()} rows each, as many as this "
+                "rank's current batch has samples; but a list is one object per sample. Pass a tuple or a dict of "
+                "tensors: lite.gather_for_metrics((predictions, targets))."
             )
     return None

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
 from torch import Tensor
 
-from lite.errors import ConfigError, UsageError
+from lite import collectives
+from lite.errors import ConfigError, UsageError, shown
 from lite.facets.base import Facet
 from lite.loggers import Logger
+
+_NO_CALLBACKS = (str, bytes, bool, int, float, dict, set, frozenset, FunctionType, MethodType, BuiltinFunctionType)
 
 
 class Records(Facet):
@@ -41,9 +45,13 @@ class Records(Facet):
         """Write numbers to every logger, on rank 0. Values stay on the device until a logger writes them out.
 
         Raises:
-            ConfigError: A value is neither a number nor a tensor with one element.
+            ConfigError: A name is no string, or a value is neither a number nor a tensor with one element.
         """
+        if not isinstance(metrics, Mapping):
+            raise ConfigError(f"log_dict got metrics={shown(metrics)}; pass a dict of names and numbers.")
         for name, value in metrics.items():
+            if not isinstance(name, str):
+                raise ConfigError(f"log: the name {shown(name)} is no string; the name comes first: log('loss', 0.5).")
             if isinstance(value, Tensor) and value.numel() != 1:
                 raise ConfigError(
                     f"log: {name!r} has the shape {tuple(value.shape)}; log a number or a one-element tensor."
@@ -57,10 +65,34 @@ class Records(Facet):
                 logger.log_metrics(values, step)
 
     def log_hyperparameters(self, params: Mapping[str, Any]) -> None:
-        """Hand the run's settings to every logger, on rank 0."""
+        """Hand the run's settings to every logger, on rank 0.
+
+        Raises:
+            ConfigError: `params` is no dict.
+        """
+        if not isinstance(params, Mapping):
+            raise ConfigError(
+                f"log_hyperparameters got params={shown(params)}; pass a dict, which vars(args) makes of a namespace."
+            )
         if self.is_global_zero:
             for logger in self._loggers:
                 logger.log_hyperparameters(params)
+
+    def _check_loggers(self) -> None:
+        """Refuse loggers that rank 0, which writes, could not write with: on all ranks. Collective where they run."""
+        problem: Exception | None = None
+        if self.is_global_zero:
+            try:
+                for logger in self._loggers:
+                    logger.check()
+            except Exception as error:  # of anybody's logger
+                problem = error
+        # Loggers may be given to rank 0 alone, so all take part.
+        told = collectives.broadcast(None if problem is None else str(problem)) if self._connected else None
+        if problem is not None:
+            raise problem
+        if told is not None:
+            raise ConfigError(told)
 
     def call(self, hook: str, *args: Any, **kwargs: Any) -> None:
         """Call the method `hook` of every callback that has it, in their order."""
@@ -73,3 +105,37 @@ class Records(Facet):
             if method is not None and not callable(method):
                 raise ConfigError(f"call({hook!r}): {type(callback).__name__}.{hook} is not callable.")
         return [method for method in found if method is not None]
+
+
+def check_callbacks(callbacks: Any) -> tuple[Any, ...]:
+    """The callbacks, as `Lite` takes them.
+
+    Raises:
+        ConfigError: One can have no hooks: it is a class, a function or a plain value.
+    """
+    found = tuple(callbacks) if isinstance(callbacks, (list, tuple)) else () if callbacks is None else (callbacks,)
+    for callback in found:
+        if isinstance(callback, type):
+            name = callback.__name__
+            raise ConfigError(f"callbacks={shown(callbacks)}: {name} is a class; pass an object of it: {name}(...).")
+        if type(callback) in _NO_CALLBACKS:
+            raise ConfigError(
+                f"callbacks={shown(callbacks)}: {shown(callback)} has no hooks; pass an object with methods such as "
+                "on_after_setup(lite, model), or a list of them."
+            )
+    return found
+
+
+def check_loggers(loggers: Any) -> tuple[Logger, ...]:
+    """The loggers, as `Lite` takes them.
+
+    Raises:
+        ConfigError: One is no Logger.
+    """
+    found = tuple(loggers) if isinstance(loggers, (list, tuple)) else () if loggers is None else (loggers,)
+    for logger in found:
+        if not isinstance(logger, Logger):
+            raise ConfigError(
+                f"loggers={shown(loggers)}: {shown(logger)} is no Logger; pass lite.loggers.CSVLogger('logs'), say."
+            )
+    return found

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lite import collectives, gradients
-from lite.errors import ConfigError, UsageError
+from lite.errors import ConfigError, UsageError, shown
 from lite.facets.base import Facet
 from lite.wrapping.optimizer import move_optimizer_state, wrap_optimizer
 
@@ -189,11 +189,16 @@ class Steps(Facet):
             raise ConfigError(
                 f"clip_gradients needs optimizer= with precision={self.precision.name!r}, to unscale its gradients."
             )
+        if isinstance(model, Optimizer):
+            raise ConfigError(
+                f"clip_gradients got the optimizer, {type(model).__name__}, as the model; the model comes first: "
+                "lite.clip_gradients(model, optimizer, ...), or name it: lite.clip_gradients(optimizer=optimizer, ...)."
+            )
         if model is not None:
             self._check_set_up("clip_gradients", model)
         if optimizer is not None:
             if not isinstance(optimizer, Optimizer):
-                raise ConfigError(f"optimizer={optimizer!r} is no torch optimizer.")
+                raise ConfigError(f"clip_gradients got optimizer={shown(optimizer)}, which is no torch optimizer.")
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
         elif model is not None:
             parameters = list(model.parameters())
@@ -230,7 +235,9 @@ class Steps(Facet):
 
     def _check_set_up(self, call: str, model: Any) -> None:
         if not isinstance(model, nn.Module):
-            raise ConfigError(f"{call} got {model!r} as the model; pass a torch.nn.Module that lite.setup returned.")
+            raise ConfigError(
+                f"{call} got {shown(model)} as the model; pass a torch.nn.Module that lite.setup returned."
+            )
         if model not in self._modules:
             raise UsageError(
                 f"{call} got a {type(model).__name__} that lite.setup has not prepared; pass the model that it "

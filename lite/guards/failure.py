@@ -28,6 +28,7 @@ from lite import collectives
 from lite.checkpoint.background import wait_for_all
 from lite.errors import LiteError, PeerError
 from lite.guards.hooks import Hooks
+from lite.launchers.notes import asked_for, leave_note
 
 POLL_S = 0.5
 _NOTE_S = 2.0  # how long a rank whose communication broke waits for another's note
@@ -137,6 +138,10 @@ class FailureWatch:
         if self._posted or self.closed or os.getpid() != self._pid:
             return
         self._posted = True
+        folder = asked_for()
+        if folder is not None:
+            with suppress(OSError):  # a full disk, say; the others are told all the same
+                leave_note(folder, self.rank, error, text)
         if self.failure is not None:
             return  # another rank's, which counts; the store may be gone with it
         try:

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ import torch
 
 from lite.errors import ConfigError, LaunchError, choose
 from lite.launchers.base import Launcher
+from lite.launchers.notes import VARIABLE, first_failure, leave_note
 
 T = TypeVar("T")
 
@@ -67,15 +67,22 @@ class ElasticLauncher(Launcher):
 
         Raises:
             ConfigError: There is no script to run again: this is an interactive session.
-            LaunchError: A process failed; its own output says why.
+            LaunchError: A process failed; the message holds the traceback of the one that failed first, if it had
+                come as far as to make a Lite.
         """
         command = _rerun_command()
         sys.stdout.flush()
         with tempfile.TemporaryDirectory(prefix="lite-launch-") as folder:
-            self._run(sys.executable, ("-u", *command), Path(folder))
+            self._run(sys.executable, ("-u", *command), Path(folder), {VARIABLE: f"{os.getpid()}:{folder}"})
         raise SystemExit(0)
 
-    def _run(self, entry: Callable[..., Any] | str, args: tuple[Any, ...], folder: Path) -> dict[int, Any]:
+    def _run(
+        self,
+        entry: Callable[..., Any] | str,
+        args: tuple[Any, ...],
+        folder: Path,
+        variables: dict[str, str] | None = None,
+    ) -> dict[int, Any]:
         from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
         from torch.distributed.elastic.multiprocessing.api import SignalException
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -95,10 +102,10 @@ class ElasticLauncher(Launcher):
         )
         received: int | None = None
         try:
-            with _children_environment(), _signal_handlers():
+            with _children_environment(variables or {}), _signal_handlers():
                 return dict(elastic_launch(config, entry)(*args))
         except ChildFailedError as error:
-            raise LaunchError(_first_failure(folder, error)) from None
+            raise LaunchError(first_failure(folder, error)) from None
         except SignalException as error:
             received = int(error.sigval)
         return _end_by(received)
@@ -151,26 +158,8 @@ def _work(folder: str, start_method: str, fn: Callable[..., Any], args: Any, kwa
                 f"what the launched function returns on rank 0 must pickle, but is a {type(value).__name__}: {error}"
             ) from error
     except BaseException as error:
-        note = Path(folder) / f"{time.time_ns()}-{rank}-{type(error).__name__}.note"
-        note.write_text(f"rank {rank} failed:\n\n{traceback.format_exc()}")
+        leave_note(Path(folder), rank, error, f"rank {rank} failed:\n\n{traceback.format_exc()}")
         raise
-
-
-def _first_failure(folder: Path, error: Any) -> str:
-    """What failed first: a process that was killed, else the earliest traceback; a PeerError only tells of another."""
-    notes = sorted(folder.glob("*.note"), key=lambda note: (note.stem.endswith("-PeerError"), note.name))
-    texts = [note.read_text() for note in notes]
-    known = {note.name.split("-")[1] for note in notes}
-    for rank, failure in error.failures.items():
-        if failure.exitcode < 0 and str(rank) not in known:
-            name = signal.Signals(-failure.exitcode).name
-            hint = ", as the system does it when memory is short" if name == "SIGKILL" else ""
-            return "\n\n".join([f"rank {rank} was ended by {name}{hint}", *texts[:1]])
-    if texts:
-        return texts[0]
-    rank, failure = error.get_first_failure()
-    why = failure.message or "see its output above"
-    return f"the process of rank {rank} ended with exit code {failure.exitcode} ({why})"
 
 
 def _end_by(number: int) -> NoReturn:
@@ -199,13 +188,15 @@ def _number(name: str) -> signal.Signals | None:
 
 
 @contextmanager
-def _children_environment() -> Iterator[None]:
-    """One OpenMP thread per process unless the user chose a number, as torchrun does it; afterwards all is as before.
+def _children_environment(variables: dict[str, str]) -> Iterator[None]:
+    """These, and one OpenMP thread per process unless the user chose a number, as torchrun does it; afterwards all is
+    as before.
 
     torch 2.13 leaves TORCHELASTIC_SIGNALS_TO_HANDLE in this process's environment.
     """
     before = dict(os.environ)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.update(variables)
     try:
         yield
     finally:

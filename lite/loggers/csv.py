@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from lite.errors import ConfigError
-from lite.loggers.base import Logger
+from lite.loggers.base import Logger, check_folder
 
 
 class CSVLogger(Logger):
@@ -34,6 +34,7 @@ class CSVLogger(Logger):
         if isinstance(flush_every, bool) or not isinstance(flush_every, int) or flush_every < 1:
             raise ConfigError(f"flush_every={flush_every!r} must be a whole number of at least 1.")
         self.name = name
+        self._root = os.fspath(root_dir)
         self._folder = Path(root_dir) / name
         self._version = version
         self._flush_every = flush_every
@@ -57,6 +58,10 @@ class CSVLogger(Logger):
     def path(self) -> Path:
         """The metrics file."""
         return self.log_dir / "metrics.csv"
+
+    def check(self) -> None:
+        # A free version's folder is new.
+        check_folder(f"root_dir={self._root!r}", self._folder if self._version is None else self.log_dir)
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         self._rows.append({"step": step, **metrics})

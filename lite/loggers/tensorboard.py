@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from lite.errors import MissingExtraError
-from lite.loggers.base import Logger
+from lite.loggers.base import Logger, check_folder
 
 
 class TensorBoardLogger(Logger):
@@ -37,6 +38,10 @@ class TensorBoardLogger(Logger):
         if self._open is None:
             self._open = self._make_writer(self.log_dir)
         return self._open
+
+    def check(self) -> None:
+        if "://" not in self.log_dir:  # TensorBoard writes to cloud storage too
+            check_folder(f"log_dir={self.log_dir!r}", Path(self.log_dir))
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         for name, value in metrics.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lite.environments.base import Environment
-from lite.errors import ConfigError, UsageError, choose
+from lite.errors import ConfigError, UsageError, check_flag, choose
 from lite.first_rank import refuse_alone
 from lite.strategies.base import Engine, Strategy
 from lite.strategies.comm_hooks import PowerSGD, check_hook, registration
@@ -70,20 +71,22 @@ class DDPStrategy(Strategy):
         **ddp_options: Any,
     ) -> None:
         self._comm_hook = check_hook(comm_hook)
-        if bucket_cap_mb is not None and (
-            isinstance(bucket_cap_mb, bool) or not isinstance(bucket_cap_mb, (int, float))
-        ):
-            raise ConfigError(f"bucket_cap_mb={bucket_cap_mb!r} must be a number: MiB of one communication buffer.")
+        if bucket_cap_mb is not None:
+            is_number = isinstance(bucket_cap_mb, (int, float)) and not isinstance(bucket_cap_mb, bool)
+            if not is_number or not 0 <= bucket_cap_mb < math.inf:
+                raise ConfigError(
+                    f"bucket_cap_mb={bucket_cap_mb!r} must be a number of at least 0: MiB of one communication buffer."
+                )
         known = set(inspect.signature(nn.parallel.DistributedDataParallel.__init__).parameters) - _OURS
         for option in ddp_options:
             if option not in known:
                 choose("DDPStrategy's option", option, sorted(known | set(inspect.signature(DDPStrategy).parameters)))
         self._group = ProcessGroup(process_group_backend, timeout)
         self.start_method = start_method
-        if not isinstance(zero_optimizer, bool):
-            raise ConfigError(
-                f"zero_optimizer={zero_optimizer!r} must be True or False; your optimizer keeps its own class."
-            )
+        check_flag("find_unused_parameters", find_unused_parameters)
+        check_flag("static_graph", static_graph)
+        check_flag("gradient_as_bucket_view", gradient_as_bucket_view)
+        check_flag("zero_optimizer", zero_optimizer, "your optimizer keeps its own class")
         self._zero = zero_optimizer
         self._ddp_options = {
             "find_unused_parameters": find_unused_parameters,

@@ -7,6 +7,7 @@ Relies on parts of torch that it doesn't document, as they are in torch 2.13: `A
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -23,6 +24,7 @@ from lite.strategies.base import Engine, refuse_foreign
 from lite.strategies.comm_hooks import Register
 from lite.strategies.ddp_parameters import Averaged
 
+_WITHOUT_GRADIENT = re.compile(r"indices which did not receive grad for rank \d+: ((?:\d+ ?)+)")
 _NO_OUTPUT = (
     "lite.backward got a loss that does not come from the output of a model that lite.setup returned, so gradients "
     "would stay different on each rank; compute it from the output of the model (or of one of its own public methods), "
@@ -294,8 +296,10 @@ class DDPEngine(Engine):
     def _explain_unused(self, error: RuntimeError) -> None:
         if "Expected to have finished reduction in the prior iteration" not in str(error):
             return
-        unused = [n for n, p in self._averaged.module.named_parameters() if p.requires_grad and p.grad is None]
-        which = f" ({some(unused)})" if unused else ""
+        # Gradients of earlier backwards may still be there, so only DDP knows which ones this backward has brought.
+        found = _WITHOUT_GRADIENT.search(str(error))
+        reduced = self._averaged.reduced
+        which = f" ({some([reduced[int(index)] for index in found[1].split()])})" if found else ""
         raise UsageError(
             f"some parameters{which} got no gradient in a backward, so its synchronisation never finished; use "
             'strategy="ddp_find_unused_parameters_true", or make every parameter take part in the loss.'

@@ -58,6 +58,12 @@ class Averaged:
         assert module is not None
         return module
 
+    @property
+    def reduced(self) -> list[str]:
+        """Names of the parameters that the newest DDP averages, in its own order."""
+        names = [self.names[id(p)] for p, trained in zip(self._parameters, self._trained, strict=True) if trained]
+        return [name for name in names if name not in self.ignored]
+
     def current(self) -> nn.parallel.DistributedDataParallel | None:
         """The DDP for the parameters that are trained now; None where none is.
 

@@ -13,7 +13,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from lite import collectives
 from lite.environments.base import Environment, check_company
-from lite.errors import ConfigError
+from lite.errors import ConfigError, choose
 
 _GLOO_DRAIN_S = 0.1
 
@@ -26,12 +26,14 @@ class ProcessGroup:
         timeout: How long a collective may wait for the other ranks; None is torch's default.
 
     Raises:
-        ConfigError: `timeout` is no timedelta.
+        ConfigError: `timeout` is no timedelta, or this torch has no such backend.
     """
 
     def __init__(self, backend: str | None, timeout: timedelta | None) -> None:
         if timeout is not None and not isinstance(timeout, timedelta):
             raise ConfigError(f"timeout={timeout!r} is not a timedelta; use datetime.timedelta(seconds={timeout!r}).")
+        if backend is not None:
+            _check_backend(backend)
         self.backend = backend
         self.timeout = timeout
         self._owned = False
@@ -99,3 +101,14 @@ class ProcessGroup:
                 time.sleep(_GLOO_DRAIN_S)
         self._owned = False
         self._silent = None
+
+
+def _check_backend(backend: Any) -> None:
+    """Refuse what init_process_group would, in "gloo" as in "cpu:gloo,cuda:nccl", before any process starts."""
+    known = [name for name in dist.Backend.backend_list if name != dist.Backend.UNDEFINED]
+    for part in backend.split(",") if isinstance(backend, str) else [backend]:
+        name = part.rpartition(":")[2] if isinstance(part, str) else part
+        name = choose("process_group_backend", name, known)
+        if not dist.is_backend_available(name):
+            there = ", ".join(repr(other) for other in known if dist.is_backend_available(other))
+            raise ConfigError(f"process_group_backend={backend!r}: this torch has no {name!r}; it has {there}.")

@@ -71,21 +71,30 @@ from lite import Lite
 os.chdir("/")
 lite = Lite(accelerator="cpu", devices="auto" if "RANK" in os.environ else 2)
 lite.launch()
-open(f"{sys.argv[1]}/{lite.global_rank}", "w").write(f"{lite.world_size} {__debug__}")
+with open(f"{sys.argv[1]}/{lite.global_rank}", "w") as file:
+    file.write(f"{lite.world_size} {__debug__}")
+lite.barrier()
+if lite.global_rank == 1 and sys.argv[2:] == ["fail"]:
+    raise ValueError("boom on one")
 """
 
 
 def test_the_script_that_is_run_again_is_found_again(tmp_path: Path) -> None:
-    """By a relative path after os.chdir, with python's own options; as a folder; not from standard input."""
+    """By a relative path after os.chdir, with python's own options; as a folder; not from standard input. A failure in
+    it is told as that of a function is.
+    """
     folder = tmp_path / "app"
     folder.mkdir()
     (folder / "__main__.py").write_text(RERUN)
     options = {"cwd": tmp_path, "capture_output": True, "text": True, "timeout": 180, "env": {**os.environ, **PLAIN}}
-    for command in (["-O", "app/__main__.py"], ["app"]):
+    for command, end in ((["-O", "app/__main__.py"], []), (["app"], ["fail"])):
         for rank in "01":
             (tmp_path / rank).unlink(missing_ok=True)
-        done = subprocess.run([sys.executable, *command, str(tmp_path)], **options)  # type: ignore[call-overload]
-        assert done.returncode == 0, done.stderr
+        done = subprocess.run([sys.executable, *command, str(tmp_path), *end], **options)  # type: ignore[call-overload]
+        assert done.returncode == len(end), done.stderr
+        _, _, message = done.stderr.partition("LaunchError: ")
+        assert message.startswith("rank 1 failed:\n\nTraceback") == (end == ["fail"]), done.stderr
+        assert ("ValueError: boom on one" in message) == (end == ["fail"])
         assert [(tmp_path / rank).read_text() for rank in "01"] == [f"2 {len(command) == 1}"] * 2
     done = subprocess.run([sys.executable, "-", str(tmp_path)], input=RERUN, **options)  # type: ignore[call-overload]
     assert done.returncode == 1

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lite import Lite
+from lite import ConfigError, Lite
 from lite.loggers import CSVLogger
 from tests.support.processes import run_distributed, run_python
 
@@ -41,18 +41,36 @@ def test_new_columns_keep_what_was_written(tmp_path: Path) -> None:
     assert [row["loss"] for row in rows(logger.path)][-2:] == ["10.0", "11.0"]
 
 
-def log_on_two(path: str) -> None:
+def log_on_two(path: str) -> str:
+    import os
+
+    under_a_file = CSVLogger(f"{__file__}/runs") if os.environ["RANK"] == "0" else None
+    with pytest.raises(ConfigError) as caught:
+        Lite(accelerator="cpu", loggers=under_a_file)
     logger = CSVLogger(path)
     lite = Lite(accelerator="cpu", loggers=logger)
     lite.log("rank", lite.global_rank, 0)
     lite.teardown()
+    return str(caught.value)
 
 
 def test_only_rank_zero_writes(tmp_path: Path) -> None:
-    """One folder, one row."""
-    run_distributed(log_on_two, str(tmp_path))
+    """One folder, one row; where it can't, all ranks are told."""
+    told = run_distributed(log_on_two, str(tmp_path))
+    assert told[0] == told[1]
+    assert f"the folder '{__file__}/runs' can't be made" in told[0]
     assert [p.name for p in tmp_path.iterdir()] == ["version_0"]
     assert [row["rank"] for row in rows(tmp_path / "version_0" / "metrics.csv")] == ["0"]
+
+
+def test_a_folder_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> None:
+    """Before processes start, too, and without a trace where it can."""
+    for devices in (1, 2):
+        for logger in (CSVLogger("/proc/nope"), CSVLogger("/proc", version=3)):
+            with pytest.raises(ConfigError, match=r"root_dir='/proc.*': the folder '/proc.*' can't be made"):
+                Lite(accelerator="cpu", devices=devices, loggers=logger)
+        Lite(accelerator="cpu", devices=devices, loggers=CSVLogger(tmp_path / "runs"))
+        assert not list(tmp_path.iterdir())
 
 
 def test_tensorboard_files_are_written(tmp_path: Path) -> None:
@@ -62,6 +80,8 @@ def test_tensorboard_files_are_written(tmp_path: Path) -> None:
 
     from lite.loggers import TensorBoardLogger
 
+    with pytest.raises(ConfigError, match="log_dir='/proc/nope': the folder '/proc/nope' can't be made"):
+        Lite(accelerator="cpu", loggers=TensorBoardLogger("/proc/nope"))
     lite = Lite(accelerator="cpu", loggers=TensorBoardLogger(tmp_path))
     lite.log_hyperparameters({"lr": 0.1, "where": tmp_path})
     lite.log("loss", torch.tensor(1.5), 7)
