@@ -163,7 +163,13 @@ def _view(optimizer: Optimizer, raw: type[Optimizer], groups: list[dict[str, Any
         unhooked = unhooked.__wrapped__
     view: Optimizer = object.__new__(raw)
     view.__dict__ = optimizer.__dict__
-    body = {"param_groups": property(lambda self: groups), "step": property(lambda self: unhooked.__get__(self))}
+    none: dict[int, Any] = {}  # hooks run around the whole step, also where the user's class calls its parent's step
+    body = {
+        "param_groups": property(lambda self: groups),
+        "step": property(lambda self: unhooked.__get__(self)),
+        "_optimizer_step_pre_hooks": property(lambda self: none),
+        "_optimizer_step_post_hooks": property(lambda self: none),
+    }
     disguise(view, body)
     return view
 
