@@ -16,7 +16,7 @@ from lite.errors import (
 from lite.lite import Lite
 from lite.seed import seed_everything
 from lite.state import Stateful
-from lite.strategies import DDPStrategy, PowerSGD, SingleStrategy, Strategy
+from lite.strategies import DDPStrategy, LocalSGDStrategy, PowerSGD, SingleStrategy, Strategy
 
 __version__ = "0.1.0"
 
@@ -28,6 +28,7 @@ __all__ = [
     "LaunchError",
     "Lite",
     "LiteError",
+    "LocalSGDStrategy",
     "MissingExtraError",
     "NonFiniteError",
     "PeerError",

@@ -44,8 +44,9 @@ class Lite(Resuming, Steps, Records):
 
     Args:
         accelerator: "auto", "cpu", "cuda", "gpu", "mps" or an Accelerator.
-        strategy: "auto", "single", "ddp", "ddp_find_unused_parameters_true", "ddp_spawn", "ddp_fork", "ddp_notebook", a
-            name that an installed package registered (entry-point group `lite.strategies`), or a Strategy.
+        strategy: "auto", "single", "ddp", "ddp_find_unused_parameters_true", "ddp_spawn", "ddp_fork", "ddp_notebook",
+            "local_sgd", a name that an installed package registered (entry-point group `lite.strategies`), or a
+            Strategy.
         devices: How many devices or which: a number, "auto" (what torchrun started, else one), -1 (all), "0,1" or
             [0, 1]. On the CPU a number of processes.
         num_nodes: Number of machines.

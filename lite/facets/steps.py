@@ -232,7 +232,7 @@ class Steps(Facet):
                 follow=strategy.follow_optimizer,
             )
         else:
-            wrap_optimizer(optimizer, self.precision)
+            wrap_optimizer(optimizer, self.precision, follow=self.strategy.follow_optimizer)
         move_optimizer_state(optimizer, self.precision)
 
     def _mean_loss(self, loss: Any) -> Any:

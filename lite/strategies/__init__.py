@@ -8,8 +8,18 @@ from importlib.metadata import EntryPoint, entry_points
 from lite.strategies.base import Engine, SingleStrategy, Strategy
 from lite.strategies.comm_hooks import PowerSGD
 from lite.strategies.ddp import DDPStrategy
+from lite.strategies.local_sgd import LocalSGDStrategy
 
-__all__ = ["STRATEGIES", "DDPStrategy", "Engine", "PowerSGD", "SingleStrategy", "Strategy", "strategy_factories"]
+__all__ = [
+    "STRATEGIES",
+    "DDPStrategy",
+    "Engine",
+    "LocalSGDStrategy",
+    "PowerSGD",
+    "SingleStrategy",
+    "Strategy",
+    "strategy_factories",
+]
 
 STRATEGIES: dict[str, Callable[[], Strategy]] = {
     "single": SingleStrategy,
@@ -18,6 +28,7 @@ STRATEGIES: dict[str, Callable[[], Strategy]] = {
     "ddp_spawn": lambda: DDPStrategy(start_method="spawn"),
     "ddp_fork": lambda: DDPStrategy(start_method="fork"),
     "ddp_notebook": lambda: DDPStrategy(start_method="fork"),
+    "local_sgd": LocalSGDStrategy,
 }
 
 

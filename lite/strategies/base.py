@@ -110,8 +110,23 @@ class Strategy:
         """A context in which ranks may run out of batches at different steps; see `Lite.join`."""
         return nullcontext()
 
+    def saving(self) -> AbstractContextManager[Any]:
+        """A context in which models and optimizers hold what goes into a checkpoint. Collective: called on all ranks.
+
+        Returns:
+            The context, which gives what this rank has to keep besides; None for nothing.
+        """
+        return nullcontext()
+
+    def load_states(self, states: list[Any]) -> None:
+        """Go on from a checkpoint, whose models and optimizers are loaded already.
+
+        Args:
+            states: What each rank of a strategy of this name had to keep; empty where there is none.
+        """
+
     def norms_agree(self) -> bool:
-        """Whether gradients, and so their norms, are equal on all ranks now."""
+        """Whether all ranks judge their gradients' norm alike, or each may judge for itself."""
         return False
 
     def no_sync(self, engine: Engine | None, enabled: bool) -> AbstractContextManager[None]:
