@@ -17,7 +17,7 @@ LAYERS = [
     {"collectives"},
     {"launchers", "environments", "accelerators", "precision", "checkpoint", "loggers", "data"},
     {"strategies", "wrapping"},
-    {"gradients", "guards", "prepared"},
+    {"ema", "gradients", "guards", "prepared"},
     {"plan", "resumable"},
     {"facets"},
     {"lite"},
