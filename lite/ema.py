@@ -185,7 +185,8 @@ def _as(value: Tensor, average: Tensor) -> Tensor:
 
     mesh, placements = average.device_mesh, average.placements  # type: ignore[attr-defined]
     if hasattr(value, "redistribute"):
-        return value.redistribute(mesh, placements)
+        moved: Tensor = value.redistribute(mesh, placements)
+        return moved
     # Every rank has read the whole value.
     whole: Tensor = distribute_tensor(value.to(average.device), mesh, placements, src_data_rank=None)
     return whole

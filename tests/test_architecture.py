@@ -18,7 +18,7 @@ LAYERS = [
     {"launchers", "environments", "accelerators", "precision", "checkpoint", "loggers", "data"},
     {"strategies", "wrapping"},
     {"ema", "gradients", "guards", "prepared"},
-    {"plan", "resumable"},
+    {"memory", "plan", "resumable"},
     {"facets"},
     {"lite"},
     {"trainer"},

@@ -103,6 +103,16 @@ class DDPStrategy(Strategy):
         self._world_size = 1
         self._engines: Engines | None = None
 
+    @property
+    def divides_optimizers(self) -> bool:
+        """Whether each rank keeps a share of the optimizers' state alone (ZeRO-1)."""
+        return self._zero
+
+    @property
+    def gradients_are_views(self) -> bool:
+        """Whether gradients need no memory besides the communication buffers."""
+        return bool(self._ddp_options["gradient_as_bucket_view"])
+
     def connect(self, environment: Environment, device: torch.device) -> Any:
         self._world_size = environment.world_size()
         if not environment.started:
