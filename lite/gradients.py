@@ -103,6 +103,7 @@ class Accumulation:
     Attributes:
         count: Micro-batches in the current window so far.
         ready: Whether the window is complete: step now.
+        total_count: Micro-batches in all windows so far.
     """
 
     def __init__(
@@ -121,6 +122,7 @@ class Accumulation:
         self.steps = steps
         self.count = 0
         self.ready = False
+        self.total_count = 0
         self._parameters = parameters
         self._no_sync = no_sync
         self._scaled = scaled
@@ -128,6 +130,12 @@ class Accumulation:
         self._device = device
         self._weighted: bool | None = None
         self._total: Tensor | float = 0.0
+        self._unit: float | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the current window has micro-batches, but not all: gradients are waiting for the rest."""
+        return self.count > 0 and not self.ready
 
     @contextmanager
     def __call__(self, *, last: bool = False, weight: float | Tensor | None = None) -> Iterator[None]:
@@ -140,11 +148,16 @@ class Accumulation:
 
         Args:
             last: This is the last micro-batch there is; the window ends here, partial or not, and counts what it has.
+                Of an epoch: `last=loader.batches_done == len(loader)`, which holds after a resume in mid-epoch too.
             weight: Number of tokens or samples behind this micro-batch's mean loss. All or none of a window have one.
 
         Raises:
             UsageError: Some micro-batches of the window have a weight and others not, or another window is open.
         """
+        if not isinstance(last, bool):
+            raise ConfigError(f"window(last={last!r}) must be True or False: whether this is the last micro-batch.")
+        if weight is not None:
+            check_weight("window", weight)
         if self.ready:
             self.count, self.ready, self._weighted, self._total = 0, False, None, 0.0
         if self._weighted is not None and self._weighted != (weight is not None):
@@ -157,10 +170,12 @@ class Accumulation:
             scale = Scale(lambda loss: loss / self.steps, weighted=False)
         else:
             weight = 0.0 if self._is_filler() else weight
-            scale = Scale(lambda loss: loss * weight, weighted=True)
+            unit = self._unit = self._unit or _unit(weight)
+            scale = Scale(lambda loss: loss * (weight / unit), weighted=True)
         with self._scaled(scale), self._no_sync(not boundary):
             yield
         self.count += 1
+        self.total_count += 1
         if weight is not None:
             self._total = self._total + weight
         if boundary:
@@ -173,7 +188,8 @@ class Accumulation:
             total = torch.as_tensor(self._total, dtype=torch.float64 if self._device.type != "mps" else torch.float32)
             # The ranks' gradients were averaged; dividing by the mean weight gives the sum over the sum of weights.
             mean_weight = collectives.all_reduce(total.to(self._device), "mean")
-            self._multiply(1.0 / mean_weight)
+            # A window without any token has no gradient.
+            self._multiply(torch.where(mean_weight > 0, (self._unit or 1.0) / mean_weight, 0.0))
         elif self.count != self.steps:
             self._multiply(self.steps / self.count)
 
@@ -181,3 +197,25 @@ class Accumulation:
         for parameter in {id(p): p for p in self._parameters()}.values():
             if parameter.grad is not None:
                 parameter.grad.mul_(factor.to(parameter.grad.dtype) if isinstance(factor, Tensor) else factor)
+
+
+def check_weight(call: str, weight: Any) -> None:
+    """Refuse a weight that is no number of tokens or samples. Tensors' values are not looked at.
+
+    Raises:
+        ConfigError: It is negative, not finite, or no number.
+    """
+    is_number = isinstance(weight, Tensor) and weight.numel() == 1
+    if not is_number and isinstance(weight, (int, float)) and not isinstance(weight, bool):
+        is_number = math.isfinite(weight) and weight >= 0
+    if not is_number:
+        raise ConfigError(f"{call}(weight={weight!r}) must be a number of at least 0, of tokens or samples.")
+
+
+def _unit(weight: float | Tensor) -> float:
+    """What weights are measured in: a power of 2 near the largest, alike on all ranks. Collective.
+
+    A loss times thousands of tokens would leave the range of 16 bits.
+    """
+    largest = float(collectives.all_reduce(float(weight), "max"))
+    return 2.0 ** math.ceil(math.log2(largest)) if largest > 0 else 1.0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import time
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -11,22 +10,19 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.distributed_c10d import PrefixStore
-from torch.distributed.rendezvous import rendezvous
 from torch.optim import Optimizer
 
-from lite.environments.base import Environment, check_company
+from lite.environments.base import Environment
 from lite.errors import ConfigError, UsageError, choose
 from lite.first_rank import refuse_alone
 from lite.strategies.base import Engine, Strategy
 from lite.strategies.comm_hooks import PowerSGD, check_hook, registration
+from lite.strategies.process_group import ProcessGroup
 
 if TYPE_CHECKING:
     from lite.strategies.ddp_engine import Engines
 
-_GLOO_DRAIN_S = 0.1
 _OURS = {"self", "module", "init_sync", "process_group"}
 
 
@@ -74,8 +70,6 @@ class DDPStrategy(Strategy):
         **ddp_options: Any,
     ) -> None:
         self._comm_hook = check_hook(comm_hook)
-        if timeout is not None and not isinstance(timeout, timedelta):
-            raise ConfigError(f"timeout={timeout!r} is not a timedelta; use datetime.timedelta(seconds={timeout!r}).")
         if bucket_cap_mb is not None and (
             isinstance(bucket_cap_mb, bool) or not isinstance(bucket_cap_mb, (int, float))
         ):
@@ -84,8 +78,7 @@ class DDPStrategy(Strategy):
         for option in ddp_options:
             if option not in known:
                 choose("DDPStrategy's option", option, sorted(known | set(inspect.signature(DDPStrategy).parameters)))
-        self.process_group_backend = process_group_backend
-        self.timeout = timeout
+        self._group = ProcessGroup(process_group_backend, timeout)
         self.start_method = start_method
         if not isinstance(zero_optimizer, bool):
             raise ConfigError(
@@ -99,7 +92,6 @@ class DDPStrategy(Strategy):
             "bucket_cap_mb": bucket_cap_mb,
             **ddp_options,
         }
-        self._owns_group = False
         self._world_size = 1
         self._engines: Engines | None = None
 
@@ -121,30 +113,7 @@ class DDPStrategy(Strategy):
             from lite.strategies.ddp_engine import Engines  # one process needs nothing of it
 
             self._engines = Engines()
-        backend = self.process_group_backend or ("nccl" if device.type == "cuda" else "gloo")
-        if dist.is_initialized():
-            if dist.get_world_size() != self._world_size:
-                raise ConfigError(
-                    f"a process group of {dist.get_world_size()} ranks exists, but {environment.name} started "
-                    f"{self._world_size} processes; remove your own init_process_group call."
-                )
-            return dist.distributed_c10d._get_default_store()
-        rank = environment.global_rank()
-        store, _, _ = next(rendezvous(environment.init_method() or "env://", rank, self._world_size))
-        store.set_timeout(self.timeout or timedelta(minutes=30))
-        check_company(store, environment, device)
-        # torch 2.13: torchrun's store keeps the addresses of the processes that it restarted, and gloo would try them.
-        life = f"lite/{environment.num_restarts()}"
-        dist.init_process_group(
-            backend,
-            store=PrefixStore(life, store),
-            rank=rank,
-            world_size=self._world_size,
-            timeout=self.timeout,
-            device_id=device if backend == "nccl" else None,
-        )
-        self._owns_group = True
-        return store
+        return self._group.join(environment, device)
 
     def wrap(self, module: nn.Module, device: torch.device) -> Engine | None:
         if self._world_size == 1:
@@ -166,6 +135,10 @@ class DDPStrategy(Strategy):
 
     def prepare_backward(self, loss: Tensor, *, partial: bool = False) -> Tensor:
         return loss if self._engines is None else self._engines.prepare_backward(loss, partial=partial)
+
+    def finish_backward(self) -> None:
+        if self._engines is not None:
+            self._engines.finish_backward()
 
     def explain_backward_error(self, error: RuntimeError) -> str | None:
         if "mark a variable ready only once" not in str(error) and "marked as ready twice" not in str(error):
@@ -220,11 +193,4 @@ class DDPStrategy(Strategy):
         return self._engines is None or all(engine.gradients_agree for engine in self._engines)
 
     def close(self) -> None:
-        if self._owns_group and dist.is_initialized():
-            gloo = "gloo" in dist.get_backend()
-            dist.destroy_process_group()
-            if gloo:
-                # torch 2.13: once a DDP was built, gloo's threads outlive the group, and one that still drops the last
-                # collective's tensors while the interpreter shuts down aborts the process. This lets it finish.
-                time.sleep(_GLOO_DRAIN_S)
-        self._owns_group = False
+        self._group.leave()

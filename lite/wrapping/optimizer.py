@@ -52,6 +52,7 @@ def wrap_optimizer(
     mean_loss: Callable[[Any], Any] | None = None,
     divide: Callable[[Optimizer], Callable[[], None] | None] | None = None,
     follow: Callable[[Optimizer], Callable[[], None] | None] | None = None,
+    before: Callable[[Optimizer], None] | None = None,
 ) -> None:
     """Prepare an optimizer, in place; nothing is done where its step stays its own.
 
@@ -63,11 +64,15 @@ def wrap_optimizer(
             closure several times decides by it, and all ranks must decide alike.
         divide: With several ranks, what the strategy does beneath the precision; it returns what takes that back.
         follow: The same above it.
+        before: Called before each step; what it raises is raised there.
     """
     below = divide(optimizer) if divide is not None else None
     undo: list[Callable[[], None]] = []
     if check is not None:
         undo.append(optimizer.register_step_pre_hook(_watch_parameters(optimizer, check)).remove)
+    if before is not None:
+        ask = before
+        undo.append(optimizer.register_step_pre_hook(lambda optimizer, args, kwargs: ask(optimizer)).remove)
     if mean_loss is not None and not precision.changes_step and _decides_by_loss(optimizer):
         undo.append(optimizer.register_step_pre_hook(_with_mean_loss(mean_loss)).remove)
     raw = patched = None

@@ -124,11 +124,12 @@ def unweighed() -> list[str]:
     lite = Lite(accelerator="cpu")
     model = lite.setup(MLP())
     caught = []
-    for forget in ("raw backward", "two loaders", "right"):
-        first, second = (lite.setup_dataloaders(DataLoader(regression(n), batch_size=2)) for n in (5, 6))
+    for forget in ("raw backward", "two loaders", "two loaders, turned", "right"):
+        sizes = (6, 5) if "turned" in forget else (5, 6)
+        first, second = (lite.setup_dataloaders(DataLoader(regression(n), batch_size=2)) for n in sizes)
         with warnings.catch_warnings(record=True) as messages:
             warnings.simplefilter("always")
-            for (x, y), _ in zip(first, second, strict=True) if forget == "two loaders" else ((b, 0) for b in first):
+            for (x, y), _ in zip(first, second, strict=True) if "two" in forget else ((b, 0) for b in first):
                 loss = (model(x) - y).pow(2).mean()
                 loss.backward() if forget == "raw backward" else lite.backward(loss)
         caught.append(" ".join(str(m.message) for m in messages))
@@ -137,9 +138,10 @@ def unweighed() -> list[str]:
 
 def test_a_weight_that_is_not_used_is_told() -> None:
     """loss.backward() on a ragged batch, or a second loader in the same step; silent where all is right."""
-    for raw_backward, two_loaders, right in run_distributed(unweighed):
+    for raw_backward, two_loaders, turned, right in run_distributed(unweighed):
         assert "without its weight" in raw_backward
         assert "without its weight" in two_loaders
+        assert "goes to the loss of both" in turned
         assert right == ""
 
 
