@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle
 
-from lite import ConfigError, DDPStrategy, Lite, LocalSGDStrategy
-from lite.memory import memory_estimate
-from tests.support.processes import ROOT, run_distributed
+from lite import (
+    ConfigError,
+    DDPStrategy,
+    FSDPStrategy,
+    Lite,
+    LocalSGDStrategy,
+    ModelParallelStrategy,
+    Strategy,
+    memory_estimate,
+)
+from lite.cli.main import main
+from lite.strategies.ddp_engine import DDPEngine
+from tests.contracts.test_numbers import PLAN, split
+from tests.support.models import TinyGPT
+from tests.support.processes import run_distributed
 
 
 class Net(nn.Module):
@@ -58,29 +69,33 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }
 
 
-def measured(strategy: Any, optimizer_name: str, precision: str, instance: bool) -> tuple[list[int], Any]:
-    """Bytes of a real step: parameters, gradients, optimizer state, buffers, DDP's buckets; and the estimate's."""
+def measured(make: Callable[[], nn.Module], strategy: Any, optimizer_name: str, precision: str, instance: bool) -> Any:
+    """Bytes of a real step: parameters, gradients, optimizer state, buffers, DDP's buckets; and the estimate."""
     lite = Lite(accelerator="cpu", strategy=strategy, precision=precision)
     torch.manual_seed(0)
-    model = Net()
+    model = make()
     optimizer = OPTIMIZERS[optimizer_name](model.parameters())
     given = optimizer if instance else OPTIMIZERS[optimizer_name]
-    kind = strategy if isinstance(strategy, DDPStrategy) and lite.world_size > 1 else "single"
-    told = memory_estimate(model, kind, precision, given, world_size=lite.world_size)
+    told = memory_estimate(model, strategy, precision, given, world_size=lite.world_size)
     assert not optimizer.state
     lite.setup(model, optimizer)
     for _ in range(2):
         optimizer.zero_grad()
         lite.backward(model(tokens()).pow(2).mean())
         optimizer.step()
-    engine = lite._modules[model]
     buckets = 0
-    if engine is not None:
-        logged = engine.ddp._get_ddp_logging_data()  # type: ignore[attr-defined]
+    if isinstance(lite._modules[model], DDPEngine):
+        logged = lite._modules[model].ddp._get_ddp_logging_data()  # type: ignore[union-attr]
         buckets = sum(map(int, (logged.get("rebuilt_bucket_sizes") or logged["bucket_sizes"]).split(",")))
     state = [t for s in optimizer.state.values() for t in s.values() if isinstance(t, Tensor)]
-    sizes = [model.parameters(), (p.grad for p in model.parameters()), state, model.buffers()]
-    return [*map(bytes_of, sizes), buckets], told
+    if isinstance(lite.strategy, LocalSGDStrategy):
+        (part,) = lite.strategy._rounds
+        assert part._outer is not None
+        state += [*part._start, *(t for s in part._outer.state.values() for t in s.values() if isinstance(t, Tensor))]
+    held = [model.parameters(), (p.grad for p in model.parameters()), state, model.buffers()]
+    sizes = [*map(bytes_of, held), buckets]
+    lite.teardown()
+    return sizes, told
 
 
 @pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-true", "bf16-mixed"])
@@ -89,63 +104,65 @@ def test_one_process_needs_what_is_told(precision: str) -> None:
     for name in OPTIMIZERS:
         if precision == "bf16-true" and name == "adafactor":
             continue
-        (parameters, gradients, state, buffers, _), told = measured("single", name, precision, name == "adamw")
-        assert [told.parameters, told.gradients, told.optimizer, told.buffers] == [
-            parameters,
-            gradients,
-            state,
-            buffers,
-        ], name
+        (*sizes, _), told = measured(Net, "single", name, precision, name == "adamw")
+        assert [told.parameters, told.gradients, told.optimizer, told.buffers] == sizes, name
         assert told.communication == 0
 
 
-@pytest.mark.parametrize("zero", [False, True])
-def test_ranks_under_ddp_need_what_is_told(zero: bool) -> None:
-    """To the byte: the rank with the largest share, and the communication buffers; views need no gradients besides."""
-    for instance, views in ((False, False), (True, True)):
-        strategy = DDPStrategy(zero_optimizer=zero, gradient_as_bucket_view=views)
-        results = run_distributed(measured, strategy, "amsgrad", "32-true", instance)
-        told = results[0][1]
-        most = [max(sizes) for sizes in zip(*(sizes for sizes, _ in results), strict=True)]
-        if views:
-            assert told.communication == 0
-            assert told.gradients == most[4]
-        else:
-            assert told.gradients == most[1]
-            assert told.communication == most[4]
-        assert [told.parameters, told.optimizer, told.buffers] == [most[0], most[2], most[3]]
+# Name: the model, the strategy, the optimizer.
+RANKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], str]] = {
+    "ddp": (Net, DDPStrategy, "amsgrad"),
+    "ddp views": (Net, lambda: DDPStrategy(gradient_as_bucket_view=True), "adamw"),
+    "zero": (Net, lambda: DDPStrategy(zero_optimizer=True), "amsgrad"),
+    "fsdp": (Net, FSDPStrategy, "adamw"),
+    "fsdp by name": (Net, lambda: "fsdp", "momentum"),
+    "fsdp grad": (Net, lambda: FSDPStrategy(sharding="grad"), "amsgrad"),
+    "tp": (lambda: TinyGPT(tied=True), lambda: ModelParallelStrategy(PLAN), "adamw"),
+    "diloco": (Net, lambda: LocalSGDStrategy(sync_every=2, outer_optimizer="diloco"), "momentum"),
+}
 
 
-def sharded() -> Any:
-    """torch's fully_shard over two ranks."""
-    from torch.distributed.fsdp import fully_shard
-
-    Lite(accelerator="cpu")
-    torch.manual_seed(0)
-    model = Net()
-    told = [memory_estimate(model, k, "32-true", torch.optim.AdamW, world_size=2) for k in ("fsdp", "fsdp-grad")]
-    for block in model.blocks:
-        fully_shard(block)
-    fully_shard(model)
-    optimizer = torch.optim.AdamW(model.parameters())
-    model(tokens()).pow(2).mean().backward()
-    optimizer.step()
-    state = [t for s in optimizer.state.values() for t in s.values() if isinstance(t, Tensor)]
-    sizes = [model.parameters(), (p.grad for p in model.parameters()), state, model.buffers()]
-    return [*map(bytes_of, sizes)], told
+def measured_on_ranks(names: list[str]) -> list[Any]:
+    return [measured(RANKS[n][0], RANKS[n][1](), RANKS[n][2], "32-true", n == "ddp views") for n in names]
 
 
-def test_shards_need_what_is_told() -> None:
-    """Of fully_shard, to the byte, dimensions that don't divide evenly included."""
-    results = run_distributed(sharded)
-    most = [max(sizes) for sizes in zip(*(sizes for sizes, _ in results), strict=True)]
-    full, grad = results[0][1]
-    assert [full.parameters, full.gradients, full.optimizer, full.buffers] == most
-    assert (grad.parameters, grad.gradients, grad.optimizer) == (full.parameters, full.gradients, full.optimizer)
-    assert grad.communication == 4 * sum(p.numel() for p in Net().parameters())
-    assert full.communication == 4 * sum(p.numel() for p in Net().blocks.parameters())
-    hybrid = memory_estimate(Net(), "fsdp-hybrid", "32-true", torch.optim.AdamW, world_size=8, shard_size=2)
-    assert hybrid == full
+def test_ranks_need_what_is_told() -> None:
+    """To the byte, on the rank that has most, for dimensions that don't divide evenly too; and DDP's buckets."""
+    results = run_distributed(measured_on_ranks, list(RANKS))
+    for name, *ranks in zip(RANKS, *results, strict=True):
+        told = ranks[0][1]
+        *most, buckets = map(max, zip(*(sizes for sizes, _ in ranks), strict=True))
+        assert [told.parameters, told.gradients, told.optimizer, told.buffers] == most, name
+        if name == "ddp views":
+            assert (told.communication, told.gradients) == (0, buckets)
+        elif name in ("ddp", "zero"):
+            assert told.communication == told.gradients == buckets
+
+
+def test_axes_divide_what_they_should() -> None:
+    """Replicas hold what one does; a tensor axis divides the layers of the plan, a data axis the rest as well."""
+    adamw = torch.optim.AdamW
+    net = Net()
+    hybrid = FSDPStrategy(sharding="hybrid", replicate_axis=4)
+    assert memory_estimate(net, hybrid, "32-true", adamw, world_size=8) == memory_estimate(
+        net, "fsdp", "32-true", adamw, world_size=2
+    )
+    gpt = TinyGPT()
+    tp = memory_estimate(gpt, ModelParallelStrategy(PLAN), "32-true", adamw, world_size=2)
+    both = ModelParallelStrategy(PLAN, tensor_parallel=2)
+    assert 2 * memory_estimate(gpt, both, "32-true", adamw, world_size=4).parameters == tp.parameters
+    replicas = ModelParallelStrategy(PLAN, tensor_parallel=2, sharded=False)
+    replicated = memory_estimate(gpt, replicas, "32-true", adamw, world_size=4)
+    assert (replicated.state, replicated.communication) == (tp.state, tp.gradients)
+    # Weights outside of blocks, two blocks', and one block's gradients; with "grad" all weights.
+    whole, blocks = sum(p.numel() for p in net.parameters()), sum(p.numel() for p in net.blocks.parameters())
+    block = sum(p.numel() for p in net.blocks[0].parameters())
+    three = nn.Sequential(*(nn.TransformerEncoderLayer(12, 2, 25, batch_first=True) for _ in range(3)))
+    assert memory_estimate(net, "fsdp", world_size=2).communication == 4 * (whole + block)
+    assert memory_estimate(three, "fsdp", world_size=2).communication == 4 * (blocks + block)
+    grad = FSDPStrategy(sharding="grad")
+    assert memory_estimate(three, grad, world_size=2).communication == 4 * (3 * block + block)
+    assert memory_estimate(three, "fsdp", "bf16-mixed", world_size=2).communication == 2 * blocks + 4 * block
 
 
 def saved(model: nn.Module, batch: Tensor, context: Any) -> int:
@@ -184,18 +201,29 @@ def test_wrong_arguments_are_refused() -> None:
     """With what was expected."""
     net = nn.Linear(2, 2)
 
+    class Odd(ParallelStyle):
+        def _apply(self, module: nn.Module, device_mesh: Any) -> nn.Module:
+            return module
+
     class Picky(torch.optim.SGD):
         def step(self, closure: Any = None) -> None:
             raise ValueError("not today")
 
+    class Own(Strategy):
+        distributed = True
+
     for call, words in (
         (lambda: memory_estimate(net, "fdsp"), "fsdp"),
-        (lambda: memory_estimate(net, LocalSGDStrategy()), "its memory is not known"),
+        (lambda: memory_estimate(net, Own()), "does not tell"),
         (lambda: memory_estimate(net, precision="bf17-true"), "bf16-true"),
         (lambda: memory_estimate(net, world_size=2), "one process"),
         (lambda: memory_estimate(net, "ddp", world_size=0), "world_size=0"),
-        (lambda: memory_estimate(net, "fsdp-hybrid", world_size=4, shard_size=3), "shard_size=3"),
-        (lambda: memory_estimate(net, "fsdp", world_size=4, shard_size=2), "leave it out"),
+        (lambda: memory_estimate(net, FSDPStrategy(sharding="hybrid"), world_size=4), "pass replicate_axis"),
+        (lambda: memory_estimate(net, FSDPStrategy(sharding="hybrid", replicate_axis=3), world_size=4), "divisors"),
+        (lambda: memory_estimate(net, ModelParallelStrategy(split), world_size=2), "a dict of layer names"),
+        (lambda: memory_estimate(net, ModelParallelStrategy({"haed": ColwiseParallel()}), world_size=2), "'haed'"),
+        (lambda: memory_estimate(nn.LSTM(2, 2), ModelParallelStrategy({"x": Odd()}), world_size=2), "no layer"),
+        (lambda: memory_estimate(nn.Sequential(net), ModelParallelStrategy({"0": Odd()}), world_size=2), "Odd"),
         (lambda: memory_estimate(net, optimizer="adam"), "optimizer='adam'"),
         (lambda: memory_estimate(net, optimizer=list), "must return a torch optimizer"),
         (lambda: memory_estimate(net, optimizer=torch.optim.SGD(nn.Linear(1, 1).parameters())), "not of this model"),
@@ -206,23 +234,26 @@ def test_wrong_arguments_are_refused() -> None:
             call()
 
 
-def command(*words: str) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "lite", "memory", *words]
-    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120)
-
-
-def test_the_command_prints_a_row_per_strategy() -> None:
+def test_the_command_prints_a_row_per_strategy(capsys: pytest.CaptureFixture[str]) -> None:
     """The function's figures; exit code 2 and what to do for what can't be told."""
-    done = command("tests.test_memory:Net", "--world-size", "4", "--shard-size", "2", "--batch", "2,9:int64")
-    assert done.returncode == 0, done.stderr
-    rows = [line.split() for line in done.stdout.splitlines()[2:]]
+    options = ["--world-size", "4", "--replicate-axis", "2", "--batch", "2,9:int64"]
+    split_options = ["--plan", "tests.contracts.test_numbers:PLAN", "--tensor-parallel", "2"]
+    assert main(["memory", "tests.test_memory:Net", *options]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
     assert [row[0] for row in rows] == ["ddp", "ddp+zero1", "fsdp", "fsdp-grad", "fsdp-hybrid"]
     told = memory_estimate(Net(), "ddp", optimizer=torch.optim.AdamW, batch=tokens(), world_size=4)
     assert rows[0][7] == f"{told.total / 2**20:.2f}"
-    for words in (("nowhere:Net",), ("tests.test_memory",), ("tests.test_memory:Net", "--optimizer", "Adamm")):
-        done = command(*words)
-        assert done.returncode == 2
-        assert "python -m lite:" in done.stderr
+    assert main(["memory", "tests.support.models:TinyGPT", "--world-size", "4", *split_options]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[0] for row in rows] == ["ddp", "ddp+zero1", "fsdp", "fsdp-grad", "tp", "fsdp+tp", "ddp+tp"]
+    for words in (
+        ("nowhere:Net",),
+        ("tests.test_memory",),
+        ("tests.test_memory:Net", "--optimizer", "Adamm"),
+        ("tests.test_memory:Net", "--world-size", "2", "--strategy", "tp"),
+    ):
+        assert main(["memory", *words]) == 2
+        assert "python -m lite:" in capsys.readouterr().err
 
 
 @pytest.mark.gpu

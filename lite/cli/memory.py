@@ -5,15 +5,18 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
 from lite.errors import ConfigError, choose
-from lite.memory import KINDS, memory_estimate
+from lite.memory import memory_estimate
+from lite.strategies import DDPStrategy, SingleStrategy, Strategy
 
 _COLUMNS = ("parameters", "gradients", "optimizer", "buffers", "communication", "activations", "total")
+_KINDS = ("single", "ddp", "ddp+zero1", "fsdp", "fsdp-grad", "fsdp-hybrid", "tp", "fsdp+tp", "ddp+tp")
 
 
 def add_to(rooms: Any) -> None:
@@ -23,8 +26,12 @@ def add_to(rooms: Any) -> None:
         "model", metavar="MODULE:NAME", help="a function that makes the model, or a class, e.g. net:GPT"
     )
     parser.add_argument("--world-size", type=int, default=1, metavar="N", help="number of ranks")
-    parser.add_argument("--shard-size", type=int, metavar="N", help="ranks per copy of the model (fsdp-hybrid)")
-    parser.add_argument("--strategy", action="append", metavar="NAME", help=f"{', '.join(KINDS)}; all by default")
+    parser.add_argument("--replicate-axis", type=int, metavar="N", help="replicas, for fsdp-hybrid")
+    parser.add_argument("--plan", metavar="MODULE:NAME", help="a dict of layers and parallel styles, for tp")
+    parser.add_argument("--tensor-parallel", type=int, metavar="N", help="ranks that split layers, for fsdp+tp, ddp+tp")
+    parser.add_argument(
+        "--strategy", action="append", metavar="NAME", help=f"{', '.join(_KINDS)}; what fits by default"
+    )
     parser.add_argument("--precision", default="32-true", metavar="NAME", help="as for Lite")
     parser.add_argument(
         "--optimizer", default="AdamW", metavar="NAME", help="a class of torch.optim; none for no state"
@@ -42,22 +49,19 @@ def run(options: argparse.Namespace) -> int:
     if options.optimizer.lower() != "none":
         optimizer = getattr(torch.optim, choose("--optimizer", options.optimizer, _optimizers()))
     batch = tuple(map(_tensor, options.batch)) if options.batch else None
-    kinds = options.strategy or [
-        kind
-        for kind in KINDS
-        if (kind == "single") == (options.world_size == 1) and (kind != "fsdp-hybrid" or options.shard_size)
-    ]
-    rows = {}
-    for kind in kinds:
-        rows[kind] = memory_estimate(
+    makers = _strategies(options)
+    kinds = options.strategy or _fitting(options)
+    rows = {
+        kind: memory_estimate(
             model,
-            kind,
+            makers[choose("--strategy", kind, _KINDS)](),
             options.precision,
             optimizer,
             batch,
             world_size=options.world_size,
-            shard_size=options.shard_size if kind == "fsdp-hybrid" else None,
         )
+        for kind in kinds
+    }
     print(f"MiB on the rank that needs most, of {options.world_size}; {options.precision}")
     print(f"{'':12}" + "".join(f"{name:>15}" for name in _COLUMNS))
     for kind, estimate in rows.items():
@@ -66,22 +70,59 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+def _strategies(options: argparse.Namespace) -> dict[str, Callable[[], Strategy]]:
+    from lite.strategies import FSDPStrategy, ModelParallelStrategy
+
+    def split(*, sharded: bool = True, size: int | None = None) -> Strategy:
+        if options.plan is None:
+            raise ConfigError("--strategy tp, fsdp+tp and ddp+tp need --plan MODULE:NAME, e.g. net:PLAN.")
+        return ModelParallelStrategy(_find("--plan", options.plan), tensor_parallel=size, sharded=sharded)
+
+    return {
+        "single": SingleStrategy,
+        "ddp": DDPStrategy,
+        "ddp+zero1": lambda: DDPStrategy(zero_optimizer=True),
+        "fsdp": FSDPStrategy,
+        "fsdp-grad": lambda: FSDPStrategy(sharding="grad"),
+        "fsdp-hybrid": lambda: FSDPStrategy(sharding="hybrid", replicate_axis=options.replicate_axis),
+        "tp": split,
+        "fsdp+tp": lambda: split(size=options.tensor_parallel),
+        "ddp+tp": lambda: split(size=options.tensor_parallel, sharded=False),
+    }
+
+
+def _fitting(options: argparse.Namespace) -> list[str]:
+    if options.world_size == 1:
+        return ["single"]
+    asked = {
+        "fsdp-hybrid": options.replicate_axis,
+        "tp": options.plan,
+        "fsdp+tp": options.plan and options.tensor_parallel,
+        "ddp+tp": options.plan and options.tensor_parallel,
+    }
+    return [kind for kind in _KINDS[1:] if asked.get(kind, True)]
+
+
 def _model(where: str) -> nn.Module:
-    module, _, name = where.partition(":")
-    if not name:
-        raise ConfigError(f"model={where!r} must be MODULE:NAME, e.g. net:GPT for the class GPT in net.py.")
-    sys.path.insert(0, "")
-    try:
-        make = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"model={where!r} was not found: {error}.") from error
-    finally:
-        sys.path.remove("")
+    make = _find("model", where)
     with torch.device("meta"):
         model = make if isinstance(make, nn.Module) else make()
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model={where!r} made a {type(model).__name__}; it must make a torch.nn.Module.")
     return model
+
+
+def _find(argument: str, where: str) -> Any:
+    module, _, name = where.partition(":")
+    if not name:
+        raise ConfigError(f"{argument}={where!r} must be MODULE:NAME, e.g. net:GPT for GPT in net.py.")
+    sys.path.insert(0, "")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"{argument}={where!r} was not found: {error}.") from error
+    finally:
+        sys.path.remove("")
 
 
 def _optimizers() -> list[str]:

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from lite.environments.base import Environment
 from lite.errors import UsageError
 from lite.precision.base import Precision
+from lite.strategies.footprint import Footprint
 
 
 class Engine:
@@ -91,6 +92,10 @@ class Strategy:
     def explain(self, module: nn.Module) -> str:
         """What `wrap` does with the module and why, in a few words."""
         return "the module itself: one process needs nothing around it"
+
+    def footprint(self, module: nn.Module, world_size: int) -> Footprint | None:
+        """How a raw model would lie in the memory of so many ranks; None where that is not known."""
+        return None
 
     def data_shards(self, world_size: int, rank: int) -> tuple[int, int]:
         """How many parts a loader's batches are split into, and which is this rank's."""
@@ -192,6 +197,9 @@ class Strategy:
 
 class SingleStrategy(Strategy):
     """One process on one device."""
+
+    def footprint(self, module: nn.Module, world_size: int) -> Footprint | None:
+        return Footprint()
 
 
 def refuse_foreign(optimizer: Optimizer, is_known: Callable[[Tensor], bool]) -> None:

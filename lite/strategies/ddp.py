@@ -18,6 +18,7 @@ from lite.errors import ConfigError, UsageError, choose
 from lite.first_rank import refuse_alone
 from lite.strategies.base import Engine, Strategy
 from lite.strategies.comm_hooks import PowerSGD, check_hook, registration
+from lite.strategies.footprint import Footprint
 from lite.strategies.process_group import ProcessGroup
 
 if TYPE_CHECKING:
@@ -95,16 +96,6 @@ class DDPStrategy(Strategy):
         self._world_size = 1
         self._engines: Engines | None = None
 
-    @property
-    def divides_optimizers(self) -> bool:
-        """Whether each rank keeps a share of the optimizers' state alone (ZeRO-1)."""
-        return self._zero
-
-    @property
-    def gradients_are_views(self) -> bool:
-        """Whether gradients need no memory besides the communication buffers."""
-        return bool(self._ddp_options["gradient_as_bucket_view"])
-
     def connect(self, environment: Environment, device: torch.device) -> Any:
         self._world_size = environment.world_size()
         if not environment.started:
@@ -124,6 +115,12 @@ class DDPStrategy(Strategy):
         assert self._engines is not None
         options = {k: v for k, v in self._ddp_options.items() if v is not None}
         return DDPEngine(module, self._engines, registration(self._comm_hook), options)
+
+    def footprint(self, module: nn.Module, world_size: int) -> Footprint | None:
+        return Footprint(
+            gradient_copy=world_size > 1 and not self._ddp_options["gradient_as_bucket_view"],
+            state_ranks=world_size if self._zero else 1,
+        )
 
     def explain(self, module: nn.Module) -> str:
         if self._world_size == 1:

@@ -20,6 +20,7 @@ from lite.errors import CheckpointError, ConfigError, UsageError
 from lite.first_rank import refuse_alone
 from lite.strategies.base import Engine
 from lite.strategies.ddp import DDPStrategy
+from lite.strategies.footprint import Footprint
 
 OuterOptimizer = Callable[[list[nn.Parameter]], Optimizer]
 
@@ -95,6 +96,10 @@ class LocalSGDStrategy(DDPStrategy):
             for tensor in (*module.parameters(), *module.buffers()):
                 _broadcast(tensor)
         return None
+
+    def footprint(self, module: nn.Module, world_size: int) -> Footprint | None:
+        # Averaging sends the parameters, or their changes, in one piece, of the gradients' size.
+        return Footprint(gradient_copy=world_size > 1, outer=self._outer)
 
     def explain(self, module: nn.Module) -> str:
         if self._world_size == 1:
