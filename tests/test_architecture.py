@@ -13,7 +13,7 @@ import pytest
 LITE = Path(__file__).resolve().parents[1] / "lite"
 LAYERS = [
     {"errors", "disguise"},
-    {"state", "seed", "nesting", "agreement", "first_rank"},
+    {"state", "seed", "nesting", "agreement", "first_rank", "recording"},
     {"sharded"},
     {"deferred"},
     {"collectives"},
