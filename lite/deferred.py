@@ -5,6 +5,7 @@ One tensor after the other is made whole, and cut to this rank's part before the
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -90,6 +91,13 @@ class Deferred:
 
             recording.play(agree(recording.start), deliver, [meta for meta, _, _ in wanted])
         if self._to_reset:
+            kinds = ", ".join(sorted({type(part).__name__ for part in self._to_reset}))
+            warnings.warn(
+                f"parameters on the meta device get what reset_parameters() gives them ({kinds}): what constructors did "
+                "to them besides is not known. Make the model within `with lite.init_module(empty_init='meta'):` for "
+                "its constructor's values, or load a checkpoint.",
+                stacklevel=5,
+            )
             with random_from(agree(random_state(device)), device):
                 for part in self._to_reset:
                     _reset(part, device)
