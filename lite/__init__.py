@@ -18,11 +18,11 @@ from lite.errors import (
 from lite.lite import Lite
 from lite.seed import seed_everything
 from lite.state import Stateful
-from lite.strategies import DDPStrategy, LocalSGDStrategy, PowerSGD, SingleStrategy, Strategy
+from lite.strategies import DDPStrategy, PowerSGD, SingleStrategy, Strategy
 
 if TYPE_CHECKING:
     from lite.memory import memory_estimate
-    from lite.strategies import FSDPStrategy, ModelParallelStrategy
+    from lite.strategies import FSDPStrategy, LocalSGDStrategy, ModelParallelStrategy
 
 __version__ = "0.1.0"
 

@@ -18,6 +18,7 @@ LAYERS = [
     {"sharded"},
     {"collectives"},
     {"launchers", "environments", "accelerators", "precision", "checkpoint", "loggers", "data"},
+    {"recording"},
     {"deferred"},
     {"strategies", "wrapping"},
     {"ema", "gradients", "guards", "prepared"},

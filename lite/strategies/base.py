@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,9 @@ from torch.optim import Optimizer
 from lite.environments.base import Environment
 from lite.errors import UsageError
 from lite.precision.base import Precision
-from lite.strategies.footprint import Footprint
+
+if TYPE_CHECKING:
+    from lite.strategies.footprint import Footprint
 
 
 class Engine:
@@ -199,6 +201,8 @@ class SingleStrategy(Strategy):
     """One process on one device."""
 
     def footprint(self, module: nn.Module, world_size: int) -> Footprint | None:
+        from lite.strategies.footprint import Footprint
+
         return Footprint()
 
 

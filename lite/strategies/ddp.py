@@ -18,11 +18,11 @@ from lite.errors import ConfigError, UsageError, choose
 from lite.first_rank import refuse_alone
 from lite.strategies.base import Engine, Strategy
 from lite.strategies.comm_hooks import PowerSGD, check_hook, registration
-from lite.strategies.footprint import Footprint
 from lite.strategies.process_group import ProcessGroup
 
 if TYPE_CHECKING:
     from lite.strategies.ddp_engine import Engines
+    from lite.strategies.footprint import Footprint
 
 _OURS = {"self", "module", "init_sync", "process_group"}
 
@@ -117,6 +117,8 @@ class DDPStrategy(Strategy):
         return DDPEngine(module, self._engines, registration(self._comm_hook), options)
 
     def footprint(self, module: nn.Module, world_size: int) -> Footprint | None:
+        from lite.strategies.footprint import Footprint
+
         return Footprint(
             gradient_copy=world_size > 1 and not self._ddp_options["gradient_as_bucket_view"],
             state_ranks=world_size if self._zero else 1,

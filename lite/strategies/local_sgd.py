@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,9 @@ from lite.errors import CheckpointError, ConfigError, UsageError
 from lite.first_rank import refuse_alone
 from lite.strategies.base import Engine
 from lite.strategies.ddp import DDPStrategy
-from lite.strategies.footprint import Footprint
+
+if TYPE_CHECKING:
+    from lite.strategies.footprint import Footprint
 
 OuterOptimizer = Callable[[list[nn.Parameter]], Optimizer]
 
@@ -98,6 +100,8 @@ class LocalSGDStrategy(DDPStrategy):
         return None
 
     def footprint(self, module: nn.Module, world_size: int) -> Footprint | None:
+        from lite.strategies.footprint import Footprint
+
         # Averaging sends the parameters, or their changes, in one piece, of the gradients' size.
         return Footprint(gradient_copy=world_size > 1, outer=self._outer)
 
