@@ -41,11 +41,12 @@ STRATEGIES: dict[str, Any] = {
 def main() -> None:
     parser = make_parser(__doc__, epochs=4, batch_size=32)
     parser.add_argument("--strategy", choices=STRATEGIES, default="fsdp", help="default fsdp")
+    parser.add_argument("--blocks", type=int, default=3190, help="pieces of text, default all")
     args = parser.parse_args(namespace=Options())
     lite = Lite(strategy=STRATEGIES[args.strategy](), **args.settings)
     lite.seed_everything(args.seed)
 
-    train_set, test_set = load_data()
+    train_set, test_set = load_data(args.blocks)
     train_loader = DataLoader(train_set, batch_size=args.batch_size, shuffle=True)
     test_loader = DataLoader(test_set, batch_size=args.batch_size)
     train_loader, test_loader = lite.setup_dataloaders(train_loader, test_loader)

@@ -58,14 +58,14 @@ class Deferred:
 
     def __init__(self, module: nn.Module) -> None:
         self._recorded: dict[Recording, list[tuple[MetaTensor, dict[str, Any], str]]] = {}
-        self._to_reset: dict[nn.Module, None] = {}
+        self._to_reset: dict[nn.Module, str] = {}  # and its class, before it is sharded
         seen: dict[int, Tensor] = {}
         for part, table, name, tensor in _tensors(module):
             if not tensor.is_meta:
                 continue
             recording = recording_of(tensor)
             if recording is None:
-                self._to_reset[part] = None
+                self._to_reset[part] = type(part).__name__
                 continue
             if id(tensor) not in seen:  # tied ones are one tensor
                 seen[id(tensor)] = tensor
@@ -86,7 +86,7 @@ class Deferred:
 
             recording.play(agree(recording.start), deliver, [meta for meta, _, _ in wanted])
         if self._to_reset:
-            kinds = ", ".join(sorted({type(part).__name__ for part in self._to_reset}))
+            kinds = ", ".join(sorted(set(self._to_reset.values())))
             warnings.warn(
                 f"parameters on the meta device get what reset_parameters() gives them ({kinds}): what constructors "
                 "did to them besides is not known. Make the model within `with lite.init_module(empty_init='meta'):` "
