@@ -21,7 +21,8 @@ from lite.state import Stateful
 from lite.strategies import DDPStrategy, PowerSGD, SingleStrategy, Strategy
 
 if TYPE_CHECKING:
-    from lite.strategies import FSDPStrategy, ModelParallelStrategy
+    from lite.memory import memory_estimate
+    from lite.strategies import FSDPStrategy, LocalSGDStrategy, ModelParallelStrategy
 
 __version__ = "0.1.0"
 
@@ -34,6 +35,7 @@ __all__ = [
     "LaunchError",
     "Lite",
     "LiteError",
+    "LocalSGDStrategy",
     "MissingExtraError",
     "ModelParallelStrategy",
     "NonFiniteError",
@@ -44,14 +46,19 @@ __all__ = [
     "Strategy",
     "UsageError",
     "__version__",
+    "memory_estimate",
     "seed_everything",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """Strategies that not every script uses are imported when they are."""
+    """What not every script uses is imported when it is."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "memory_estimate":
+        from lite.memory import memory_estimate
+
+        return memory_estimate
     from lite import strategies
 
     return getattr(strategies, name)

@@ -45,8 +45,9 @@ class Lite(Resuming, Steps, Records):
 
     Args:
         accelerator: "auto", "cpu", "cuda", "gpu", "mps" or an Accelerator.
-        strategy: "auto", "single", "ddp", "ddp_find_unused_parameters_true", "ddp_spawn", "ddp_fork", "ddp_notebook", a
-            name that an installed package registered (entry-point group `lite.strategies`), or a Strategy.
+        strategy: "auto", "single", "ddp", "ddp_find_unused_parameters_true", "ddp_spawn", "ddp_fork", "ddp_notebook",
+            "fsdp", "local_sgd", a name that an installed package registered (entry-point group `lite.strategies`), or
+            a Strategy.
         devices: How many devices or which: a number, "auto" (what torchrun started, else one), -1 (all), "0,1" or
             [0, 1]. On the CPU a number of processes.
         num_nodes: Number of machines.
@@ -191,7 +192,8 @@ class Lite(Resuming, Steps, Records):
         Collective: call on all ranks, in the same order.
 
         Args:
-            model: The raw model. Its weights become rank 0's on every rank.
+            model: The raw model. Its weights become rank 0's on every rank. Its optimizers may have been made before,
+                also where the strategy exchanges its parameters for sharded ones.
             *optimizers: Its optimizers, and schedulers if you like.
             schedulers: Schedulers of these optimizers; they stand still when a loss scale makes the optimizer skip a
                 step.
@@ -309,6 +311,7 @@ class Lite(Resuming, Steps, Records):
     def teardown(self) -> None:
         """Give the user's own models, optimizers and schedulers back, without a hook or patch.
 
+        Sharded parameters and optimizer state become whole on every rank: collective then, call on all ranks.
         The loggers are flushed, and a background save is waited for; if it failed, that is raised at the end.
         """
         self._prepared.release()
@@ -359,7 +362,7 @@ class Lite(Resuming, Steps, Records):
             with self._device, self.precision.init_context(self._device):
                 yield
             return
-        from lite.deferred import Recording
+        from lite.recording import Recording
 
         recording = Recording(self._device)
         with torch.device("meta"), self.precision.init_context(self._device), recording:

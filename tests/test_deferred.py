@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lite import ConfigError, FSDPStrategy, Lite
-from lite.deferred import Recording
+from lite.recording import Recording
 from lite.sharded import is_sharded, local, whole
 from tests.contracts.test_numbers import STRATEGIES, train_raw
 from tests.support.models import MLP, TinyGPT, next_token_loss, sentences
@@ -27,6 +27,8 @@ class Odd(nn.Module):
         self.lstm = nn.LSTM(4, 4)
         self.attention = nn.MultiheadAttention(8, 2)
         self.conv = nn.Conv2d(3, 4, 3)
+        layer = nn.TransformerEncoderLayer(8, 2, dim_feedforward=8, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2)  # copies of a layer that is let go of
         self.register_buffer("mask", torch.tril(torch.ones(4, 4)))
         self.register_buffer("table", 1.0 / (10000 ** (torch.arange(0, 8, 2) / 8)), persistent=False)
         self.register_buffer("values", torch.tensor([1.0, 2.0, 3.0]))
@@ -135,7 +137,8 @@ def by_reset_parameters(folder: Path) -> dict[str, Any]:
     torch.manual_seed(lite.global_rank)
     with torch.device("meta"):
         model = Scaled()
-    lite.setup(model)
+    with pytest.warns(UserWarning, match=r"what reset_parameters\(\) gives them \(BatchNorm1d, Linear, Scaled\)"):
+        lite.setup(model)
     lite.backward(model(torch.ones(4, 4)).sum())
     mine = tensors(model)
     with lite.init_module(empty_init="meta"):
@@ -167,7 +170,7 @@ def test_one_tensor_at_a_time_is_whole() -> None:
         model = nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(5)))
     import weakref
 
-    from lite.deferred import _Meta
+    from lite.recording import MetaTensor
 
     alive: list[int] = []
     made: list[Any] = []
@@ -176,7 +179,7 @@ def test_one_tensor_at_a_time_is_whole() -> None:
         made.append(weakref.ref(value.untyped_storage()))
         alive.append(sum(storage() is not None for storage in made))
 
-    recording.play(recording.start, deliver, [_Meta.of(p) for p in model.parameters()])
+    recording.play(recording.start, deliver, [MetaTensor.of(p) for p in model.parameters()])
     assert alive == [1] * 5
 
 

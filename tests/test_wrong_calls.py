@@ -228,7 +228,7 @@ CALLS: list[tuple[Callable[[], Any], type[Exception], list[str]]] = [
     (scaled_step_without_backward, UsageError, ["lite.backward(loss)", "16-mixed"]),
     (lbfgs_with_scale, ConfigError, ["LBFGS", "bf16-mixed"]),
     (lazy_model, ConfigError, ["LazyLinear", "one forward"]),
-    (meta_model, ConfigError, ["empty_init='meta'", "reset_parameters()"]),
+    (meta_model, ConfigError, ["meta device", "reset_parameters()"]),
     (lambda: lite().no_backward_sync(MLP()), UsageError, ["MLP", "lite.setup"]),
     (lambda: lite().accumulate(MLP(), steps=2), UsageError, ["MLP", "lite.setup"]),
     (lambda: lite().accumulate(steps=2), ConfigError, ["no model"]),

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from lite.cli import checkpoint
+from lite.cli import checkpoint, memory
 from lite.errors import LiteError
 
 
@@ -22,6 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lite", description=__doc__)
     rooms = parser.add_subparsers(required=True, metavar="COMMAND")
     checkpoint.add_to(rooms)
+    memory.add_to(rooms)
     options = parser.parse_args(arguments)
     try:
         code: int = options.run(options)

@@ -76,23 +76,34 @@ class Checkpoints(Facet):
                 stacklevel=2,
             )
         busy = choose("busy", busy, ["wait", "skip"])
-        before, content, problem = self._background, None, None
-        is_busy = False
+        before = self._background
         if before is not None:
             before.wait() if busy == "wait" else None
             is_busy = before.is_busy
             problem = before.take_error()
-        is_folder = False
-        if problem is None and not is_busy:
-            try:
-                is_folder, content = self._prepare(path, state, filter)
-            except Exception as error:
-                problem = error
+            if self._agree(problem, is_busy):  # before anything is exchanged
+                return False
+        with self.strategy.saving() as besides:
+            return self._save(path, state, filter, async_save, rng, besides)
+
+    def _save(
+        self,
+        path: Path,
+        state: Mapping[str, Any],
+        filter: Filter | None,
+        async_save: bool,
+        rng: bool,
+        besides: Any,
+    ) -> bool:
+        problem, is_folder, content = None, False, None
+        try:
+            is_folder, content = self._prepare(path, state, filter)
+        except Exception as error:
+            problem = error
         asked = {"path": str(os.fspath(path)), "state's names": sorted(state)} if problem is None else None
-        if self._agree(problem, is_busy, asked):
-            return False
+        self._agree(problem, False, asked)
         assert content is not None
-        content[manifest.KEY] = self._manifest(content, state, rng)
+        content[manifest.KEY] = self._manifest(content, state, rng, besides)
         if not is_folder and self.world_size > 1:
             content = gather(content, keep=self.is_global_zero)
         if async_save:
@@ -173,6 +184,8 @@ class Checkpoints(Facet):
         per_rank.pick(loaded, state)
         rest, report = restore(state, loaded, strict=strict)
         self._report(path, report)
+        kept = about.get("strategy", {})
+        self.strategy.load_states(kept["states"] if kept.get("name") == self.strategy.name else [])
         per_rank.restore_buffers(about.get("buffers", {}), state)
         if "precision" in about:
             self.precision.load_state_dict(about["precision"])
@@ -240,10 +253,13 @@ class Checkpoints(Facet):
 
     # ---- pieces
 
-    def _manifest(self, content: dict[str, Any], state: Mapping[str, Any], rng: bool) -> dict[str, Any]:
+    def _manifest(self, content: dict[str, Any], state: Mapping[str, Any], rng: bool, besides: Any) -> dict[str, Any]:
         """What a checkpoint holds besides the user's state, whose parts of each rank are put together. Collective."""
         entries: dict[str, Any] = {"precision": self.precision.state_dict()}
         entries["rng"] = per_rank.gather(content, state, rng=rng)
+        if besides is not None:
+            states = collectives.all_gather_objects(besides)
+            entries["strategy"] = {"name": self.strategy.name, "states": states}
         if self.world_size > 1:
             entries["buffers"] = per_rank.gather_buffers(content, state)
         return manifest.compose(self.world_size, {k: sanitise(v, manifest.KEY) for k, v in entries.items() if v})

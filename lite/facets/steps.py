@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -14,6 +14,9 @@ from lite import collectives, gradients
 from lite.errors import ConfigError, UsageError, shown
 from lite.facets.base import Facet
 from lite.wrapping.optimizer import move_optimizer_state, wrap_optimizer
+
+if TYPE_CHECKING:
+    from lite.ema import EMA
 
 
 class Steps(Facet):
@@ -219,6 +222,48 @@ class Steps(Facet):
         """Whether the optimizer's last step was left out because a loss scale made gradients inf or NaN."""
         return self.precision.step_was_skipped(optimizer)
 
+    def ema(self, model: nn.Module, *, decay: float = 0.999, buffers: bool = False) -> EMA:
+        """Keep an exponential moving average of the model's weights: `update()` after each optimizer step.
+
+        `with ema.swap():` puts it into the model's place for evaluation. It has `state_dict` and `load_state_dict`, so
+        it goes into what you give to `save` and `load`, and a resumed average is exact.
+
+        Args:
+            model: A set-up model, on any strategy; of sharded parameters each rank averages its shard.
+            decay: How much of the average stays at each update.
+            buffers: Whether floating-point buffers (BatchNorm's statistics) are averaged as well; if not, the model's
+                present ones are used within `swap`.
+
+        Raises:
+            ConfigError: `decay` is not from 0 to below 1.
+            UsageError: The model is not set up.
+
+        Example:
+            >>> import lite, torch
+            >>> run = lite.Lite(accelerator="cpu")
+            >>> weight = torch.nn.init.ones_((model := run.setup(torch.nn.Linear(1, 1, bias=False))).weight)
+            >>> ema = run.ema(model, decay=0.75)
+            >>> weight.data.fill_(5.0), ema.update()
+            (tensor([[5.]]), None)
+            >>> with ema.swap():
+            ...     print(weight.item())
+            2.0
+            >>> weight.item()
+            5.0
+        """
+        from lite.ema import EMA
+
+        self._check_set_up("ema", model)
+        mine = {id(p) for p in model.parameters()}
+        known, precision = weakref.ref(self._prepared), self.precision  # an average must not keep this Lite alive
+
+        def skipped() -> bool:
+            held = known().optimizers if known() is not None else []  # type: ignore[union-attr]
+            theirs = [o for o in held if any(id(p) in mine for g in o.param_groups for p in g["params"])]
+            return bool(theirs) and all(map(precision.step_was_skipped, theirs))
+
+        return EMA(model, decay=decay, buffers=buffers, skipped=skipped if precision.changes_step else _never)
+
     @contextmanager
     def _scaled(self, scale: gradients.Scale) -> Iterator[None]:
         """An open accumulation window, which `backward` asks what to do with the loss."""
@@ -267,7 +312,7 @@ class Steps(Facet):
                 before=before,
             )
         else:
-            wrap_optimizer(optimizer, self.precision)
+            wrap_optimizer(optimizer, self.precision, follow=self.strategy.follow_optimizer)
         move_optimizer_state(optimizer, self.precision)
 
     def _check_window(self, optimizer: Optimizer) -> None:
@@ -286,6 +331,10 @@ class Steps(Facet):
     def _mean_loss(self, loss: Any) -> Any:
         """What one process would have seen: the mean of the ranks' losses, each counted by its samples."""
         return loss if loss is None else collectives.all_reduce(loss * self._weight.counted, "mean")
+
+
+def _never() -> bool:
+    return False
 
 
 def compose_backward(lite: Steps) -> Callable[..., None]:

@@ -12,6 +12,7 @@ from lite.strategies.ddp import DDPStrategy
 
 if TYPE_CHECKING:
     from lite.strategies.fsdp import FSDPStrategy
+    from lite.strategies.local_sgd import LocalSGDStrategy
     from lite.strategies.model_parallel import ModelParallelStrategy
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "DDPStrategy",
     "Engine",
     "FSDPStrategy",
+    "LocalSGDStrategy",
     "ModelParallelStrategy",
     "PowerSGD",
     "SingleStrategy",
@@ -33,6 +35,12 @@ def _fsdp() -> Strategy:
     return FSDPStrategy()
 
 
+def _local_sgd() -> Strategy:
+    from lite.strategies.local_sgd import LocalSGDStrategy
+
+    return LocalSGDStrategy()
+
+
 STRATEGIES: dict[str, Callable[[], Strategy]] = {
     "single": SingleStrategy,
     "ddp": DDPStrategy,
@@ -41,6 +49,7 @@ STRATEGIES: dict[str, Callable[[], Strategy]] = {
     "ddp_fork": lambda: DDPStrategy(start_method="fork"),
     "ddp_notebook": lambda: DDPStrategy(start_method="fork"),
     "fsdp": _fsdp,
+    "local_sgd": _local_sgd,
 }
 
 
@@ -65,6 +74,8 @@ def __getattr__(name: str) -> Any:
     """What not every script uses is imported when it is."""
     if name == "FSDPStrategy":
         from lite.strategies.fsdp import FSDPStrategy as found
+    elif name == "LocalSGDStrategy":
+        from lite.strategies.local_sgd import LocalSGDStrategy as found  # type: ignore[assignment]
     elif name == "ModelParallelStrategy":
         from lite.strategies.model_parallel import ModelParallelStrategy as found  # type: ignore[assignment]
     else:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from torch.optim import Optimizer
 from lite.environments.base import Environment
 from lite.errors import UsageError
 from lite.precision.base import Precision
+
+if TYPE_CHECKING:
+    from lite.strategies.footprint import Footprint
 
 
 class Engine:
@@ -92,6 +95,10 @@ class Strategy:
         """What `wrap` does with the module and why, in a few words."""
         return "the module itself: one process needs nothing around it"
 
+    def footprint(self, module: nn.Module, world_size: int) -> Footprint | None:
+        """How a raw model would lie in the memory of so many ranks; None where that is not known."""
+        return None
+
     def data_shards(self, world_size: int, rank: int) -> tuple[int, int]:
         """How many parts a loader's batches are split into, and which is this rank's."""
         return world_size, rank
@@ -150,8 +157,23 @@ class Strategy:
         """A context in which ranks may run out of batches at different steps; see `Lite.join`."""
         return nullcontext()
 
+    def saving(self) -> AbstractContextManager[Any]:
+        """A context in which models and optimizers hold what goes into a checkpoint. Collective: called on all ranks.
+
+        Returns:
+            The context, which gives what this rank has to keep besides; None for nothing.
+        """
+        return nullcontext()
+
+    def load_states(self, states: list[Any]) -> None:
+        """Go on from a checkpoint, whose models and optimizers are loaded already.
+
+        Args:
+            states: What each rank of a strategy of this name had to keep; empty where there is none.
+        """
+
     def norms_agree(self) -> bool:
-        """Whether gradients, and so their norms, are equal on all ranks now."""
+        """Whether all ranks judge their gradients' norm alike, or each may judge for itself."""
         return False
 
     def no_sync(self, engine: Engine | None, enabled: bool) -> AbstractContextManager[None]:
@@ -177,6 +199,11 @@ class Strategy:
 
 class SingleStrategy(Strategy):
     """One process on one device."""
+
+    def footprint(self, module: nn.Module, world_size: int) -> Footprint | None:
+        from lite.strategies.footprint import Footprint
+
+        return Footprint()
 
 
 def refuse_foreign(optimizer: Optimizer, is_known: Callable[[Tensor], bool]) -> None:

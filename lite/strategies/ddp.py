@@ -23,6 +23,7 @@ from lite.strategies.process_group import ProcessGroup
 
 if TYPE_CHECKING:
     from lite.strategies.ddp_engine import Engines
+    from lite.strategies.footprint import Footprint
 
 _OURS = {"self", "module", "init_sync", "process_group"}
 
@@ -118,6 +119,14 @@ class DDPStrategy(Strategy):
         options = {k: v for k, v in self._ddp_options.items() if v is not None}
         options["process_group"] = self._group.for_ddp()
         return DDPEngine(module, self._engines, registration(self._comm_hook), options)
+
+    def footprint(self, module: nn.Module, world_size: int) -> Footprint | None:
+        from lite.strategies.footprint import Footprint
+
+        return Footprint(
+            gradient_copy=world_size > 1 and not self._ddp_options["gradient_as_bucket_view"],
+            state_ranks=world_size if self._zero else 1,
+        )
 
     def explain(self, module: nn.Module) -> str:
         if self._world_size == 1:

@@ -12,6 +12,7 @@ from torch import nn
 from lite.errors import ConfigError, choose
 from lite.precision.base import Precision
 from lite.strategies.blocks import describe_blocks
+from lite.strategies.footprint import Footprint, parts
 from lite.strategies.meshes import make_mesh, settle_sizes
 from lite.strategies.sharded import ShardedStrategy
 
@@ -128,6 +129,23 @@ class FSDPStrategy(ShardedStrategy):
             )
         self._mesh = make_mesh(device.type, {"replicate": replicas, "shard": shard})
 
+    def footprint(self, module: nn.Module, world_size: int) -> Footprint | None:
+        if world_size == 1:
+            return Footprint()
+        if self._sharding == "hybrid" and self._replicate_axis is None:
+            raise ConfigError(
+                "sharding='hybrid' without replicate_axis= has a replica per machine, and how many machines there are "
+                "is not known here; pass replicate_axis."
+            )
+        replicas = self._replicate_axis or 1
+        sizes = settle_sizes({"replicate_axis": replicas, "ranks per replica": None}, world_size)
+        return Footprint(
+            part=parts(sizes["ranks per replica"]),
+            blocks=names_of_blocks(module, self.blocks(module)),
+            keeps_whole=self._reshard is False,
+            casts_weights=True,
+        )
+
     def shard(self, module: nn.Module, device: torch.device, blocks: dict[str, nn.Module]) -> str:
         how = shard_over_data(
             module,
@@ -139,6 +157,16 @@ class FSDPStrategy(ShardedStrategy):
             cpu_offload=self._cpu_offload,
         )
         return f"fully_shard ({self._sharding}) around {how}, over {self._world_size} ranks"
+
+
+def names_of_blocks(module: nn.Module, blocks: dict[str, nn.Module]) -> tuple[tuple[str, ...], ...]:
+    """The names of the parameters of each block, those of blocks within it left out."""
+    owned: dict[str, list[str]] = {name: [] for name in blocks}
+    for key, _ in module.named_parameters():
+        owner = next((b for b in sorted(blocks, key=len, reverse=True) if key.startswith(f"{b}.")), None)
+        if owner is not None:
+            owned[owner].append(key)
+    return tuple(map(tuple, owned.values()))
 
 
 Policies = Callable[[bool], Any]

@@ -12,7 +12,8 @@ from torch import nn
 
 from lite.errors import ConfigError
 from lite.strategies import parallel_plan
-from lite.strategies.fsdp import place, policies, shard_over_data
+from lite.strategies.footprint import Footprint, parts
+from lite.strategies.fsdp import names_of_blocks, place, policies, shard_over_data
 from lite.strategies.meshes import make_mesh, settle_sizes
 from lite.strategies.sharded import ShardedStrategy
 
@@ -115,6 +116,26 @@ class ModelParallelStrategy(ShardedStrategy):
 
     def data_group(self) -> Any:
         return self._mesh["data"].get_group() if self._mesh is not None else None
+
+    def footprint(self, module: nn.Module, world_size: int) -> Footprint | None:
+        if world_size == 1:
+            return Footprint()
+        if self._plan is None:
+            raise ConfigError(
+                f"parallelize={self._function!r} is a function, which says what it splits when it has split it; pass a "
+                "dict of layer names and styles for an estimate."
+            )
+        sizes = settle_sizes(self._asked, world_size)
+        tensor, data = sizes["tensor_parallel"], sizes["data_parallel"]
+        split = parallel_plan.split_dims(module, self._plan)
+        return Footprint(
+            part=parts(data if self._sharded else 1, split, tensor),
+            unsharded=parts(1, split, tensor),
+            blocks=names_of_blocks(module, self.blocks(module)) if data > 1 and self._sharded else None,
+            keeps_whole=self._reshard is False,
+            gradient_copy=data > 1 and not self._sharded,
+            casts_weights=data > 1,
+        )
 
     def lay_out(self, device: torch.device, num_nodes: int) -> None:
         self.check_world_size(self._world_size)

@@ -90,6 +90,41 @@ def _splits_rows(weight: Any) -> bool:
     return any(placement.is_shard(0) for placement in weight.placements)
 
 
+def split_dims(module: nn.Module, plan: Mapping[str, Any]) -> dict[str, int]:
+    """The parameters that a plan splits, by the model's first name for each, and the dimension that is cut.
+
+    Raises:
+        ConfigError: A style is not one of torch's, for a layer that has parameters.
+    """
+    from torch.distributed.tensor import parallel
+
+    kinds = (
+        "SequenceParallel",
+        "PrepareModuleInput",
+        "PrepareModuleOutput",
+        "PrepareModuleInputOutput",
+    )  # torch >= 2.7
+    whole = tuple(getattr(parallel, kind) for kind in kinds if hasattr(parallel, kind))
+    names = {id(p): name for name, p in module.named_parameters()}
+    dims: dict[str, int] = {}
+    for name, style in matches(module, plan).items():
+        layer = module.get_submodule(name)
+        own = dict(layer.named_parameters(recurse=False))
+        if not own or isinstance(style, whole):
+            continue
+        known = isinstance(style, (parallel.ColwiseParallel, parallel.RowwiseParallel))
+        if not known or not isinstance(layer, (nn.Linear, nn.Embedding)):
+            raise ConfigError(
+                f"parallelize[{name!r}]={style!r}: how it splits a {type(layer).__name__} is not known; estimates are "
+                "for torch's own styles around Linear and Embedding."
+            )
+        rows = isinstance(style, parallel.ColwiseParallel) == isinstance(layer, nn.Linear)
+        dims[names[id(layer.weight)]] = 0 if rows else 1
+        if own.get("bias") is not None and rows:
+            dims[names[id(layer.bias)]] = 0
+    return dims
+
+
 def check_heads(module: nn.Module, layers: Iterable[str], size: int) -> None:
     """Refuse to cut through an attention head.
 

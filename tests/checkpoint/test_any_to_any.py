@@ -15,7 +15,8 @@ from tests.contracts.test_numbers import STRATEGIES
 from tests.support.models import TinyGPT, next_token_loss, sentences
 from tests.support.processes import run_distributed
 
-NAMES = [name for name in STRATEGIES if name not in ("fsdp on one", "fsdp grad", "tp sequence and loss")]
+LEFT_OUT = ("fsdp on one", "fsdp grad", "tp sequence and loss", "local sgd")
+NAMES = [name for name in STRATEGIES if name not in LEFT_OUT]
 
 
 def step(model: TinyGPT, optimizer: Any, backward: Any, part: tuple[int, int], number: int) -> None:
@@ -75,8 +76,9 @@ def load(name: str, folder: Path) -> dict[str, Any]:
             state: dict[str, Any] = {"model": model, "optimizer": optimizer}
             rest = lite.load(folder / other / form, state)
             assert rest == ({} if form == "fresh.ckpt" else {"epoch": 7})
-            moments = [s["exp_avg"] for s in optimizer.state.values()]
-            assert [is_sharded(m) for m in moments] == [is_sharded(p) for p in optimizer.state]
+            moments = [s["exp_avg"] for s in optimizer.state_dict()["state"].values()]  # under ZeRO-1 every rank's
+            held = [p for group in optimizer.param_groups for p in group["params"]]
+            assert not moments or [is_sharded(m) for m in moments] == [is_sharded(p) for p in held]
             loaded = weights(model), [whole(m).clone() for m in moments]
             for number in range(0 if form == "fresh.ckpt" else 2, 3):
                 step(model, optimizer, lite.backward, part, number)

@@ -182,3 +182,21 @@ def test_digits_takes_at_most_8_added_lines() -> None:
     raw, lite = ((EXAMPLES / name).read_text().splitlines() for name in ("digits_raw.py", "digits_lite.py"))
     added = [line for line in difflib.ndiff(raw, lite) if line.startswith("+ ")]
     assert 0 < len(added) <= 8, "\n".join(added)
+
+
+def test_models_larger_than_a_device_train_as_they_do_on_one(tmp_path: Path) -> None:
+    """fsdp_gpt.py and tensor_parallel.py print and record on two processes what they do on one, in float64."""
+    options = ["--blocks", "640", "--epochs", "1", "--precision", "64-true", "--losses"]
+    scripts = {"fsdp_gpt.py": BATCH_SIZE // 2, "tensor_parallel.py": BATCH_SIZE}  # of each process
+    names = {script: str(tmp_path / script) for script in scripts}
+    texts = run_here(*([script, *options, name] for script, name in names.items()))
+    for (script, batch_size), text in zip(scripts.items(), texts, strict=True):
+        path = tmp_path / f"{script}.two"
+        assert run_on_two(script, *options, str(path), "--batch-size", str(batch_size)) == text != ""
+        one, two = read(tmp_path / script), read(path)
+        # Sums over ranks round otherwise, and AdamW divides by them.
+        assert two["losses"] == pytest.approx(one["losses"], rel=0, abs=1e-9)
+        for name, values in one["weights"].items():
+            assert two["weights"][name] == pytest.approx(values, rel=0, abs=1e-9), name
+        assert one["losses"][-1] < 0.8 * one["losses"][0]
+        assert read(Path(f"{path}.1"))["sha256"] == two["sha256"]

@@ -23,7 +23,7 @@ def batch(rank: int, step: int) -> torch.Tensor:
 def uneven(initial: bool) -> Any:
     lite = Lite(accelerator="cpu", precision="64-true", strategy="ddp")
     torch.manual_seed(0)
-    model = nn.Sequential(MLP(torch.float64), nn.BatchNorm1d(3, dtype=torch.float64))
+    model = nn.Sequential(nn.BatchNorm1d(4, dtype=torch.float64), MLP(torch.float64))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
     lite.setup(model, optimizer)
     with lite.join(model, divide_by_initial_world_size=initial):
@@ -39,7 +39,7 @@ def uneven(initial: bool) -> Any:
 def single(initial: bool) -> Any:
     """The same in one process: sums over those that still have batches."""
     torch.manual_seed(0)
-    model = nn.Sequential(MLP(torch.float64), nn.BatchNorm1d(3, dtype=torch.float64))
+    model = nn.Sequential(nn.BatchNorm1d(4, dtype=torch.float64), MLP(torch.float64))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
     for step in range(max(BATCHES)):
         optimizer.zero_grad()
@@ -57,7 +57,8 @@ def test_gradients_are_means_over_the_ranks_that_train(initial: bool) -> None:
     first, second = run_distributed(uneven, initial)
     assert first == second
     for mine, wanted in zip(first, single(initial), strict=True):
-        torch.testing.assert_close(torch.tensor(mine), torch.tensor(wanted), rtol=0, atol=1e-12)
+        pair = (torch.tensor(values, dtype=torch.float64) for values in (mine, wanted))
+        torch.testing.assert_close(*pair, rtol=0, atol=1e-12)
 
 
 def early() -> list[str]:

@@ -1,0 +1,192 @@
+"""An exponential moving average of a model's weights, kept beside it.
+
+Made by `Lite.ema`. It works on each rank's own part of the weights, so nothing communicates, and parameters that are
+sharded (DTensor) are averaged shard by shard.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from lite.errors import ConfigError, UsageError
+
+_COMPILED = "_orig_mod."
+_HALF = (torch.float16, torch.bfloat16)
+
+
+class EMA:
+    """The averaged weights of one model; `average = decay * average + (1 - decay) * weights` at each update.
+
+    It begins with the weights at its making. 16-bit weights are averaged in float32, in which small changes count.
+
+    Args:
+        model: The set-up model.
+        decay: From 0 to below 1; about 1 / (1 - decay) updates count.
+        buffers: Whether floating-point buffers (BatchNorm's statistics) are averaged as well. If not, evaluation within
+            `swap` takes the model's present ones, as torch's AveragedModel does unless it is told otherwise.
+        skipped: Says whether the last optimizer step was left out.
+
+    Attributes:
+        num_updates: How many updates were made.
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.optim.swa_utils.AveragedModel.html
+    """
+
+    def __init__(
+        self, model: nn.Module, *, decay: float, buffers: bool = False, skipped: Callable[[], bool] = lambda: False
+    ) -> None:
+        if isinstance(decay, bool) or not isinstance(decay, (int, float)) or not 0 <= decay < 1:
+            raise ConfigError(f"decay={decay!r} must be a number from 0 to below 1, e.g. 0.999.")
+        self.decay = float(decay)
+        self.num_updates = 0
+        self._model = model
+        self._skipped = skipped
+        self._is_swapped = False
+        self._with_buffers = buffers
+        self._reshard()
+        self._tensors = self._find()
+        self._averages = {name: _start(tensor) for name, tensor in self._tensors.items()}
+        self._average = get_ema_multi_avg_fn(self.decay)  # type: ignore[no-untyped-call]
+        kinds: dict[Any, list[str]] = {}
+        for name, average in self._averages.items():
+            kinds.setdefault((average.dtype, average.device), []).append(name)
+        self._groups = [
+            ([self._tensors[name] for name in names], [_local(self._averages[name]) for name in names])
+            for names in kinds.values()
+        ]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take the present weights in; call it after each optimizer step.
+
+        Nothing happens after a step that a loss scale left out. Under LocalSGDStrategy ranks' averages differ where it
+        is called between two syncs; call it when `lite.strategy.in_sync`.
+
+        Raises:
+            UsageError: The averages stand in the model's place (`swap`).
+        """
+        if self._is_swapped:
+            raise UsageError("ema.update() within ema.swap() would average the averages; call it outside of the block.")
+        if self._skipped():
+            return
+        self._reshard()
+        for tensors, averages in self._groups:
+            present = [_local(tensor).to(average.dtype) for tensor, average in zip(tensors, averages, strict=True)]
+            self._average(averages, present, self.num_updates)
+        self.num_updates += 1
+
+    @contextmanager
+    def swap(self) -> Iterator[None]:
+        """A block in which the model has the averaged weights, for evaluation, or for saving or exporting them.
+
+        The model's own come back at its end, bit for bit, and are kept aside meanwhile.
+
+        Raises:
+            UsageError: The block is open already, or the model's parameters were replaced.
+        """
+        if self._is_swapped:
+            raise UsageError("ema.swap() is open already; leave the first block before you enter another.")
+        self._check_same()
+        own = [(tensor, _local(tensor).detach().clone()) for tensor in self._tensors.values()]
+        self._is_swapped = True
+        try:
+            self._put((tensor, _local(self._averages[name])) for name, tensor in self._tensors.items())
+            yield
+        finally:
+            self._put(iter(own))
+            self._is_swapped = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """The averages by the model's names, and how many updates they hold.
+
+        Raises:
+            UsageError: Within `swap`, where a checkpoint would hold the averages as the model.
+        """
+        if self._is_swapped:
+            raise UsageError(
+                "a checkpoint with the ema within ema.swap() would hold averages in the model's place; save outside "
+                "of it, or leave the ema out of state to save the averaged model alone."
+            )
+        return {"decay": self.decay, "num_updates": self.num_updates, "averages": dict(self._averages)}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from saved averages; the decay stays this object's.
+
+        Raises:
+            ValueError: They are of another model.
+        """
+        saved: Mapping[str, Tensor] = state_dict["averages"]
+        if saved.keys() != self._averages.keys():
+            differing = sorted(saved.keys() ^ self._averages.keys())
+            raise ValueError(f"the averages are of other names: {', '.join(differing[:8])} on one side alone")
+        for name, average in self._averages.items():
+            if saved[name].shape != average.shape:
+                raise ValueError(f"{name} is {list(saved[name].shape)} there and {list(average.shape)} here")
+        for name, average in self._averages.items():
+            _local(average).copy_(_local(_as(saved[name], average)))
+        self.num_updates = int(state_dict["num_updates"])
+
+    def _find(self) -> dict[str, Tensor]:
+        named: dict[str, Tensor] = dict(self._model.named_parameters())
+        if self._with_buffers:
+            named.update((name, b) for name, b in self._model.named_buffers() if b.is_floating_point())
+        return {name.replace(_COMPILED, ""): tensor for name, tensor in named.items()}
+
+    def _check_same(self) -> None:
+        self._reshard()
+        now = self._find()
+        replaced = [n for n in {**now, **self._tensors} if now.get(n) is not self._tensors.get(n)]
+        if replaced:
+            raise UsageError(
+                f"the model's parameters were added or replaced since lite.ema ({', '.join(replaced[:8])}); make the "
+                "average after the last change of the model."
+            )
+
+    @torch.no_grad()
+    def _put(self, pairs: Iterator[tuple[Tensor, Tensor]]) -> None:
+        self._reshard()
+        for tensor, value in pairs:
+            _local(tensor).copy_(value)
+
+    def _reshard(self) -> None:
+        """Drop the gathered copies that fully_shard may have kept: they would not see a change of the shards."""
+        fsdp = sys.modules.get("torch.distributed.fsdp")  # nothing is sharded where nobody has imported it
+        kind = getattr(fsdp, "FSDPModule", None)
+        if kind is not None:
+            for module in self._model.modules():
+                if isinstance(module, kind):
+                    module.reshard()
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's part, sharing memory."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _start(tensor: Tensor) -> Tensor:
+    with torch.no_grad():
+        copy = tensor.detach().clone()
+        return copy.float() if copy.dtype in _HALF else copy
+
+
+def _as(value: Tensor, average: Tensor) -> Tensor:
+    """The value laid out as the average is."""
+    if not hasattr(average, "to_local"):
+        return value.full_tensor() if hasattr(value, "full_tensor") else value
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements = average.device_mesh, average.placements  # type: ignore[attr-defined]
+    if hasattr(value, "redistribute"):
+        moved: Tensor = value.redistribute(mesh, placements)
+        return moved
+    # Every rank has read the whole value.
+    whole: Tensor = distribute_tensor(value.to(average.device), mesh, placements, src_data_rank=None)
+    return whole

@@ -1,0 +1,251 @@
+"""Ranks that train apart for some steps: the papers' numbers, and runs that go on where they were."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lite import ConfigError, Lite, LocalSGDStrategy, UsageError
+from lite.precision.mixed import MixedPrecision
+from tests.support.models import MLP, regression
+from tests.support.processes import run_distributed
+
+
+def assert_near(a: Any, b: Any) -> None:
+    a, b = (torch.tensor(x, dtype=torch.float64) for x in (a, b))
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def tolists(model: nn.Module) -> list[Any]:
+    return [t.detach().tolist() for t in model.state_dict().values()]
+
+
+def batch(rank: int, step: int) -> Tensor:
+    generator = torch.Generator().manual_seed(100 * rank + step)
+    return torch.randn(3, 4, generator=generator, dtype=torch.float64)
+
+
+def loss_of(model: nn.Module, rank: int, step: int) -> Tensor:
+    x = batch(rank, step)
+    return (model(x) - x[:, :3]).pow(2).mean()
+
+
+def build(strategy: Any, seed: int = 0) -> tuple[Lite, nn.Module, torch.optim.Optimizer, Any]:
+    lite = Lite(accelerator="cpu", precision="64-true", strategy=strategy)
+    torch.manual_seed(seed + lite.global_rank)  # rank 0's weights count
+    model = nn.Sequential(nn.BatchNorm1d(4, dtype=torch.float64), MLP(torch.float64))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, gamma=0.9)
+    lite.setup(model, optimizer, scheduler)
+    return lite, model, optimizer, scheduler
+
+
+def train(lite: Lite, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any, start: int, end: int) -> Any:
+    for step in range(start, end):
+        optimizer.zero_grad()
+        lite.backward(loss_of(model, lite.global_rank, step))
+        lite.clip_gradients(model, optimizer, max_norm=1.0)
+        optimizer.step()
+        scheduler.step()
+    return tolists(model)
+
+
+def every_step(strategy: Any, momentum: float) -> Any:
+    lite = Lite(accelerator="cpu", precision="64-true", strategy=strategy)
+    torch.manual_seed(0)
+    loader = lite.setup_dataloaders(DataLoader(regression(13, torch.float64), batch_size=3))
+    model = MLP(torch.float64)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=momentum, weight_decay=0.01)
+    lite.setup(model, optimizer)
+    for _ in range(2):
+        for x, y in loader:
+            optimizer.zero_grad()
+            lite.backward((model(x) - y).pow(2).mean())
+            optimizer.step()
+    lite.check_sync()
+    lite.teardown()
+    assert type(optimizer) is torch.optim.SGD
+    return tolists(model)
+
+
+def test_averaging_after_every_step_is_ddp() -> None:
+    """SGD, also with momentum: the mean of the steps is the step by the mean gradient; ragged batches included."""
+    for momentum in (0.0, 0.9):
+        local, ddp = (
+            run_distributed(every_step, strategy, momentum) for strategy in (LocalSGDStrategy(sync_every=1), "ddp")
+        )
+        for mine in local:
+            for a, b in zip(mine, ddp[0], strict=True):
+                assert_near(a, b)
+
+
+def run_whole(strategy: Any, steps: int) -> Any:
+    return train(*build(strategy), 0, steps)
+
+
+def by_the_papers(sync_every: int, steps: int, outer: bool) -> list[list[Any]]:
+    """Two workers in one process, written out from the papers' algorithms."""
+    torch.manual_seed(0)
+    workers = [nn.Sequential(nn.BatchNorm1d(4, dtype=torch.float64), MLP(torch.float64)) for _ in range(2)]
+    workers[1].load_state_dict(workers[0].state_dict())
+    inner = [torch.optim.AdamW(worker.parameters(), lr=0.05) for worker in workers]
+    schedulers = [torch.optim.lr_scheduler.StepLR(one, 2, gamma=0.9) for one in inner]
+    theta = [p.detach().clone() for p in workers[0].parameters()]
+    velocity = [torch.zeros_like(p) for p in theta]
+    for step in range(steps):
+        for rank, (worker, optimizer, scheduler) in enumerate(zip(workers, inner, schedulers, strict=True)):
+            optimizer.zero_grad()
+            loss_of(worker, rank, step).backward()
+            nn.utils.clip_grad_norm_(worker.parameters(), 1.0)
+            optimizer.step()
+            scheduler.step()
+        if (step + 1) % sync_every:
+            continue
+        with torch.no_grad():
+            for i, (a, b) in enumerate(zip(*(worker.parameters() for worker in workers), strict=True)):
+                if outer:  # Nesterov's momentum of 0.9, outer learning rate 0.7
+                    delta = ((theta[i] - a) + (theta[i] - b)) / 2
+                    velocity[i] = 0.9 * velocity[i] + delta
+                    theta[i] = theta[i] - 0.7 * (delta + 0.9 * velocity[i])
+                else:
+                    theta[i] = (a + b) / 2
+                a.copy_(theta[i])
+                b.copy_(theta[i])
+            for a, b in zip(*(worker.buffers() for worker in workers), strict=True):
+                if a.is_floating_point():
+                    mean = (a + b) / 2
+                    a.copy_(mean)
+                    b.copy_(mean)
+    return [tolists(worker) for worker in workers]
+
+
+@pytest.mark.parametrize("outer", [None, "diloco"])
+def test_numbers_are_the_papers(outer: str | None) -> None:
+    """Three rounds of three steps and two steps apart, AdamW inside, float64 to 1e-12."""
+    results = run_distributed(run_whole, LocalSGDStrategy(sync_every=3, outer_optimizer=outer), 11)
+    for mine, wanted in zip(results, by_the_papers(3, 11, outer is not None), strict=True):
+        for a, b in zip(mine, wanted, strict=True):
+            assert_near(a, b)
+    assert results[0] != results[1]
+    together = run_distributed(run_whole, LocalSGDStrategy(sync_every=3, outer_optimizer=outer), 9)
+    assert together[0] == together[1]
+
+
+def make(outer: str | None) -> LocalSGDStrategy:
+    return LocalSGDStrategy(sync_every=3, outer_optimizer=outer)
+
+
+def interrupted(folder: str, outer: str | None) -> Any:
+    first = build(make(outer))
+    names = ("model", "optimizer", "scheduler")
+    train(*first, 0, 4)
+    in_sync = first[0].strategy.in_sync
+    for path in ("one.ckpt", "parts", "async"):
+        first[0].save(f"{folder}/{path}", dict(zip(names, first[1:], strict=True)), async_save=path == "async")
+    first[0].wait_for_save()
+    expected = train(*first, 4, 8)
+    answers = [in_sync, expected == train(*build(make(outer)), 0, 8)]
+    for path in ("one.ckpt", "parts", "async"):
+        again = build(make(outer), seed=5)
+        again[0].load(f"{folder}/{path}", dict(zip(names, again[1:], strict=True)))
+        answers.append(train(*again, 4, 8) == expected)
+    ddp = build("ddp", seed=6)
+    ddp[0].load(f"{folder}/parts", dict(zip(names, ddp[1:], strict=True)))
+    ddp[0].check_sync(buffers=True)
+    return [answers, tolists(ddp[1])]
+
+
+def elsewhere(path: str, outer: str | None) -> Any:
+    lite, model, optimizer, scheduler = build(make(outer))
+    lite.load(path, {"model": model, "optimizer": optimizer, "scheduler": scheduler})
+    return [tolists(model), lite.strategy.in_sync]
+
+
+@pytest.mark.parametrize("outer", [None, "diloco"])
+def test_an_interrupted_run_equals_an_uninterrupted_one(outer: str | None, tmp_path: Path) -> None:
+    """Saved in the middle of a round, in every form; saving changes nothing; others load what the ranks agree on."""
+    results = run_distributed(interrupted, str(tmp_path), outer)
+    workers = by_the_papers(3, 4, outer is not None)
+    # Between syncs: where the outer optimizer would start from, or the mean without one; buffers' means.
+    agreed = by_the_papers(3, 3, True)[0] if outer else None
+    for answers, model in results:
+        assert answers == [False, True, True, True, True]
+        for i, values in enumerate(model):
+            pair = torch.tensor([workers[0][i], workers[1][i]], dtype=torch.float64)
+            is_buffer = i in (2, 3, 4)  # of the BatchNorm
+            assert_near(values, agreed[i] if agreed and not is_buffer else pair.mean(0).tolist())
+    stored = torch.load(tmp_path / "one.ckpt", weights_only=True)["model"]
+    for path in ("one.ckpt", "parts"):
+        for model, in_sync in run_distributed(elsewhere, str(tmp_path / path), outer, world_size=3):
+            assert in_sync
+            assert model == [t.tolist() for t in stored.values()]
+
+
+def skipping() -> Any:
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    strategy = LocalSGDStrategy(sync_every=2)
+    lite = Lite(accelerator="cpu", strategy=strategy, plugins=MixedPrecision("16-mixed", "cpu", scaler))
+    torch.manual_seed(0)
+    model = MLP()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    lite.setup(model, optimizer)
+    skipped = []
+    for step in range(4):
+        optimizer.zero_grad()
+        loss = model(torch.full((2, 4), 1.0 + lite.global_rank)).pow(2).mean()
+        lite.backward(loss * float("inf") if step == 1 and lite.global_rank == 1 else loss)
+        optimizer.step()
+        skipped.append(lite.step_was_skipped(optimizer))
+    with pytest.raises(UsageError, match=r"lite.join is for DDP"):
+        lite.join(model)
+    with pytest.raises(ConfigError, match="LBFGS"):
+        lite.setup(other := nn.Linear(2, 2), torch.optim.LBFGS(other.parameters()))
+    return [tolists(model), skipped, lite.explain()]
+
+
+def test_a_step_that_one_rank_leaves_out_counts() -> None:
+    """An inf on one rank: rounds stay in step."""
+    (first, skipped, text), (second, others, _) = run_distributed(skipping)
+    assert first == second
+    assert (skipped, others) == ([False] * 4, [False, True, False, False])
+    assert "2 ranks train apart, and parameters are averaged every 2 steps" in text
+
+
+def test_one_process_alone() -> None:
+    """Nothing is done without an outer optimizer; with one it steps on this rank's own change."""
+    raw = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(raw.parameters(), lr=0.1)
+    Lite(accelerator="cpu", strategy="local_sgd").setup(raw, optimizer)
+    assert type(optimizer) is torch.optim.SGD
+    half = LocalSGDStrategy(sync_every=2, outer_optimizer=lambda params: torch.optim.SGD(params, lr=0.5))
+    lite = Lite(accelerator="cpu", strategy=half)
+    model = nn.Linear(1, 1, bias=False)
+    model.weight.data.fill_(1.0)
+    inner = torch.optim.SGD(model.parameters(), lr=0.25)
+    lite.setup(model, inner)
+    for _ in range(2):
+        inner.zero_grad()
+        lite.backward(model(torch.ones(1, 1)).sum())
+        inner.step()
+    # 1 - 2 * 0.25 = 0.5, and half the way there: 0.75
+    assert model.weight.item() == 0.75
+
+
+def test_wrong_arguments_are_refused() -> None:
+    """With what was expected."""
+    for arguments, words in (
+        ({"sync_every": 0}, "sync_every=0"),
+        ({"sync_every": True}, "sync_every=True"),
+        ({"outer_optimizer": "nesterov"}, "'diloco'"),
+        ({"outer_optimizer": torch.optim.SGD}, "a function"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            LocalSGDStrategy(**arguments)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="must return a torch optimizer"):
+        lite = Lite(accelerator="cpu", strategy=LocalSGDStrategy(outer_optimizer=lambda params: params))
+        lite.setup(model := nn.Linear(1, 1), torch.optim.SGD(model.parameters(), lr=0.1))
