@@ -2,8 +2,8 @@
 
     python run_scripts.py '[["a.py", "--epochs", "1"], ["b.py"]]'
 
-A line of `SEPARATOR` precedes each script's output. With NUM_BLOCKS=n in the environment, char_lm has n blocks of text,
-as a CPU may compute bfloat16 slowly.
+A line of `SEPARATOR` precedes each script's output, on rank 0. With NUM_BLOCKS=n in the environment, char_lm has n blocks
+of text, as a CPU may compute bfloat16 slowly.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ SEPARATOR = "=" * 20
 def main() -> None:
     num_blocks = os.environ.get("NUM_BLOCKS")
     for command in json.loads(sys.argv[1]):
-        print(SEPARATOR)
+        if os.environ.get("RANK", "0") == "0":
+            print(SEPARATOR)
         sys.argv = command
         sys.path[0] = str(Path(command[0]).parent)
         if num_blocks:

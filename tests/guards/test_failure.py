@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -57,17 +58,20 @@ def test_a_background_save_is_finished_before_the_process_is_ended(tmp_path: Pat
 
 def test_an_exit_code_is_a_failure_and_an_early_end_is_told_apart() -> None:
     """sys.exit(3), SystemExit(3), SIGKILL, and a script that simply ends: their own messages."""
+    with ThreadPoolExecutor(2) as pool:  # each job waits half of the time
+        jobs = {what: pool.submit(run_one_and_two, what) for what in ("exit", "raise", "kill", "early")}
+        jobs["module"] = pool.submit(run_ranks, "-m", "tests.guards.scripts", "raise")
     for what in ("exit", "raise"):
-        zero, one = run_one_and_two(what)
+        zero, one = jobs[what].result()
         assert one.returncode == 3
         assert "PeerError: another rank ended, so this one can't go on: rank 1 called sys.exit(3)." in zero.stderr
-    zero, one = run_ranks("-m", "tests.guards.scripts", "raise")  # where Python tells nobody of the code
+    zero, one = jobs["module"].result()  # where Python tells nobody of the code
     assert one.returncode == 3
     assert "PeerError: rank 1 had ended already, by raising SystemExit, while" in zero.stderr
-    zero, one = run_one_and_two("kill")
+    zero, one = jobs["kill"].result()
     assert one.returncode == -signal.SIGKILL
     assert "PeerError: another rank vanished without a word" in zero.stderr
-    zero, one = run_one_and_two("early")
+    zero, one = jobs["early"].result()
     assert (zero.returncode, one.returncode) == (1, 0)
     assert "PeerError: rank 1 had ended already, without an error" in zero.stderr
 
