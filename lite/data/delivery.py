@@ -88,8 +88,8 @@ class Delivery:
 
     def around(self, batches: Iterator[Any], current: Pass) -> Iterator[Any]:
         """Give out batches in place, with their weights told, and count them."""
-        told = None if self.own_iter else self._sampler
-        self._weight.ask_size = _size_of_newest(told, current) if told is not None else None
+        sampler = None if self.own_iter else self._sampler  # such a class may read ahead of the loop
+        self._weight.ask_size = _size_of_newest(sampler, current) if sampler is not None else None
         if self._strided:
             batches = self._unpack(batches, current)
         elif self._tracker is not None:

@@ -29,6 +29,7 @@ class Averaged:
         ddp: The newest one; None for a model of which nothing was ever trained.
         names: The model's parameters at setup, id to name.
         ignored: Names of parameters and buffers that DDP leaves alone, as torch's users know how to ask for.
+        reduced: Names of the parameters that the newest DDP averages, in its own order.
         generation: How many DDPs there were.
     """
 
@@ -43,6 +44,7 @@ class Averaged:
         self._dtypes = list(map(_dtype, self._parameters))
         self._trained: list[bool] = []
         self.ddp: nn.parallel.DistributedDataParallel | None = None
+        self.reduced: list[str] = []
         self.generation = 0
         self.synchronise = True
         trained = list(map(_requires_grad, self._parameters))
@@ -57,12 +59,6 @@ class Averaged:
         module = self._module()
         assert module is not None
         return module
-
-    @property
-    def reduced(self) -> list[str]:
-        """Names of the parameters that the newest DDP averages, in its own order."""
-        names = [self.names[id(p)] for p, trained in zip(self._parameters, self._trained, strict=True) if trained]
-        return [name for name in names if name not in self.ignored]
 
     def current(self) -> nn.parallel.DistributedDataParallel | None:
         """The DDP for the parameters that are trained now; None where none is.
@@ -131,6 +127,8 @@ class Averaged:
             self._register(self.ddp)
         self.ddp.require_backward_grad_sync = self.synchronise
         self._trained = trained
+        names = [self.names[id(p)] for p, is_trained in zip(self._parameters, trained, strict=True) if is_trained]
+        self.reduced = [name for name in names if name not in self.ignored]
         self.generation += 1
 
     def _broadcast(self, module: nn.Module) -> None:

@@ -2,8 +2,8 @@
 
     python run_scripts.py '[["a.py", "--epochs", "1"], ["b.py"]]'
 
-A line of `SEPARATOR` precedes each script's output, on rank 0. With NUM_BLOCKS=n in the environment, char_lm has n blocks
-of text, as a CPU may compute bfloat16 slowly.
+A line of `SEPARATOR` precedes each script's output, on rank 0. With NUM_BLOCKS=n in the environment, char_lm has n
+blocks of text, as a CPU may compute bfloat16 slowly.
 """
 
 from __future__ import annotations

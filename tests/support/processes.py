@@ -143,7 +143,7 @@ def _variables(env: dict[str, str] | None) -> dict[str, str]:
 
 
 def run_ranks(
-    script: str | Path, *args: str, world_size: int = 2, timeout: float = 90
+    script: str | Path, *args: str, world_size: int = 2, timeout: float = 180
 ) -> list[subprocess.CompletedProcess[str]]:
     """Run a script on every rank, as srun would: nobody ends one rank because another has failed."""
     shared = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1"}
