@@ -50,8 +50,10 @@ class EMA:
         self._skipped = skipped
         self._is_swapped = False
         self._with_buffers = buffers
+        self._sharded = _sharded_modules(model)
         self._reshard()
         self._tensors = self._find()
+        self._places = self._find_places()
         self._averages = {name: _start(tensor) for name, tensor in self._tensors.items()}
         self._average = get_ema_multi_avg_fn(self.decay)  # type: ignore[no-untyped-call]
         kinds: dict[Any, list[str]] = {}
@@ -70,13 +72,13 @@ class EMA:
         is called between two syncs; call it when `lite.strategy.in_sync`.
 
         Raises:
-            UsageError: The averages stand in the model's place (`swap`).
+            UsageError: The averages stand in the model's place (`swap`), or the model's parameters were replaced.
         """
         if self._is_swapped:
             raise UsageError("ema.update() within ema.swap() would average the averages; call it outside of the block.")
         if self._skipped():
             return
-        self._reshard()
+        self._check_same()
         for tensors, averages in self._groups:
             present = [_local(tensor).to(average.dtype) for tensor, average in zip(tensors, averages, strict=True)]
             self._average(averages, present, self.num_updates)
@@ -93,7 +95,7 @@ class EMA:
         """
         if self._is_swapped:
             raise UsageError("ema.swap() is open already; leave the first block before you enter another.")
-        self._check_same()
+        self._check_same(added=True)
         own = [(tensor, _local(tensor).detach().clone()) for tensor in self._tensors.values()]
         self._is_swapped = True
         try:
@@ -140,14 +142,23 @@ class EMA:
             named.update((name, b) for name, b in self._model.named_buffers() if b.is_floating_point())
         return {name.replace(_COMPILED, ""): tensor for name, tensor in named.items()}
 
-    def _check_same(self) -> None:
+    def _find_places(self) -> list[tuple[dict[str, Any], str, Tensor]]:
+        """Where modules keep the tensors: a look there each step costs less than to find them by name again."""
+        held = {id(tensor) for tensor in self._tensors.values()}
+        tables: list[dict[str, Any]] = [t for m in self._model.modules() for t in (m._parameters, m._buffers)]
+        return [(table, key, tensor) for table in tables for key, tensor in table.items() if id(tensor) in held]
+
+    def _check_same(self, *, added: bool = False) -> None:
+        """Refuse a model whose tensors are others now, or with `added` also one that has more of them."""
         self._reshard()
+        if not added and all(table.get(key) is tensor for table, key, tensor in self._places):
+            return
         now = self._find()
         replaced = [n for n in {**now, **self._tensors} if now.get(n) is not self._tensors.get(n)]
         if replaced:
             raise UsageError(
                 f"the model's parameters were added or replaced since lite.ema ({', '.join(replaced[:8])}); make the "
-                "average after the last change of the model."
+                "average after the last change of the model, and use it before lite.teardown."
             )
 
     @torch.no_grad()
@@ -158,12 +169,15 @@ class EMA:
 
     def _reshard(self) -> None:
         """Drop the gathered copies that fully_shard may have kept: they would not see a change of the shards."""
-        fsdp = sys.modules.get("torch.distributed.fsdp")  # nothing is sharded where nobody has imported it
-        kind = getattr(fsdp, "FSDPModule", None)
-        if kind is not None:
-            for module in self._model.modules():
-                if isinstance(module, kind):
-                    module.reshard()
+        for module in self._sharded:
+            if hasattr(module, "reshard"):  # not after teardown
+                module.reshard()
+
+
+def _sharded_modules(model: nn.Module) -> list[Any]:
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # nothing is sharded where nobody has imported it
+    kind = getattr(fsdp, "FSDPModule", None)
+    return [module for module in model.modules() if kind is not None and isinstance(module, kind)]
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
-from lite import DDPStrategy, FSDPStrategy, Lite, LocalSGDStrategy, ModelParallelStrategy, Strategy
+from lite import DDPStrategy, FSDPStrategy, Lite, LocalSGDStrategy, ModelParallelStrategy, Strategy, UsageError
 from lite.sharded import whole
 from tests.support.models import TinyGPT, next_token_loss, sentences
 from tests.support.processes import run_distributed
@@ -151,7 +151,11 @@ def train(name: str, loop: str) -> tuple[list[float], dict[str, torch.Tensor], d
                 ema.update()
     with ema.swap() if ema is not None else nullcontext():
         sharded = {k: whole(v).clone() for k, v in model.state_dict().items()}
+    shards = lite.strategy.shards
     lite.teardown()
+    if ema is not None and shards:
+        with pytest.raises(UsageError, match=r"use it before lite\.teardown"):
+            ema.update()
     assert type(model) is TinyGPT
     assert all(type(p) is nn.Parameter for p in model.parameters())
     assert {id(p) for g in optimizer.param_groups for p in g["params"]} <= {id(p) for p in model.parameters()}
