@@ -22,7 +22,7 @@ from lite.strategies import DDPStrategy, PowerSGD, SingleStrategy, Strategy
 
 if TYPE_CHECKING:
     from lite.memory import memory_estimate
-    from lite.strategies import FSDPStrategy, LocalSGDStrategy, ModelParallelStrategy
+    from lite.strategies import FSDPStrategy, LocalSGDStrategy, ModelParallelStrategy, PipelineStrategy
 
 __version__ = "0.1.0"
 
@@ -40,6 +40,7 @@ __all__ = [
     "ModelParallelStrategy",
     "NonFiniteError",
     "PeerError",
+    "PipelineStrategy",
     "PowerSGD",
     "SingleStrategy",
     "Stateful",

@@ -22,9 +22,10 @@ from lite.data.shares import Shard
 from lite.data.transfer import move_to_device
 from lite.environments import Environment, detect_environment
 from lite.errors import ConfigError, UsageError, check_flag
-from lite.facets.records import Records, check_callbacks, check_loggers
+from lite.facets.pipelines import Pipelines
+from lite.facets.records import check_callbacks, check_loggers
 from lite.facets.resuming import Resuming
-from lite.facets.steps import Steps, compose_backward
+from lite.facets.steps import compose_backward
 from lite.first_rank import FirstRank
 from lite.launchers import in_notebook
 from lite.loggers import Logger
@@ -37,7 +38,7 @@ from lite.strategies import Strategy, strategy_factories
 T = TypeVar("T")
 
 
-class Lite(Resuming, Steps, Records):
+class Lite(Resuming, Pipelines):
     """Takes a raw PyTorch loop to any device, number of processes and precision.
 
     Under torchrun, srun or mpirun creating it joins the job (collective: create it on all ranks). Without one of them
@@ -46,13 +47,14 @@ class Lite(Resuming, Steps, Records):
     Args:
         accelerator: "auto", "cpu", "cuda", "gpu", "mps" or an Accelerator.
         strategy: "auto", "single", "ddp", "ddp_find_unused_parameters_true", "ddp_spawn", "ddp_fork", "ddp_notebook",
-            "fsdp", "local_sgd", a name that an installed package registered (entry-point group `lite.strategies`), or
-            a Strategy.
+            "fsdp", "local_sgd", "pipeline", a name that an installed package registered (entry-point group
+            `lite.strategies`), or a Strategy.
         devices: How many devices or which: a number, "auto" (what torchrun started, else one), -1 (all), "0,1" or
             [0, 1]. On the CPU a number of processes.
         num_nodes: Number of machines.
-        precision: "32-true", "64-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true"; 64, 32, 16 and "bf16" stand
-            for the first, second, third and fourth of "64-true", "32-true", "16-mixed", "bf16-mixed".
+        precision: "32-true", "64-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", and with extras "fp8",
+            "int8-frozen", "nf4-frozen"; 64, 32, 16 and "bf16" stand for the first, second, third and fourth of
+            "64-true", "32-true", "16-mixed", "bf16-mixed".
         plugins: A Precision or an Environment of your own, or a list of them.
         callbacks: Objects with any of the methods `on_launch(lite)` (the processes run and have met),
             `on_after_setup(lite, model)`, `on_after_optimizer_step(strategy, optimizer)`, and others that `call` names.

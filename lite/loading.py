@@ -5,7 +5,6 @@ It knows no file and no process group.
 
 from __future__ import annotations
 
-import dataclasses
 from collections import OrderedDict
 from collections.abc import Mapping, MutableMapping
 from typing import Any
@@ -15,24 +14,7 @@ from torch import nn
 from lite.errors import CheckpointError
 from lite.fitting import check_fit
 from lite.renewal import renew
-from lite.state import is_stateful, plain_key
-
-
-@dataclasses.dataclass(frozen=True)
-class LoadReport:
-    """What a load with strict=False left as it was, or left aside.
-
-    Attributes:
-        missing: Names and model keys that the checkpoint doesn't have.
-        unexpected: Model keys of the checkpoint that the model doesn't have.
-    """
-
-    missing: tuple[str, ...] = ()
-    unexpected: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        parts = {"missing": self.missing, "unexpected": self.unexpected}
-        return "; ".join(f"{name}: {', '.join(keys)}" for name, keys in parts.items() if keys) or "everything fitted"
+from lite.state import LoadReport, is_stateful, plain_key
 
 
 def restore(

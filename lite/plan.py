@@ -20,7 +20,7 @@ from lite.accelerators.indices import read_request
 from lite.environments import Environment, detect_environment
 from lite.errors import ConfigError, choose
 from lite.launchers import InlineLauncher, Launcher
-from lite.precision import PRECISION_ALIASES, PRECISIONS, Precision, make_precision
+from lite.precision import EXTRA_PRECISIONS, PRECISION_ALIASES, PRECISIONS, Precision, make_precision
 from lite.strategies import STRATEGIES, Strategy
 
 VARIABLES = {
@@ -319,8 +319,8 @@ def _precision(setting: Setting, accelerator: Accelerator) -> Precision:
     if isinstance(value, (int, str)) and not isinstance(value, bool):
         value = PRECISION_ALIASES.get(str(value).lower(), value)
     if value not in PRECISIONS:
-        choose(name, setting.value, [*PRECISIONS, *PRECISION_ALIASES])
-        value = choose(name, value, PRECISIONS)
+        choose(name, setting.value, [*PRECISIONS, *EXTRA_PRECISIONS, *PRECISION_ALIASES])
+        value = choose(name, value, [*PRECISIONS, *EXTRA_PRECISIONS])
     if accelerator.name == "mps" and value == "64-true":
         raise ConfigError(f"{setting} can't run on accelerator='mps', which has no float64; the nearest is '32-true'.")
     return make_precision(value, accelerator.name)

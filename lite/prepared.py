@@ -161,6 +161,8 @@ class Prepared:
         """Give everything back, without a hook or patch."""
         for thing in (*self.modules, *self.optimizers, *self._schedulers, *self._loaders):
             _release(thing)
+            if isinstance(thing, nn.Module):
+                self._precision.release_module(thing)
         for kept in (self.modules, self.optimizers, self._schedulers, self._loaders, self.facts):
             kept.clear()
 
@@ -202,7 +204,7 @@ class Prepared:
         known = {id(p) for module in (*self.modules, *models) for p in module.parameters()}
         for optimizer in optimizers:
             held = [p for group in optimizer.param_groups for p in group["params"]]
-            if any(p.is_meta for p in held):
+            if any(p.is_meta and not self._strategy.holds_elsewhere(p) for p in held):
                 raise ConfigError(
                     f"{type(optimizer).__name__} was made of parameters on the meta device, which setup exchanges for "
                     "real ones; set the model up first, and make the optimizer of what it has then: "

@@ -1,4 +1,5 @@
-"""Tensors of which each rank holds a part (torch's DTensor): asked about, cut from whole ones, and put together again.
+"""Tensors of which each rank holds a part (torch's DTensor): asked about, cut from whole ones, and put together again;
+and tensors that another rank holds.
 
 Nothing of DTensor is imported before there is one.
 """
@@ -19,6 +20,22 @@ from lite.state import like
 def is_sharded(value: Any) -> bool:
     """Whether it is a DTensor, one that every rank holds whole included."""
     return isinstance(value, Tensor) and hasattr(value, "device_mesh")
+
+
+class Elsewhere(Tensor):
+    """Stands in a state for a tensor that another rank holds, as a tensor on the meta device of its shape and dtype."""
+
+    is_elsewhere = True
+
+    @classmethod
+    def like(cls, shape: Any, dtype: torch.dtype) -> Elsewhere:
+        """One of that shape and dtype."""
+        return torch.empty(shape, dtype=dtype, device="meta").as_subclass(cls)
+
+
+def is_elsewhere(value: Any) -> bool:
+    """Whether it stands for a tensor of another rank."""
+    return getattr(value, "is_elsewhere", False)
 
 
 def whole(value: Tensor) -> Tensor:
@@ -95,9 +112,9 @@ def whole_tensors(data: Any) -> Any:
 
 
 def holds_parts(target: Any) -> bool:
-    """Whether it is a module or an optimizer of which a tensor is sharded."""
+    """Whether it is a module or an optimizer of which a tensor is sharded, or another rank's."""
     if isinstance(target, nn.Module):
-        return any(is_sharded(t) for t in (*target.parameters(), *target.buffers()))
+        return any(is_sharded(t) or t.is_meta for t in (*target.parameters(), *target.buffers()))
     if isinstance(target, Optimizer):
-        return any(is_sharded(p) for group in target.param_groups for p in group["params"])
+        return any(is_sharded(p) or p.is_meta for group in target.param_groups for p in group["params"])
     return False

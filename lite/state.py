@@ -43,6 +43,23 @@ class Stateful(Protocol):
         ...
 
 
+@dataclasses.dataclass(frozen=True)
+class LoadReport:
+    """What a load with strict=False left as it was, or left aside.
+
+    Attributes:
+        missing: Names and model keys that the checkpoint doesn't have.
+        unexpected: Model keys of the checkpoint that the model doesn't have.
+    """
+
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        parts = {"missing": self.missing, "unexpected": self.unexpected}
+        return "; ".join(f"{name}: {', '.join(keys)}" for name, keys in parts.items() if keys) or "everything fitted"
+
+
 def collect(state: Mapping[str, Any], filter: Filter | None = None) -> dict[str, Any]:
     """Turn objects into what a file can hold and `torch.load(weights_only=True)` reads.
 
@@ -184,6 +201,8 @@ def sanitise(value: Any, where: str) -> Any:
 
 
 def _plain_tensor(value: torch.Tensor, where: str) -> torch.Tensor:
+    if getattr(value, "is_elsewhere", False):
+        return value
     if value.is_meta:
         raise CheckpointError(f"{where} is a tensor on the meta device, without values; materialise it before saving.")
     if type(value).__module__.split(".")[0] == "torch":

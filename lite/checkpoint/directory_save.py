@@ -36,6 +36,7 @@ from lite.checkpoint.checksum import ChecksummedWriter
 from lite.checkpoint.file import reason
 from lite.checkpoint.storage import Storage, locate
 from lite.errors import CheckpointError
+from lite.sharded import is_elsewhere
 
 _MANIFEST_ENTRIES = ("lite", "torch", "world_size", "time")
 
@@ -55,7 +56,7 @@ def save_directory(
     Args:
         path: The directory; it is made.
         content: Plain values and tensors, with the manifest.
-        replicated: Names in `content` whose plain tensors are equal on all ranks.
+        replicated: Names in `content` whose plain tensors are equal on all ranks that have them.
         group: The process group to agree over; None is all ranks.
 
     Raises:
@@ -89,6 +90,7 @@ class _SavePlanner(DefaultSavePlanner):
         self, tensors: dict[str, Tensor], places: Mapping[str, tree.Path], replicated: Collection[str]
     ) -> None:
         super().__init__(flatten_state_dict=True)
+        tensors = {name: tensor for name, tensor in tensors.items() if not is_elsewhere(tensor)}
         self._tensors = tensors
         self._from_any_rank = {
             name: tensor

@@ -106,6 +106,7 @@ def _buffers(module: nn.Module) -> dict[str, Tensor]:
         plain_key(key): buffer
         for key, buffer in module.named_buffers(remove_duplicate=False)
         if buffer.layout == torch.strided and not buffer.is_quantized and not hasattr(buffer, "__tensor_flatten__")
+        if not buffer.is_meta  # another rank's
     }
 
 

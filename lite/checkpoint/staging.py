@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lite.sharded import is_elsewhere
 from lite.state import like
 
 
@@ -40,6 +41,8 @@ class _Copier:
         self._devices: set[torch.device] = set()
 
     def copy(self, value: Any) -> Any:
+        if is_elsewhere(value):
+            return value
         if isinstance(value, Tensor):
             return self._tensor(value)
         if isinstance(value, Mapping):

@@ -16,9 +16,8 @@ from lite.checkpoint.background import Background
 from lite.errors import CheckpointError, ConfigError, choose
 from lite.facets.base import Facet
 from lite.first_rank import refuse_alone
-from lite.loading import LoadReport, restore, restore_object
 from lite.sharded import gather, holds_parts
-from lite.state import Filter, collect, sanitise
+from lite.state import Filter, LoadReport, collect, sanitise
 
 Path = str | os.PathLike[str]
 
@@ -105,7 +104,7 @@ class Checkpoints(Facet):
         assert content is not None
         content[manifest.KEY] = self._manifest(content, state, rng, besides)
         if not is_folder and self.world_size > 1:
-            content = gather(content, keep=self.is_global_zero)
+            content = gather(self._with_all_layers(content, state), keep=self.is_global_zero)
         if async_save:
             content = self._staged(content, needed=is_folder or self.is_global_zero)
         write = self._writer(path, content, state, is_folder, async_save)
@@ -174,6 +173,7 @@ class Checkpoints(Facet):
                 loaders are looked at before any is changed.
         """
         from lite.checkpoint.stored import resolve
+        from lite.loading import restore
 
         lazily = state is not None and any(map(holds_parts, state.values()))
         loaded, about = self._read(path, verify, weights_only, lazily)
@@ -211,6 +211,8 @@ class Checkpoints(Facet):
         Raises:
             CheckpointError: It can't be read, or doesn't fit.
         """
+        from lite.loading import restore_object
+
         if not hasattr(obj, "load_state_dict"):
             raise ConfigError(f"load_raw got a {type(obj).__name__}, which has no load_state_dict; pass a module, say.")
         loaded, about = self._read(path, verify, weights_only, holds_parts(obj))
@@ -244,7 +246,8 @@ class Checkpoints(Facet):
         self._require_connected("export")
         problem: Exception | None = None
         try:
-            weights = gather(module_state(model), keep=self.is_global_zero)
+            weights = self._with_all_layers({"model": module_state(model)}, {"model": model})["model"]
+            weights = gather(weights, keep=self.is_global_zero)
             if self.is_global_zero:
                 export_safetensors(weights, path, max_shard_size=max_shard_size)
         except Exception as error:
@@ -274,6 +277,15 @@ class Checkpoints(Facet):
         content = collect(state, filter)
         manifest.check_names(content)
         return is_folder, content
+
+    def _with_all_layers(self, content: dict[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:
+        """On rank 0, with the layers of other ranks in models and optimizers. Collective."""
+        if not self.strategy.distributes_layers:
+            return content
+        from lite.elsewhere import fetch
+
+        held = {k: v for k, v in content.items() if isinstance(state.get(k), (nn.Module, Optimizer))}
+        return {**content, **fetch(held, self._device)}
 
     def _staged(self, content: dict[str, Any], *, needed: bool) -> dict[str, Any]:
         """A copy of the content where it is needed; a rank that has no memory for it tells all. Collective."""

@@ -113,7 +113,8 @@ class Guards(Facet):
     def check_sync(self, every: int = 1, *, buffers: bool | None = None) -> None:
         """Compare parameters, buffers and optimizer state of all that was set up over the ranks, bit for bit.
 
-        Collective: call on all ranks. Sharded tensors are left out: there, ranks hold different values on purpose.
+        Collective: call on all ranks. Sharded tensors, and models whose layers lie on
+        different ranks, are left out: there, ranks hold different values on purpose.
 
         Args:
             every: Check at every so-manieth call only, to be called in each step.

@@ -52,6 +52,8 @@ def named_state(
         buffers: Whether buffers are among them; None leaves out those that each forward takes from rank 0 anyway.
     """
     for index, (module, engine) in enumerate(modules.items()):
+        if any(p.is_meta for p in module.parameters()):
+            continue  # its layers lie on different ranks, once each
         model = "model" if len(modules) == 1 else f"model[{index}]"
         yield from _leaves(model, dict(module.named_parameters()))
         if buffers or (buffers is None and not (engine is not None and engine.syncs_buffers)):
@@ -59,7 +61,8 @@ def named_state(
     for index, optimizer in enumerate(optimizers):
         # An optimizer says so itself where each rank has state of its own.
         local = getattr(optimizer, "state_is_local", False)
-        held = [] if local else [p for group in optimizer.param_groups for p in group["params"]]
+        held = [p for group in optimizer.param_groups for p in group["params"]]
+        held = [] if local or any(p.is_meta for p in held) else held
         for number, parameter in enumerate(held):
             # .get: state is a defaultdict, which reading would fill
             yield from _leaves(f"optimizer[{index}].state.{number}", optimizer.state.get(parameter, {}))

@@ -47,6 +47,9 @@ class Precision:
         """Convert the parameters and buffers, in place."""
         return module
 
+    def release_module(self, module: nn.Module) -> None:
+        """Give a module the layers back that `convert_module` has exchanged."""
+
     def convert_input(self, data: Any) -> Any:
         """Convert what goes into a forward."""
         return data
@@ -66,6 +69,13 @@ class Precision:
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Compute gradients."""
         loss.backward(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def begin_backward(self) -> Tensor | None:
+        """What to multiply losses by whose backwards others than `backward` call, before they do; None is 1.
+
+        Called on all ranks, those that have no loss included, before each such backward.
+        """
+        return None
 
     def add_optimizer(self, optimizer: Optimizer) -> None:
         """This optimizer is set up: its steps go through `step`."""

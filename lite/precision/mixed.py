@@ -70,6 +70,9 @@ class MixedPrecision(Precision):
             loss = self._scaling.scale(loss)
         loss.backward(*args, **kwargs)  # type: ignore[no-untyped-call]
 
+    def begin_backward(self) -> Tensor | None:
+        return None if self._scaling is None else self._scaling.begin()
+
     def add_optimizer(self, optimizer: Optimizer) -> None:
         if self._scaling is not None:
             self._scaling.add(optimizer)

@@ -42,6 +42,11 @@ class LossScaling:
         self.renew()
         return self.scaler.scale(loss)
 
+    def begin(self) -> Tensor:
+        """What to multiply losses by, where `scale` is not asked for each of them; as it, it may begin an iteration."""
+        self.renew()
+        return self._now()
+
     def add(self, optimizer: Optimizer) -> None:
         """From now on keep this optimizer's gradients in mind."""
         self._known.add(optimizer)
@@ -57,9 +62,11 @@ class LossScaling:
 
     def unscale(self, optimizer: Optimizer) -> None:
         """Bring gradients to their true size, where they aren't."""
-        if optimizer in self._unscaled or optimizer in self._stepped or not _gradients(optimizer):
+        if optimizer in self._unscaled or optimizer in self._stepped:
             return
         grads = self._local(_parameters(optimizer)) if self._local is not None else None
+        if not grads and not _gradients(optimizer):
+            return
         if grads is None:
             self.scaler.unscale_(optimizer)
         else:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lite.strategies.fsdp import FSDPStrategy
     from lite.strategies.local_sgd import LocalSGDStrategy
     from lite.strategies.model_parallel import ModelParallelStrategy
+    from lite.strategies.pipeline import PipelineStrategy
 
 __all__ = [
     "STRATEGIES",
@@ -22,6 +23,7 @@ __all__ = [
     "FSDPStrategy",
     "LocalSGDStrategy",
     "ModelParallelStrategy",
+    "PipelineStrategy",
     "PowerSGD",
     "SingleStrategy",
     "Strategy",
@@ -41,6 +43,12 @@ def _local_sgd() -> Strategy:
     return LocalSGDStrategy()
 
 
+def _pipeline() -> Strategy:
+    from lite.strategies.pipeline import PipelineStrategy
+
+    return PipelineStrategy()
+
+
 STRATEGIES: dict[str, Callable[[], Strategy]] = {
     "single": SingleStrategy,
     "ddp": DDPStrategy,
@@ -50,6 +58,7 @@ STRATEGIES: dict[str, Callable[[], Strategy]] = {
     "ddp_notebook": lambda: DDPStrategy(start_method="fork"),
     "fsdp": _fsdp,
     "local_sgd": _local_sgd,
+    "pipeline": _pipeline,
 }
 
 
@@ -78,6 +87,8 @@ def __getattr__(name: str) -> Any:
         from lite.strategies.local_sgd import LocalSGDStrategy as found  # type: ignore[assignment]
     elif name == "ModelParallelStrategy":
         from lite.strategies.model_parallel import ModelParallelStrategy as found  # type: ignore[assignment]
+    elif name == "PipelineStrategy":
+        from lite.strategies.pipeline import PipelineStrategy as found  # type: ignore[assignment]
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return found

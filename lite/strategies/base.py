@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lite.environments.base import Environment
-from lite.errors import UsageError
+from lite.errors import ConfigError, UsageError
 from lite.precision.base import Precision
+from lite.strategies.running_order import PipelinePlan
 
 if TYPE_CHECKING:
     from lite.strategies.footprint import Footprint
@@ -56,12 +57,14 @@ class Strategy:
         name: As users write it.
         distributed: Whether it can run on several processes.
         shards: Whether ranks hold parts of parameters and gradients, once it is connected.
+        distributes_layers: Whether a model's layers lie on different ranks, once it is connected.
         start_method: How `Lite.launch` starts processes for it: "spawn", "fork" or "forkserver".
     """
 
     name: ClassVar[str] = "single"
     distributed: ClassVar[bool] = False
     shards: bool = False
+    distributes_layers: bool = False
     start_method: str = "spawn"
 
     def check_world_size(self, world_size: int) -> None:
@@ -99,6 +102,18 @@ class Strategy:
         """How a raw model would lie in the memory of so many ranks; None where that is not known."""
         return None
 
+    def plan_pipeline(self, module: nn.Module, plan: PipelinePlan) -> None:
+        """Take over how `lite.setup_pipeline` wants a model to be split; `wrap` does it.
+
+        Raises:
+            ConfigError: The strategy gives each rank the whole model.
+        """
+        if self.distributed and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            raise ConfigError(
+                f"lite.setup_pipeline puts a model's layers on different ranks, which strategy={self.name!r} does not; "
+                "use Lite(strategy='pipeline'), or lite.setup."
+            )
+
     def data_shards(self, world_size: int, rank: int) -> tuple[int, int]:
         """How many parts a loader's batches are split into, and which is this rank's."""
         return world_size, rank
@@ -131,6 +146,10 @@ class Strategy:
     def successor(self, parameter: Tensor) -> nn.Parameter | None:
         """What has taken the place of a parameter of a raw model in the wrapped one."""
         return None
+
+    def holds_elsewhere(self, parameter: Tensor) -> bool:
+        """Whether a parameter on the meta device is one that another rank holds."""
+        return False
 
     def adopt_optimizer(self, optimizer: Optimizer) -> None:
         """Let an optimizer of raw parameters hold those that have taken their place."""

@@ -18,6 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# Private in torch, and checked with 2.13: torch.compiler.disable would leave the user's forward to Python, too.
+from torch._C._dynamo.eval_frame import set_eval_frame as _exchange_compiler
+
 from lite.collectives import raise_explained
 from lite.disguise import disguise
 from lite.errors import ConfigError, UsageError
@@ -115,10 +118,26 @@ class _Route:
         # One context serves every call: calls of one model don't nest on this way.
         self.autocast = precision.autocast() if precision.compute_dtype is not None else None
 
+    def enter(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], whole: bool) -> Any:
+        """`run` where an engine stands around the model: torch.compile reaches what the user wrote alone."""
+        compiler = _exchange_compiler(None)
+        if compiler is None:
+            return self.run(call, args, kwargs, whole)
+
+        def compiled(*args: Any, **kwargs: Any) -> Any:
+            _exchange_compiler(compiler)
+            try:
+                return call(*args, **kwargs)
+            finally:
+                _exchange_compiler(None)
+
+        try:
+            return self.run(compiled, args, kwargs, whole)
+        finally:
+            _exchange_compiler(compiler)
+
     def run(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], whole: bool) -> Any:
         """Run `call(*args, **kwargs)`; `whole` says that it is the model's forward rather than another method."""
-        if self.engine is not None and torch.compiler.is_dynamo_compiling():
-            _refuse_compiler()
         self.inside = True
         try:
             if self.precision.changes_forward:
@@ -174,25 +193,31 @@ class _Route:
             )
 
 
-def _refuse_compiler() -> None:
-    raise UsageError(
-        "torch.compile was called on a model that is set up for several processes, and can't trace what keeps them in "
-        "step; compile it before: call model.compile() or model = torch.compile(model), then lite.setup(model)."
-    )
+def _leave_to_python(function: Callable[..., Any]) -> None:
+    """Let torch.compile not compile a function of its own accord, but what it calls."""
+    from torch._dynamo.eval_frame import skip_code  # which torch's optimizers import anyway
 
-
-# torch 2.13: the compiler leaves a function with this mark to Python, so that its error reaches the user.
-_refuse_compiler._torchdynamo_disable = True  # type: ignore[attr-defined]
+    code: Any = function.__code__
+    # A copy: functions of one definition share their code, and that of models without an engine is compiled.
+    function.__code__ = code.replace()
+    for part in (function, _Route.enter):
+        skip_code(part.__code__)
+    # What the compiler meets within a function that it compiles already, it calls as it is.
+    _Route.enter._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
 def _routed_call(raw: type[nn.Module], route: _Route) -> Callable[..., Any]:
     raw_call = raw.__call__
 
+    run = route.run if route.engine is None else route.enter
+
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if route.inside:
             return raw_call(self, *args, **kwargs)
-        return route.run(functools.partial(raw_call, self), args, kwargs, True)
+        return run(functools.partial(raw_call, self), args, kwargs, True)
 
+    if route.engine is not None:
+        _leave_to_python(__call__)
     return __call__
 
 
@@ -221,12 +246,16 @@ def _autocast_call(raw: type[nn.Module], route: _Route, autocast: AbstractContex
 
 
 def _routed_method(method: Callable[..., Any], route: _Route, *, whole: bool) -> Callable[..., Any]:
+    run = route.run if route.engine is None else route.enter
+
     @functools.wraps(method)
     def routed(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if route.inside:
             return method(self, *args, **kwargs)
-        return route.run(functools.partial(method, self), args, kwargs, whole)
+        return run(functools.partial(method, self), args, kwargs, whole)
 
+    if route.engine is not None:
+        _leave_to_python(routed)
     return routed
 
 

@@ -15,7 +15,17 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
-from lite import DDPStrategy, FSDPStrategy, Lite, LocalSGDStrategy, ModelParallelStrategy, Strategy, UsageError
+from lite import (
+    DDPStrategy,
+    FSDPStrategy,
+    Lite,
+    LocalSGDStrategy,
+    ModelParallelStrategy,
+    PipelineStrategy,
+    Strategy,
+    UsageError,
+)
+from lite.elsewhere import fetch
 from lite.sharded import whole
 from tests.support.models import TinyGPT, next_token_loss, sentences
 from tests.support.processes import run_distributed
@@ -58,15 +68,48 @@ STRATEGIES: dict[str, tuple[int, int, Callable[[], Strategy | str]]] = {
     "ddp x tp": (4, 2, lambda: ModelParallelStrategy(PLAN, data_parallel=2, sharded=False)),
     "fsdp hybrid": (4, 4, lambda: FSDPStrategy(sharding="hybrid", replicate_axis=2)),
     "local sgd": (2, 2, lambda: LocalSGDStrategy(sync_every=1)),
+    "pipeline": (2, 1, PipelineStrategy),
+    "pipeline on one": (1, 1, lambda: "pipeline"),
 }
 LOOPS = ("plain", "ragged", "accumulate", "no sync", "norm", "value", "scheduler", "frozen", "tied", "method", "ema")
 # Averaged weights are those of the averaged gradient where a step is linear in it: without clipping, and not by AdamW.
-LINEAR = {"local sgd": tuple(loop for loop in LOOPS if loop not in ("norm", "value"))}
+NOT_IN_LOCAL_SGD = ("norm", "value")
+# A pipeline's forward and backward are one call, and its microbatches divide every batch.
+NOT_IN_PIPELINES = ("ragged", "no sync", "method", "ema")
+
+
+def loops(name: str) -> list[str]:
+    left_out = NOT_IN_LOCAL_SGD if name == "local sgd" else NOT_IN_PIPELINES if name.startswith("pipeline") else ()
+    return [loop for loop in LOOPS if loop not in left_out]
 
 
 def make_optimizer(name: str, model: nn.Module) -> torch.optim.Optimizer:
     trained = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.SGD(trained, lr=0.5) if name in LINEAR else torch.optim.AdamW(trained, lr=0.02)
+    return torch.optim.SGD(trained, lr=0.5) if name == "local sgd" else torch.optim.AdamW(trained, lr=0.02)
+
+
+def prepare(lite: Lite, model: TinyGPT, *others: Any, loss: Any = next_token_loss) -> Callable[..., torch.Tensor]:
+    """Set up under any strategy; what comes back does forward and backward for a batch of tokens."""
+    if lite.strategy.name == "pipeline":
+        layers = ["tokens", "blocks", "norm", "head"]
+        pipeline, *_ = lite.setup_pipeline(model, *others, loss=loss, microbatches=2, layers=layers)
+        return lambda tokens: pipeline.forward_backward(tokens[:, :-1], target=tokens)
+    lite.setup(model, *others)
+
+    def forward_backward(tokens: torch.Tensor, weight: float = 1.0, method: bool = False) -> torch.Tensor:
+        value = model.loss(tokens) if method else loss(model(tokens[:, :-1]), tokens)
+        lite.backward(value * weight)
+        return value.detach()
+
+    return forward_backward
+
+
+def whole_state(lite: Lite, model: nn.Module) -> dict[str, torch.Tensor]:
+    """The whole model's on every rank, whoever holds what."""
+    state = model.state_dict()
+    if lite.strategy.distributes_layers:
+        state = fetch(state, lite.device, to_all=True)
+    return {key: whole(value).clone() for key, value in state.items()}
 
 
 def make_model(loop: str) -> TinyGPT:
@@ -122,7 +165,7 @@ def train(name: str, loop: str) -> tuple[list[float], dict[str, torch.Tensor], d
     # Made before setup, of the raw parameters.
     optimizer = make_optimizer(name, model)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, gamma=0.5)
-    lite.setup(model, optimizer, *([scheduler] if loop == "scheduler" else []))
+    forward_backward = prepare(lite, model, optimizer, *([scheduler] if loop == "scheduler" else []))
     assert isinstance(model, TinyGPT)
     window = lite.accumulate(model, steps=2)
     ema = lite.ema(model, decay=0.8) if loop == "ema" else None
@@ -132,10 +175,10 @@ def train(name: str, loop: str) -> tuple[list[float], dict[str, torch.Tensor], d
             ready = True
             sync = lite.no_backward_sync(model, enabled=i % 2 == 0) if loop == "no sync" else nullcontext()
             with window() if loop == "accumulate" else sync:
-                loss = model.loss(tokens) if loop == "method" else next_token_loss(model(tokens[:, :-1]), tokens)
-                lite.backward(loss / 2 if loop == "no sync" else loss)
+                options = {"no sync": {"weight": 0.5}, "method": {"method": True}}.get(loop, {})
+                loss = forward_backward(tokens, **options)
             ready = window.ready if loop == "accumulate" else loop != "no sync" or i % 2 == 1
-            mine = loss.detach() * lite._weight.value  # of a ragged batch, what the mean over ranks counts
+            mine = loss * lite._weight.value  # of a ragged batch, what the mean over ranks counts
             losses.append(lite.all_reduce(mine).item())
             if not ready:
                 continue
@@ -150,7 +193,7 @@ def train(name: str, loop: str) -> tuple[list[float], dict[str, torch.Tensor], d
             if ema is not None:
                 ema.update()
     with ema.swap() if ema is not None else nullcontext():
-        sharded = {k: whole(v).clone() for k, v in model.state_dict().items()}
+        sharded = whole_state(lite, model)
     shards = lite.strategy.shards
     lite.teardown()
     if ema is not None and shards:
@@ -164,7 +207,7 @@ def train(name: str, loop: str) -> tuple[list[float], dict[str, torch.Tensor], d
 
 
 def train_all(name: str) -> dict[str, Any]:
-    return {loop: train(name, loop) for loop in LINEAR.get(name, LOOPS)}
+    return {loop: train(name, loop) for loop in loops(name)}
 
 
 @functools.cache
@@ -174,7 +217,7 @@ def trained(name: str) -> list[dict[str, Any]]:
     return [train_all(name)] if world_size == 1 else run_distributed(train_all, name, world_size=world_size)
 
 
-@pytest.mark.parametrize(("name", "loop"), [(name, loop) for name in STRATEGIES for loop in LINEAR.get(name, LOOPS)])
+@pytest.mark.parametrize(("name", "loop"), [(name, loop) for name in STRATEGIES for loop in loops(name)])
 def test_losses_and_weights_are_those_of_a_raw_loop(name: str, loop: str) -> None:
     """In float64, to 1e-10: sums over ranks round otherwise than sums over a batch, and AdamW divides by them."""
     losses, weights = train_raw(loop, name)
@@ -193,22 +236,24 @@ def overflow(name: str) -> list[Any]:
     torch.manual_seed(3)
     model = TinyGPT()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
-    lite.setup(model, optimizer)
+    factor = 1.0
+    forward_backward = prepare(lite, model, optimizer, loss=lambda *data: next_token_loss(*data) * factor)
     lite.precision.load_state_dict({**lite.precision.state_dict(), "scale": 1024.0})
     told: list[Any] = []
     for step in range(3):
         (tokens,) = sentences(4)[:]
-        before = [whole(p).clone() for p in model.parameters()]
+        here = [p for p in model.parameters() if not p.is_meta]
+        before = [whole(p).clone() for p in here]
         optimizer.zero_grad()
-        loss = next_token_loss(model(tokens[:, :-1]), tokens)
         last = lite.strategy.data_shards(lite.world_size, lite.global_rank)[1] == parts - 1
-        lite.backward(loss * (torch.inf if step == 1 and last else 1.0))
+        factor = torch.inf if step == 1 and last else 1.0
+        forward_backward(tokens)
         if step == 2:
             lite.clip_gradients(model, optimizer, max_norm=0.5)
         optimizer.step()
-        unchanged = all(torch.equal(whole(p), b) for p, b in zip(model.parameters(), before, strict=True))
+        unchanged = all(torch.equal(whole(p), b) for p, b in zip(here, before, strict=True))
         told.append((lite.step_was_skipped(optimizer), unchanged, lite.precision.state_dict()["scale"]))
-    return [*told, [whole(p).detach().tolist() for p in model.parameters()]]
+    return [*told, [value.tolist() for value in whole_state(lite, model).values()]]
 
 
 def train_raw_with_a_gap() -> list[torch.Tensor]:
@@ -225,7 +270,7 @@ def train_raw_with_a_gap() -> list[torch.Tensor]:
     return list(model.parameters())
 
 
-@pytest.mark.parametrize("name", [name for name in STRATEGIES if name not in LINEAR])
+@pytest.mark.parametrize("name", [name for name in STRATEGIES if name != "local sgd"])
 def test_an_inf_on_one_rank_skips_the_step_on_all(name: str) -> None:
     """Their scales stay equal, and so do their weights; the steps before and after are taken.
 

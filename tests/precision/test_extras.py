@@ -1,0 +1,136 @@
+"""Precisions that need an extra: float8 layers, and frozen weights in few bits."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lite import ConfigError, Lite, MissingExtraError
+from lite.precision import make_precision
+
+ROUNDING = {"int8-frozen": ("torchao", 0.01), "nf4-frozen": ("bitsandbytes", 0.12)}
+pytestmark = pytest.mark.filterwarnings("ignore")  # torchao's and bitsandbytes' own
+
+
+class Adapted(nn.Module):
+    """A frozen layer and a low-rank one beside it, which does nothing at first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = nn.Linear(32, 32).requires_grad_(False)
+        self.down = nn.Linear(32, 4, bias=False)
+        self.up = nn.Linear(4, 32, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+
+def train(lite: Lite, model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> list[float]:
+    losses = []
+    for _ in range(20):
+        loss = (model(x) - y).pow(2).mean()
+        lite.backward(loss)
+        lite.clip_gradients(model, optimizer, max_norm=10.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("name", ROUNDING)
+def test_adapters_train_on_a_base_in_few_bits(name: str, tmp_path: Path) -> None:
+    """Through the frozen layers, whose weights are rounded by no more than their format does; checkpoints have the raw
+    keys and whole tensors, and load into the raw model and back; teardown gives plain layers."""
+    package, rounding = ROUNDING[name]
+    pytest.importorskip(package)
+    torch.manual_seed(0)
+    model = nn.Sequential(Adapted(), nn.Tanh(), Adapted())
+    raw = {key: value.clone() for key, value in model.state_dict().items()}
+    x, y = torch.randn(16, 32), torch.randn(16, 32)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    lite = Lite(accelerator="cpu", precision=name)
+    lite.setup(model, optimizer)
+    losses = train(lite, model, optimizer, x, y)
+    assert losses[-1] < 0.6 * losses[0]
+    for path in (tmp_path / "file.ckpt", tmp_path / "folder"):
+        lite.save(path, {"model": model, "optimizer": optimizer})
+    saved = torch.load(tmp_path / "file.ckpt", weights_only=True)["model"]
+    assert list(saved) == list(raw)
+    for key in ("0.base.weight", "2.base.weight"):
+        assert type(saved[key]) is Tensor
+        assert 0 < (saved[key] - raw[key]).norm() < rounding * raw[key].norm()
+    assert torch.equal(saved["0.base.bias"], raw["0.base.bias"])
+    with torch.no_grad():
+        before = model(x)
+        model.load_state_dict(raw)
+        assert not torch.allclose(model(x), before, atol=0.1)
+        lite.load(tmp_path / "folder", {"model": model, "optimizer": optimizer})
+        # Rounded once more, from what rounding had left.
+        torch.testing.assert_close(model(x), before, rtol=0, atol=0.05)
+    lite.teardown()
+    assert type(model[0].base) is nn.Linear
+    assert list(model.state_dict()) == list(raw)
+    assert type(model[0].base.weight) is nn.Parameter and model[0].base.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ROUNDING)
+def test_a_base_that_is_not_frozen_or_tied_is_refused(name: str) -> None:
+    """Nothing would be kept in few bits, or a layer would lose its weight."""
+    pytest.importorskip(ROUNDING[name][0])
+    lite = Lite(accelerator="cpu", precision=name)
+    with pytest.raises(ConfigError, match="requires_grad_"):
+        lite.setup(nn.Sequential(nn.Linear(32, 32)))
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32)).requires_grad_(False)
+    model[1].weight = model[0].weight
+    with pytest.raises(ConfigError, match="untie"):
+        lite.setup(model)
+
+
+def test_float8_layers_train_the_same_parameters() -> None:
+    """The layers whose sizes fit are exchanged and given back; keys, parameters and the optimizer's stay the same
+    objects, and gradients are the float32 ones but for rounding to 8 bits."""
+    pytest.importorskip("torchao")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 16), nn.Linear(16, 3))
+    kinds, parameters, keys = [type(part) for part in model], list(model.parameters()), list(model.state_dict())
+    x = torch.randn(16, 16)
+    model(x).pow(2).mean().backward()
+    exact = [p.grad for p in parameters if p.grad is not None]
+    model.zero_grad()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+    lite = Lite(accelerator="cpu", precision="fp8")
+    lite.setup(model, optimizer)
+    assert [type(part).__name__ for part in model] == ["Float8Linear", "Tanh", "Float8Linear", "Linear"]
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    output = model(x)
+    lite.backward(output.pow(2).mean())
+    assert output.dtype == torch.float32
+    for parameter, wanted in zip(parameters, exact, strict=True):
+        assert parameter.grad is not None and parameter.grad.dtype == torch.float32
+        assert 0 < (parameter.grad - wanted).norm() < 0.3 * wanted.norm()  # 3 bits of mantissa, through three layers
+    optimizer.zero_grad()
+    losses = train(lite, model, optimizer, x, torch.zeros(16, 3))
+    assert losses[-1] < 0.1 * losses[0]
+    lite.teardown()
+    assert [type(part) for part in model] == kinds
+    assert list(model.state_dict()) == keys
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    with pytest.raises(ConfigError, match="multiples of 16"):
+        lite.setup(nn.Sequential(nn.Linear(3, 3)))
+
+
+@pytest.mark.parametrize(
+    ("name", "package"), [("fp8", "torchao"), ("int8-frozen", "torchao"), ("nf4-frozen", "bitsandbytes")]
+)
+def test_a_missing_extra_is_named(name: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the command that installs it, before anything is set up."""
+    for module in [key for key in sys.modules if key == package or key.startswith(f"{package}.")]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'lite\["):
+        make_precision(name, "cpu")
