@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from lite.precision.base import Precision
 from lite.strategies.base import Strategy
 
 NONFINITE = ("raise", "skip", "zero", "ignore")
+_MIXED = "accumulate: some micro-batches of one window have a weight and others not; give all or none."
 
 
 def clip(
@@ -88,11 +89,14 @@ def check_clip_arguments(
     return "raise" if error_if_nonfinite else "ignore"
 
 
-class Scale(NamedTuple):
+class Scale:
     """What an open window does to a loss, and whether that is by the user's own weights."""
 
-    apply: Callable[[Tensor], Tensor]
-    weighted: bool
+    __slots__ = ("apply", "weighted")
+
+    def __init__(self, apply: Callable[[Tensor], Tensor], *, weighted: bool) -> None:
+        self.apply = apply
+        self.weighted = weighted
 
 
 class Accumulation:
@@ -128,6 +132,8 @@ class Accumulation:
         self._device = device
         self._weighted: bool | None = None
         self._total: Tensor | float = 0.0
+        self._open: Scale | None = None
+        self._weight: Tensor | float | None = None  # of the open micro-batch
 
     @contextmanager
     def __call__(self, *, last: bool = False, weight: float | Tensor | None = None) -> Iterator[None]:
@@ -147,25 +153,68 @@ class Accumulation:
         """
         if self.ready:
             self.count, self.ready, self._weighted, self._total = 0, False, None, 0.0
-        if self._weighted is not None and self._weighted != (weight is not None):
-            raise UsageError(
-                "accumulate: some micro-batches of one window have a weight and others not; give all or none."
-            )
-        self._weighted = weight is not None
         boundary = last or self.count + 1 == self.steps
-        if weight is None:
-            scale = Scale(lambda loss: loss / self.steps, weighted=False)
-        else:
-            weight = 0.0 if self._is_filler() else weight
-            scale = Scale(lambda loss: loss * weight, weighted=True)
-        with self._scaled(scale), self._no_sync(not boundary):
-            yield
-        self.count += 1
+        self._weight = None
+        self._open = Scale(lambda loss: loss / self.steps, weighted=False)
         if weight is not None:
-            self._total = self._total + weight
+            self.weigh(weight)
+        elif self._weighted:
+            self._open.apply = _refuse_unweighted
+        try:
+            with self._scaled(self._open), self._no_sync(not boundary):
+                yield
+        finally:
+            self._open = None
+        if self._weighted is None:
+            self._weighted = self._weight is not None
+        elif self._weighted != (self._weight is not None):
+            raise UsageError(_MIXED)
+        self.count += 1
+        if self._weight is not None:
+            self._total = self._total + self._weight
         if boundary:
             self._finish()
             self.ready = True
+
+    def weigh(self, weight: float | Tensor) -> None:
+        """Give the open micro-batch its weight, where only the forward tells it: call it before `lite.backward`.
+
+        Raises:
+            UsageError: No micro-batch is open, or the window's others have no weights.
+        """
+        if self._open is None:
+            raise UsageError("weigh was called outside of the accumulation's `with` block; call it before backward.")
+        if self._weighted is False:
+            raise UsageError(_MIXED)
+        value = self._weight = 0.0 if self._is_filler() else weight
+        self._open.apply, self._open.weighted = (lambda loss: loss * value), True
+
+    def flush(self) -> None:
+        """End an open window whose last micro-batch was not known to be the last; its gradients become the ranks' mean.
+
+        Collective: call on all ranks.
+        """
+        if self.ready or not self.count:
+            return
+        for parameter in {id(p): p for p in self._parameters()}.values():
+            if parameter.grad is not None:
+                parameter.grad.copy_(collectives.all_reduce(parameter.grad, "mean"))
+        self._finish()
+        self.ready = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """The open window, for a checkpoint in the middle of it; the gradients so far are the model's."""
+        done = self.ready
+        return {
+            "count": 0 if done else self.count,
+            "weighted": None if done else self._weighted,
+            "total": 0.0 if done else float(self._total),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on within that window."""
+        self.count, self._weighted, self._total = state["count"], state["weighted"], state["total"]
+        self.ready = False
 
     def _finish(self) -> None:
         """Turn the sum of the window into the mean over what it really held."""
@@ -181,3 +230,7 @@ class Accumulation:
         for parameter in {id(p): p for p in self._parameters()}.values():
             if parameter.grad is not None:
                 parameter.grad.mul_(factor.to(parameter.grad.dtype) if isinstance(factor, Tensor) else factor)
+
+
+def _refuse_unweighted(loss: Tensor) -> Tensor:
+    raise UsageError(_MIXED)
