@@ -346,8 +346,6 @@ def infer_batch_size(batch: Any, warn: Callable[[str], None]) -> int:
 def _sizes(data: Any) -> Iterable[int]:
     if isinstance(data, Tensor):
         yield data.shape[0] if data.ndim else 1
-    elif isinstance(data, str):
-        yield len(data)
     elif isinstance(data, Mapping):
         for value in data.values():
             yield from _sizes(value)

@@ -58,7 +58,7 @@ class Trainer(View):
         lite: A ready Lite object instead of these, with its loggers.
         logger: True or None: TensorBoard where it is installed, else CSV, in `default_root_dir`; False: none; one or
             several Loggers.
-        callbacks: One or several; those of the entry-point group `lite.callbacks` and of `configure_callbacks` come too.
+        callbacks: One or several; those of entry-point group `lite.callbacks` and `configure_callbacks` come too.
         default_root_dir: Where logs and checkpoints go; the current directory.
         max_epochs: Epochs in all; -1 for no limit; 1000 when no limit is given.
         min_epochs: Epochs before which `should_stop` does not count.
@@ -736,9 +736,13 @@ class Trainer(View):
             yield
             return
         poll: Callable[[], bool] = self.lite.should_stop
-        self.fit_loop.stop_poll = lambda: poll() and self.lite.stop_signal is not None
+        alone = self.world_size == 1
         try:
-            with self.lite.stop_on_signals(*ours):
+            with self.lite.stop_on_signals(*ours) as signals:
+                # Alone there is nobody to agree with, so it is enough to look whether a signal has come.
+                self.fit_loop.stop_poll = lambda: (
+                    (not alone or signals.received is not None) and poll() and self.lite.stop_signal is not None
+                )
                 yield
         finally:
             self.fit_loop.stop_poll = None

@@ -18,7 +18,8 @@ from torch import nn
 
 from lite.errors import ConfigError
 from lite.trainer.data import INFINITE, StageData
-from lite.trainer.hooks import accepted, overrides
+from lite.trainer.hooks import overrides
+from lite.trainer.loops.step import signature_of
 from lite.trainer.module import LightningModule
 
 _HOOKS = {"validate": "validation", "test": "test", "predict": "predict"}
@@ -179,17 +180,14 @@ class EvaluationLoop:
 
 def eval_step_caller(method: Callable[..., Any], index: int, num_loaders: int) -> Callable[[Any, int], Any]:
     """An evaluation step as a function of (batch, batch_idx); `dataloader_idx` is given where the method has it."""
-    import inspect
-
-    names = inspect.signature(method).parameters
+    names, most, takes_any = signature_of(method)
     if "dataloader_idx" in names:
         return lambda batch, batch_idx: method(batch, batch_idx, dataloader_idx=index)
-    if num_loaders > 1 and "batch_idx" in names and not any(p.kind is p.VAR_KEYWORD for p in names.values()):
+    if num_loaders > 1 and "batch_idx" in names and not takes_any:
         raise ConfigError(
             f"{method.__name__} gets batches of {num_loaders} loaders and has no dataloader_idx; write "
             f"def {method.__name__}(self, batch, batch_idx, dataloader_idx=0)."
         )
-    _, most = accepted(method)
     return method if most > 1 else lambda batch, batch_idx: method(batch)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -17,6 +19,8 @@ from lite.trainer.manual import in_hands
 from lite.trainer.module import LightningModule, detached
 
 Step = Callable[[Any, int], Any]
+Signature = tuple[tuple[str, ...], int, bool]
+_signatures: weakref.WeakKeyDictionary[Any, Signature] = weakref.WeakKeyDictionary()
 
 
 def step_caller(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -25,24 +29,33 @@ def step_caller(method: Callable[..., Any]) -> Callable[..., Any]:
     Raises:
         ConfigError: It takes arguments that only older versions gave.
     """
-    import inspect
-
-    names = list(inspect.signature(method).parameters)
+    names, most, _ = signature_of(method)
     if "optimizer_idx" in names:
         raise ConfigError(
             "training_step(batch, batch_idx, optimizer_idx) is the form of older versions; set "
             "self.automatic_optimization = False in __init__, and for each optimizer of self.optimizers() call "
             "zero_grad(), self.manual_backward(loss) and step() in training_step(batch, batch_idx)."
         )
-    if "hiddens" in names or names[:1] == ["dataloader_iter"]:
+    if "hiddens" in names or names[:1] == ("dataloader_iter",):
         raise ConfigError(
             f"training_step({', '.join(names)}): only batch and batch_idx are given; split sequences in training_step, "
             "or let the loader give what you would draw from it."
         )
-    _, most = accepted(method)
     if most == 0:
         raise ConfigError("training_step() takes no batch; write def training_step(self, batch, batch_idx).")
     return method if most > 1 else lambda batch, batch_idx: method(batch)
+
+
+def signature_of(method: Callable[..., Any]) -> Signature:
+    """Names of a method's parameters, how many it takes by position, whether it takes any name; looked at once."""
+    function = getattr(method, "__func__", method)
+    found = _signatures.get(function)
+    if found is None:
+        parameters = inspect.signature(method).parameters
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        found = (tuple(parameters), accepted(method)[1], takes_any)
+        _signatures[function] = found
+    return found
 
 
 def compose_step(trainer: Any, window: Any, is_last: Callable[[int], bool]) -> Step:
