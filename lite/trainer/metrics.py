@@ -268,6 +268,8 @@ class Metrics:
             self.kept[entry.name] = value
             if entry.on_step:
                 self.kept[entry.epoch_name] = value
+                if stage == "train":
+                    self.kept[entry.step_name] = entry.step_value()
             if entry.logger:
                 row[entry.epoch_name] = value
             if entry.options.prog_bar:

@@ -37,6 +37,12 @@ def check_old_hooks(module: Any) -> None:
             warnings.warn(f"{type(module).__name__}.{name} is not called any more; use {new}.", stacklevel=6)
 
 
+def find_old_hooks(module: Any, word: str) -> OldHooks | None:
+    """The module's old hooks in that kind of stage, where it has any."""
+    found = OldHooks(module, word)
+    return found if found.epoch_end is not None or found.step_end is not None else None
+
+
 class OldHooks:
     """The old hooks of one module in one kind of stage, and the outputs that they want.
 
@@ -50,11 +56,6 @@ class OldHooks:
         self.epoch_end = getattr(module, f"{prefix}_epoch_end", None)
         self.step_end = getattr(module, f"{prefix}_step_end", None)
         self.outputs: list[list[Any]] = []
-
-    @property
-    def any(self) -> bool:
-        """Whether there are any."""
-        return self.epoch_end is not None or self.step_end is not None
 
     def around(self, step: Any) -> Any:
         """The step with what followed it."""

@@ -58,7 +58,7 @@ def read_optimizers(returned: Any) -> tuple[list[Optimizer], list[SchedulerConfi
         )
         return [], []
     schedulers: list[SchedulerConfig] = []
-    if not isinstance(returned, (Optimizer, Mapping, list, tuple)) and isinstance(returned, Iterable):
+    if not isinstance(returned, (Optimizer, Mapping, list, tuple, str)) and isinstance(returned, Iterable):
         returned = list(returned)
     if isinstance(returned, Optimizer):
         optimizers = [returned]

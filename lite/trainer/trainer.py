@@ -565,7 +565,7 @@ class Trainer(View):
         has_step = overrides(model, "validation_step", LightningModule)
         if has_val and not has_step:
             warnings.warn(f"{name} has validation data but no validation_step: it is not validated.", stacklevel=4)
-        if has_step and not has_val:
+        if has_step and not has_val and self.limit_val_batches:
             warnings.warn(f"{name} has a validation_step but no validation data: it is not validated.", stacklevel=4)
         if not model.automatic_optimization:
             for argument, value in (

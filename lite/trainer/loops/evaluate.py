@@ -21,6 +21,7 @@ from lite.trainer.data import INFINITE, StageData
 from lite.trainer.hooks import overrides
 from lite.trainer.loops.step import signature_of
 from lite.trainer.module import LightningModule
+from lite.trainer.old import OldHooks, find_old_hooks
 
 _HOOKS = {"validate": "validation", "test": "test", "predict": "predict"}
 
@@ -43,6 +44,7 @@ class EvaluationLoop:
         self.running = self.restoring = False
         self.loader_state: Any = None
         self._data: StageData | None = None
+        self._old: OldHooks | None = None
 
     def run(
         self,
@@ -74,6 +76,7 @@ class EvaluationLoop:
         if not resumed:
             self.loader = self.batch = 0
         self.running = True
+        self._old = find_old_hooks(trainer.module, word)
         with evaluating(trainer, word), no_grad():
             if not resumed:
                 self._call(trainer, f"on_{word}_start")
@@ -85,6 +88,9 @@ class EvaluationLoop:
                 if self._run_loader(trainer, index, data, go_on if resumed and index == first else None, each_batch):
                     return []
             metrics.end_batches()
+            if self._old is not None:
+                metrics.at(metrics.place(self.stage, f"on_{word}_epoch_end"))
+                self._old.end()
             self._call(trainer, f"on_{word}_epoch_end")
             results: list[dict[str, Any]]
             row, results = metrics.finish(self.stage, len(data.loaders))
@@ -109,7 +115,9 @@ class EvaluationLoop:
         name = f"{word}_step"
         if self.stage != "predict" and not overrides(trainer.module, name, LightningModule):
             raise ConfigError(f"{type(trainer.module).__name__} has no {name}; define it to {self.stage}.")
-        step = eval_step_caller(getattr(trainer.module, name), index, len(data.loaders))
+        step, old = eval_step_caller(getattr(trainer.module, name), index, len(data.loaders)), self._old
+        if old is not None:
+            step = old.around(step)
         stage, place = self.stage, metrics.place
         in_start, in_end = place(stage, f"on_{word}_batch_start", index), place(stage, f"on_{word}_batch_end", index)
         in_step = place(stage, name, index)
@@ -141,6 +149,8 @@ class EvaluationLoop:
             if writes_steps:
                 trainer.write_eval_step(self.stage)
             self.take(outputs, index, trainer)
+            if old is not None and not metrics.filler:
+                old.keep(outputs, index)
             if each_batch is not None and each_batch():
                 return True
         return False

@@ -113,6 +113,8 @@ class FitLoop:
         complete = not self._is_cut_off(trainer)
         self.metrics_before = None if complete else metrics.state_dict()
         metrics.at(metrics.place("train", "on_train_epoch_end"))
+        if self.epoch_loop.old is not None:
+            self.epoch_loop.old.end()
         hooks.call("on_train_epoch_end")
         row, _ = metrics.finish("train")
         trainer.write_row(row)

@@ -129,7 +129,10 @@ def _automatic_step(trainer: Any, window: Any, is_last: Callable[[int], bool]) -
 def _compute(trainer: Any, window: Any, is_last: Callable[[int], bool]) -> Step:
     """forward, loss, backward of one batch, in a window of accumulation where there is one."""
     module, hooks, metrics, lite = trainer.module, trainer.hooks, trainer.metrics, trainer.lite
+    old = trainer.fit_loop.epoch_loop.old
     call = step_caller(module.training_step)
+    if old is not None:
+        call = old.around(call)
     own_backward = overrides(module, "backward", LightningModule)
     backward = module.backward if own_backward else lite.backward
     at, training = metrics.at, metrics.place("train", "training_step")

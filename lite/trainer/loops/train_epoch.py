@@ -20,6 +20,7 @@ from lite.trainer.events import Event
 from lite.trainer.hooks import overrides
 from lite.trainer.loops.step import ReferenceWindow, compose_step, hook_outputs
 from lite.trainer.module import LightningModule
+from lite.trainer.old import OldHooks, find_old_hooks
 from lite.trainer.schedules import step_schedulers
 
 _VOTE_EVERY = 50
@@ -36,6 +37,7 @@ class TrainEpochLoop:
     def __init__(self) -> None:
         self.window: Any = None
         self.output: Any = None
+        self.old: OldHooks | None = None
         self._window_state: dict[str, Any] | None = None
         self._look_at: float = 0
         self._validated_at_s = time.monotonic()
@@ -49,6 +51,7 @@ class TrainEpochLoop:
         num_batches = data.num_batches
         count = progress.batch
         self._make_window(trainer)
+        self.old = old = find_old_hooks(trainer.module, "train")
         step = compose_step(trainer, self.window, lambda batch_idx: batch_idx + 1 >= num_batches)
         on_start, on_end = hooks.on_train_batch_start, hooks.on_train_batch_end
         in_start = metrics.place("train", "on_train_batch_start")
@@ -71,6 +74,8 @@ class TrainEpochLoop:
                     break
             output = self.output = step(batch, count)
             count += 1
+            if old is not None:
+                old.keep(hook_outputs(output))
             if by_step and progress.stepped > stepped:
                 stepped = progress.stepped
                 step_schedulers(trainer, by_step, stepped)
