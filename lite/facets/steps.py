@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
@@ -222,4 +223,22 @@ def compose_backward(lite: Steps) -> Callable[..., None]:
                 raise
             raise UsageError(advice) from error
 
-    return checked_backward if lite.world_size > 1 else backward
+    if lite.world_size > 1:
+        return checked_backward
+    if type(lite).backward is Steps.backward:
+        lite.backward = _direct_backward(lite, plain)  # type: ignore[method-assign]  # two calls less per step
+    return backward
+
+
+def _direct_backward(lite: Steps, plain: Callable[..., None]) -> Callable[..., None]:
+    """`Lite.backward` of one process."""
+
+    @functools.wraps(Steps.backward)
+    def backward(loss: Tensor, *args: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
+        if model is not None:
+            lite._check_set_up("backward", model)
+        if lite._scale is not None:
+            loss = lite._scale.apply(loss)
+        plain(loss, *args, **kwargs)
+
+    return backward

@@ -97,9 +97,9 @@ class Metrics:
         """That place runs from now on."""
         self.here = place
 
-    def begin_batch(self, batch: Any) -> None:
-        """Epoch values are weighed by this batch's size, which is looked for when it is asked for."""
-        self._batch, self._size = batch, None
+    def begin_batch(self, batch: Any, place: Place) -> None:
+        """That place runs with this batch; its size, which weighs epoch values, is looked for when it is asked for."""
+        self._batch, self._size, self.here = batch, None, place
 
     def end_batches(self) -> None:
         """No batch is under way any more."""

@@ -276,6 +276,7 @@ class Trainer(View):
             val_dataloaders,
             datamodule,
             ckpt_path,
+            events=("epoch",),
             restore=restore,
             restore_except=restore_except,
         ):
@@ -289,12 +290,14 @@ class Trainer(View):
         datamodule: Any = None,
         ckpt_path: str | os.PathLike[str] | None = None,
         *,
+        events: Iterable[str] = ("batch", "epoch"),
         restore: Iterable[str] | None = None,
         restore_except: Iterable[str] | None = None,
     ) -> Iterator[Event]:
         """`fit` as an iterator of events, to be driven by hand; arguments as for `fit`.
 
-        Between two events the run stands still: look at it, save a checkpoint, go on, or break off.
+        Between two events the run stands still: look at it, save a checkpoint, go on, or break off. There is one for
+        each epoch, and where "batch" is among `events` one for each training batch.
 
         Example:
             for event in trainer.steps(model, loader):
@@ -307,6 +310,7 @@ class Trainer(View):
         self._launch()
         self._given = {"train": train_dataloaders, "val": val_dataloaders}
         self.fit_loop.begin()
+        self.fit_loop.gives_batches = "batch" in set(events)
         self._check_fit(model, datamodule)
         with running(self, TrainerFn.FITTING, model, datamodule), self._stop_signals():
             checkpoint = self._read_for_fit(ckpt_path)
@@ -736,13 +740,11 @@ class Trainer(View):
             yield
             return
         poll: Callable[[], bool] = self.lite.should_stop
-        alone = self.world_size == 1
+        self.fit_loop.stop_poll = lambda: poll() and self.lite.stop_signal is not None
         try:
-            with self.lite.stop_on_signals(*ours) as signals:
-                # Alone there is nobody to agree with, so it is enough to look whether a signal has come.
-                self.fit_loop.stop_poll = lambda: (
-                    (not alone or signals.received is not None) and poll() and self.lite.stop_signal is not None
-                )
+            with self.lite.stop_on_signals(*ours):
+                for number in ours:
+                    signal.signal(number, _waking(signal.getsignal(number), self.fit_loop.epoch_loop.look_now))
                 yield
         finally:
             self.fit_loop.stop_poll = None
@@ -859,6 +861,14 @@ def _or_datamodule(loaders: Any, datamodule: Any) -> tuple[Any, Any]:
     if loaders is not None and datamodule is not None:
         raise ConfigError("loaders and a datamodule were passed; pass one of them.")
     return loaders, datamodule
+
+
+def _waking(handler: Any, look_now: Callable[[], None]) -> Callable[[int, Any], None]:
+    def handle(number: int, frame: Any) -> None:
+        handler(number, frame)
+        look_now()
+
+    return handle
 
 
 def _names(folder: str) -> list[str]:

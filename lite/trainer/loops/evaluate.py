@@ -127,14 +127,14 @@ class EvaluationLoop:
         for batch in self._open(data.loaders[index], data.limits[index], done, go_on):
             if move is not None:
                 batch = move(batch, index)
-            metrics.begin_batch(batch)
+            metrics.begin_batch(batch, in_step)
             if real is not None:
                 metrics.filler = real() == 0
             if on_start:
                 metrics.at(in_start)
                 for hook in on_start:
                     hook(batch, done, index)
-            metrics.at(in_step)
+                metrics.at(in_step)
             if metrics.filler:
                 with unchanged_metrics(trainer.module):
                     outputs = step(batch, done)

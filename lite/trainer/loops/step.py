@@ -18,6 +18,10 @@ from lite.trainer.hooks import accepted, overrides
 from lite.trainer.manual import in_hands
 from lite.trainer.module import LightningModule, detached
 
+_NO_GRAPH = (
+    "training_step returned a loss that needs no gradient, so there is nothing to train by; don't detach it or compute "
+    "it under torch.no_grad(), and check that parameters are not all frozen."
+)
 Step = Callable[[Any, int], Any]
 Signature = tuple[tuple[str, ...], int, bool]
 _signatures: weakref.WeakKeyDictionary[Any, Signature] = weakref.WeakKeyDictionary()
@@ -79,6 +83,9 @@ def _automatic_step(trainer: Any, window: Any, is_last: Callable[[int], bool]) -
     # Called by name at each step: other things (schedulers) may put their own in the instance's place.
     if not _wants_closure(module, optimizer):
 
+        if window is None and before_step is None and not _hooked(trainer):
+            return _plain_step(trainer, optimizer)
+
         def step(batch: Any, batch_idx: int) -> Any:
             output = compute(batch, batch_idx)
             if window is not None and not window.ready:
@@ -126,16 +133,48 @@ def _automatic_step(trainer: Any, window: Any, is_last: Callable[[int], bool]) -
     return closed_step
 
 
+def _hooked(trainer: Any) -> bool:
+    """Whether anybody looks on between forward and step."""
+    hooks, module = trainer.hooks, trainer.module
+    own = any(overrides(module, name, LightningModule) for name in ("backward", "optimizer_zero_grad"))
+    return bool(own or hooks.on_before_zero_grad or hooks.on_before_backward or hooks.on_after_backward)
+
+
+def _plain_step(trainer: Any, optimizer: Optimizer) -> Step:
+    """The step where nobody looks on: a raw loop's. Old gradients go before the forward, which so needs less memory."""
+    progress, backward = trainer.fit_loop.progress, trainer.lite.backward
+    call, skip = _training_call(trainer), _skipper(trainer)
+
+    def plain_step(batch: Any, batch_idx: int) -> Any:
+        optimizer.zero_grad()
+        output = call(batch, batch_idx)
+        loss = output if output.__class__ is Tensor else pick_loss(output)
+        if loss is None:
+            skip()
+        elif loss.requires_grad:
+            backward(loss)
+        else:
+            raise UsageError(_NO_GRAPH)
+        optimizer.step()
+        progress.updates += 1
+        progress.stepped += 1
+        return output
+
+    return plain_step
+
+
+def _training_call(trainer: Any) -> Callable[[Any, int], Any]:
+    call, old = step_caller(trainer.module.training_step), trainer.fit_loop.epoch_loop.old
+    return call if old is None else old.around(call)
+
+
 def _compute(trainer: Any, window: Any, is_last: Callable[[int], bool]) -> Step:
     """forward, loss, backward of one batch, in a window of accumulation where there is one."""
     module, hooks, metrics, lite = trainer.module, trainer.hooks, trainer.metrics, trainer.lite
-    old = trainer.fit_loop.epoch_loop.old
-    call = step_caller(module.training_step)
-    if old is not None:
-        call = old.around(call)
+    call = _training_call(trainer)
     own_backward = overrides(module, "backward", LightningModule)
     backward = module.backward if own_backward else lite.backward
-    at, training = metrics.at, metrics.place("train", "training_step")
+    at = metrics.at
     zero_grad = _zero_grad(trainer)
     before_backward, after_backward = hooks.on_before_backward, hooks.on_after_backward
     in_before = metrics.place("train", "on_before_backward")
@@ -146,10 +185,7 @@ def _compute(trainer: Any, window: Any, is_last: Callable[[int], bool]) -> Step:
 
     def run_backward(loss: Tensor) -> None:
         if not loss.requires_grad:
-            raise UsageError(
-                "training_step returned a loss that needs no gradient, so there is nothing to train by; don't detach "
-                "it or compute it under torch.no_grad(), and check that parameters are not all frozen."
-            )
+            raise UsageError(_NO_GRAPH)
         if before_backward:
             at(in_before)
             for hook in before_backward:
@@ -160,27 +196,9 @@ def _compute(trainer: Any, window: Any, is_last: Callable[[int], bool]) -> Step:
             for hook in after_backward:
                 hook()
 
-    if window is None and not before_backward and not after_backward:
-
-        def compute_plainly(batch: Any, batch_idx: int) -> Any:
-            at(training)
-            output = call(batch, batch_idx)
-            loss = output if output.__class__ is Tensor else pick_loss(output)
-            zero_grad(batch_idx)
-            if loss is None:
-                skip()
-            elif loss.requires_grad:
-                backward(loss)
-            else:
-                run_backward(loss)
-            return output
-
-        return compute_plainly
-
     if window is None:
 
         def compute(batch: Any, batch_idx: int) -> Any:
-            at(training)
             output = call(batch, batch_idx)
             loss = pick_loss(output)
             zero_grad(batch_idx)
@@ -193,7 +211,6 @@ def _compute(trainer: Any, window: Any, is_last: Callable[[int], bool]) -> Step:
         return compute
 
     def compute_within(batch: Any, batch_idx: int) -> Any:
-        at(training)
         first = window.ready or window.count == 0
         with window(last=is_last(batch_idx)):
             output = call(batch, batch_idx)
@@ -387,13 +404,11 @@ class ReferenceWindow:
 
 def _manual_step(trainer: Any) -> Step:
     """The module's own hand: it runs backward and steps; the optimizers that it has been given count."""
-    module, metrics = trainer.module, trainer.metrics
+    module = trainer.module
     call = step_caller(module.training_step)
-    training = metrics.place("train", "training_step")
     progress = trainer.fit_loop.progress
 
     def step(batch: Any, batch_idx: int) -> Any:
-        metrics.at(training)
         updates = progress.updates
         output = module.manual_step(call, batch, batch_idx)
         if progress.updates > updates:

@@ -56,8 +56,10 @@ class TrainEpochLoop:
         on_start, on_end = hooks.on_train_batch_start, hooks.on_train_batch_end
         in_start = metrics.place("train", "on_train_batch_start")
         in_end = metrics.place("train", "on_train_batch_end")
+        training, at, begin_batch = metrics.place("train", "training_step"), metrics.at, metrics.begin_batch
         by_step = [c for c in trainer.lr_scheduler_configs if c.interval == "step"] if _paced(trainer) else []
-        move, stop_polled = data.move, fit.stop_poll
+        move, driven = data.move, fit.gives_batches
+        stop_polled = fit.stop_poll if trainer.world_size > 1 else None  # alone, the signal itself lets the loop look
         event = Event("batch", trainer)
         self._stepped = stepped = progress.stepped
         batches = self._open(trainer, data, count)
@@ -67,11 +69,12 @@ class TrainEpochLoop:
         for batch in batches:
             if move is not None:
                 batch = move(batch, 0)
-            metrics.begin_batch(batch)
+            begin_batch(batch, training)
             if on_start:
-                metrics.at(in_start)
+                at(in_start)
                 if any([hook(batch, count) == -1 for hook in on_start]):
                     break
+                at(training)
             output = self.output = step(batch, count)
             count += 1
             if old is not None:
@@ -84,17 +87,18 @@ class TrainEpochLoop:
             if count >= num_batches:
                 self._end_of_batches(trainer)
             if on_end:
-                metrics.at(in_end)
+                at(in_end)
                 outputs = hook_outputs(output)
                 for hook in on_end:
                     hook(outputs, batch, count - 1)
             if count >= self._look_at or fit.wants_stop or (stop_polled is not None and stop_polled()):
                 metrics.end_batches()
                 ends = self._look(trainer, count)
-                yield event
+                if driven:
+                    yield event
                 if ends:
                     break
-            else:
+            elif driven:
                 yield event
         else:
             if count < num_batches:  # the loader had fewer than it said, or nobody knew
