@@ -188,6 +188,8 @@ class EpochEntry(Entry):
         value = self.value = self._taken(value)
         self.fresh = self.unwritten = True
         if self._sizes.filler:  # this rank's batch repeats another's sample
+            if isinstance(value, Tensor):
+                self._dtype = self._dtype or _result_dtype(value)
             return
         self.touched = True
         if self._mean:
@@ -205,7 +207,7 @@ class EpochEntry(Entry):
             scalars = [as_scalar(v) for v in self._pending]
             device = next(v.device for v in self._pending if isinstance(v, Tensor))
             first = next(v for v in self._pending if isinstance(v, Tensor))
-            self._dtype = first.dtype if first.dtype is torch.float64 else torch.float32
+            self._dtype = _result_dtype(first)
             wide = torch.float64 if device.type != "mps" else torch.float32
             values = torch.stack([v.to(device, wide) for v in scalars])
         if self._mean:
@@ -282,6 +284,10 @@ class MetricEntry(Entry):
         value = self.value.compute()
         self.value.reset()
         return as_scalar(value)
+
+
+def _result_dtype(value: Tensor) -> torch.dtype:
+    return torch.float64 if value.dtype is torch.float64 else torch.float32
 
 
 def as_scalar(value: Any) -> Tensor:

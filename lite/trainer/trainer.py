@@ -665,7 +665,7 @@ class Trainer(View):
             data.loaders, [min(n, self.num_sanity_val_steps) for n in data.limits], data.names, data.move
         )
         if limited.num_batches:
-            self.fit_loop.val_loop.run(self, limited, no_grad=no_gradients(False))
+            EvaluationLoop("validate").run(self, limited, no_grad=no_gradients(False))
         self.metrics.at(self.metrics.place("", "on_sanity_check_end"))
         self.hooks.call("on_sanity_check_end")
         self.metrics.discard("validate")
