@@ -110,6 +110,10 @@ class CombinedLoader:
             if saved is not None:
                 loader.load_state_dict(saved)
 
+    def forget_position(self) -> None:
+        """Let the next iteration begin with all loaders again."""
+        self._resumed = None
+
     @property
     def state_is_per_rank(self) -> bool:
         """Whether ranks have positions of their own."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import PurePosixPath
@@ -13,7 +14,6 @@ from typing import Any
 import torch
 
 from lite.checkpoint.reading import read
-from lite.trainer.hparams import AttributeDict
 from lite.trainer.progress import Progress
 
 _ATTRIBUTE_DICTS = (
@@ -28,7 +28,7 @@ _ATTRIBUTE_DICTS = (
 @contextmanager
 def foreign_globals() -> Iterator[None]:
     """Within the block, `torch.load(weights_only=True)` reads the few classes of those files as plain ones of ours."""
-    stand_ins: list[Any] = [(AttributeDict, name) for name in _ATTRIBUTE_DICTS]
+    stand_ins: list[Any] = [(OrderedDict, name) for name in _ATTRIBUTE_DICTS]
     stand_ins += [(PurePosixPath, "pathlib.PosixPath"), (PurePosixPath, "pathlib._local.PosixPath")]
     stand_ins += [(argparse.Namespace, "argparse.Namespace")]
     with torch.serialization.safe_globals(stand_ins):

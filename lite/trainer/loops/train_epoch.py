@@ -15,6 +15,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from lite import collectives
+from lite.trainer.combined import CombinedLoader
 from lite.trainer.data import INFINITE, StageData, length
 from lite.trainer.events import Event
 from lite.trainer.hooks import overrides
@@ -241,6 +242,11 @@ def _paced(trainer: Any) -> bool:
 
 def discard(loader: Any) -> None:
     """Let go of a pass that a loaded state asks for and of which nothing is wanted any more."""
+    if isinstance(loader, CombinedLoader):
+        loader.forget_position()
+        for part in loader.flattened:
+            discard(part)
+        return
     progress = getattr(loader, "progress", None)
     if progress is not None and progress()[1]:
         next(iter(loader), None)
