@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from lite import collectives
-from lite.errors import ConfigError, UsageError
+from lite.errors import ConfigError, UsageError, choose
 from lite.lite import Lite
 from lite.loggers import Logger
 from lite.seed import RandomState
@@ -276,7 +276,7 @@ class Trainer(View):
             val_dataloaders,
             datamodule,
             ckpt_path,
-            events=("epoch",),
+            events=(),
             restore=restore,
             restore_except=restore_except,
         ):
@@ -296,8 +296,8 @@ class Trainer(View):
     ) -> Iterator[Event]:
         """`fit` as an iterator of events, to be driven by hand; arguments as for `fit`.
 
-        Between two events the run stands still: look at it, save a checkpoint, go on, or break off. There is one for
-        each epoch, and where "batch" is among `events` one for each training batch.
+        Between two events the run stands still: look at it, save a checkpoint, go on, or break off. `events` chooses
+        among those after each "batch" and after each "epoch".
 
         Example:
             for event in trainer.steps(model, loader):
@@ -310,7 +310,7 @@ class Trainer(View):
         self._launch()
         self._given = {"train": train_dataloaders, "val": val_dataloaders}
         self.fit_loop.begin()
-        self.fit_loop.gives_batches = "batch" in set(events)
+        self.fit_loop.events = {choose("events", kind, ["batch", "epoch"]) for kind in events}
         self._check_fit(model, datamodule)
         with running(self, TrainerFn.FITTING, model, datamodule), self._stop_signals():
             checkpoint = self._read_for_fit(ckpt_path)

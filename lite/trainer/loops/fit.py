@@ -40,7 +40,7 @@ class FitLoop:
     Attributes:
         progress: The cursor and the clocks.
         wants_stop: Training is to stop (`trainer.should_stop`): the same on all ranks.
-        gives_batches: There is an event for each batch, besides that of each epoch.
+        events: The kinds of events that are given.
         wish: This rank wishes so; the others hear of it at the next vote.
         data, val_data: The loaders.
     """
@@ -63,7 +63,7 @@ class FitLoop:
         self.val_data = StageData()
         self.wants_stop = self.wish = self.stopped_by_signal = False
         self.interrupted = False
-        self.gives_batches = True
+        self.events = {"batch", "epoch"}
         self.stop_poll: Callable[[], bool] | None = None
         self.moment: RandomState | None = None
         self.metrics_before: dict[str, Any] | None = None  # an epoch that is cut off may be gone on with
@@ -85,7 +85,8 @@ class FitLoop:
             self._end_epoch(trainer)
             if self.progress.within:  # cut off in the middle
                 break
-            yield epoch_done
+            if "epoch" in self.events:
+                yield epoch_done
         progress.stop_clock()
         if self.stopped_by_signal:
             return

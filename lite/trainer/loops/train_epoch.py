@@ -59,7 +59,7 @@ class TrainEpochLoop:
         in_end = metrics.place("train", "on_train_batch_end")
         training, at, begin_batch = metrics.place("train", "training_step"), metrics.at, metrics.begin_batch
         by_step = [c for c in trainer.lr_scheduler_configs if c.interval == "step"] if _paced(trainer) else []
-        move, driven = data.move, fit.gives_batches
+        move, driven = data.move, "batch" in fit.events
         stop_polled = fit.stop_poll if trainer.world_size > 1 else None  # alone, the signal itself lets the loop look
         event = Event("batch", trainer)
         self._stepped = stepped = progress.stepped
