@@ -1,6 +1,6 @@
 """Train a small CNN on scikit-learn's handwritten digits and count what it gets right on digits that it never saw.
 
-digits_raw.py is a plain PyTorch loop for one device, digits_lite.py the same loop with Lite. Here the Trainer has the loop:
+digits_raw.py is a plain PyTorch loop for one device, digits_lite.py the same loop with Lite. Here the Trainer has it:
 
     torchrun --nproc-per-node=2 examples/digits_trainer.py
 """

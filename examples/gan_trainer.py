@@ -1,7 +1,7 @@
 """Train a generator of handwritten digits against a discriminator: two networks and two optimizers in one module.
 
-gan_raw.py is a plain PyTorch loop for one device, gan_lite.py the same loop with Lite. Here the Trainer has the loop, and
-the module steps its optimizers by hand:
+gan_raw.py is a plain PyTorch loop for one device, gan_lite.py the same loop with Lite. Here the Trainer has it, and the
+module steps its optimizers by hand:
 
     torchrun --nproc-per-node=2 examples/gan_trainer.py
 """

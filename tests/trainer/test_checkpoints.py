@@ -269,7 +269,10 @@ def test_behaviour_34_hyperparameters_of_every_kind(tmp_path: Path) -> None:
 
     with pytest.warns(UserWarning, match=r"keeps 'layer', which is a module"):
         whole = Whole(nn.Linear(1, 1), function=lambda: 1)
-    with pytest.warns(UserWarning, match=r"'layer' is not in the checkpoint"), pytest.warns(UserWarning, match="'function'"):
+    with (
+        pytest.warns(UserWarning, match=r"'layer' is not in the checkpoint"),
+        pytest.warns(UserWarning, match="'function'"),
+    ):
         assert storable(whole.hparams, "Whole") == {}
 
     class Data(LightningDataModule):

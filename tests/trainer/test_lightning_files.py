@@ -63,7 +63,7 @@ def test_behaviour_33_classes_of_older_files_are_read_as_plain_ones(
     for part in ("pytorch_lightning", "pytorch_lightning.utilities", name):
         monkeypatch.setitem(sys.modules, part, types.ModuleType(part))
     old = type("AttributeDict", (dict,), {"__module__": name})
-    setattr(sys.modules[name], "AttributeDict", old)
+    sys.modules[name].AttributeDict = old
     content = {"state_dict": Net(4).state_dict(), "pytorch-lightning_version": "1.8.6", "epoch": 1, "global_step": 8}
     torch.save({**content, "hyper_parameters": old(width=4, lr=0.2)}, tmp_path / "old.ckpt")
     monkeypatch.undo()

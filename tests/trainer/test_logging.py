@@ -109,7 +109,9 @@ def test_behaviour_2_both_kinds_fork_the_name(tmp_path: Path) -> None:
 )
 def test_behaviour_3_epoch_values_are_weighed_by_batch_size(reduce_fx: Any, expected: float) -> None:
     """Ten rows in batches of 4, 4, 2: the mean is that of all rows."""
-    module = Logs("training_step", value=lambda i: torch.tensor(float(i), dtype=torch.float64), on_step=False, on_epoch=True)
+    module = Logs(
+        "training_step", value=lambda i: torch.tensor(float(i), dtype=torch.float64), on_step=False, on_epoch=True
+    )
     module.options["reduce_fx"] = reduce_fx
     assert float(fitted(module, 10).callback_metrics["x"]) == pytest.approx(expected, rel=1e-12)
 

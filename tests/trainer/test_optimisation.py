@@ -216,14 +216,23 @@ def test_behaviour_14_schedulers_step_when_they_are_due() -> None:
         return module.rates
 
     assert rates(scheduled(halving)) == [1.0] * 4 + [0.5] * 4
-    assert rates(scheduled(halving, interval="step"), accumulate_grad_batches=2) == [1, 1, 0.5, 0.5, 0.25, 0.25, 0.125, 0.125]
+    assert rates(scheduled(halving, interval="step"), accumulate_grad_batches=2) == [
+        1,
+        1,
+        0.5,
+        0.5,
+        0.25,
+        0.25,
+        0.125,
+        0.125,
+    ]
     assert rates(scheduled(halving, interval="step", frequency=3)) == [1, 1, 1, 0.5, 0.5, 0.5, 0.25, 0.25]
 
     def plateau(optimizer: Any) -> Any:
         return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, factor=0.5, threshold=10.0)
 
     assert rates(scheduled(plateau, monitor="val"), limit_val_batches=1.0) == [1.0] * 4 + [0.5] * 4
-    with pytest.raises(ConfigError, match="monitors 'nothing'.*logged were 'loss'"):
+    with pytest.raises(ConfigError, match=r"monitors 'nothing'.*logged were 'loss'"):
         rates(scheduled(plateau, monitor="nothing"))
     with pytest.warns(UserWarning, match="does not step"):
         rates(scheduled(plateau, monitor="nothing", strict=False))

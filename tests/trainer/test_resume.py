@@ -112,7 +112,7 @@ def test_behaviour_41_a_resumed_run_equals_the_uninterrupted_one(options: dict[s
 def test_behaviour_41_training_gone_on_with_after_max_steps_continues_its_epoch(tmp_path: Path) -> None:
     """Stopped in the middle by max_steps, and resumed with more."""
     path = tmp_path / "x.ckpt"
-    losses, _, weights = run(path, {})
+    losses, _, _ = run(path, {})
     seed_everything(1)
     module, first = Noisy(), trainer(max_epochs=2, max_steps=3)
     loaders = DataLoader(Augmented(), batch_size=2, shuffle=True), DataLoader(Augmented(), batch_size=4)

@@ -47,7 +47,9 @@ def test_behaviour_36_what_is_no_module_or_lacks_a_method_is_named() -> None:
     with pytest.raises(ConfigError, match=r"define Tiny\.test_dataloader"):
         trainer().test(Tiny())
     with pytest.warns(UserWarning, match="no validation_step"):
-        trainer().fit(type("NoVal", (Tiny,), {"validation_step": LightningModule.validation_step})(), numbers(), numbers())
+        trainer().fit(
+            type("NoVal", (Tiny,), {"validation_step": LightningModule.validation_step})(), numbers(), numbers()
+        )
 
 
 def test_behaviour_38_a_trainer_is_used_again() -> None:

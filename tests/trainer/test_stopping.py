@@ -123,7 +123,9 @@ def test_behaviour_25_a_missing_metric_is_an_error_unless_told_otherwise() -> No
         trainer(callbacks=EarlyStopping("nothing")).fit(Scores([1]), numbers(4), numbers(4))
     with pytest.warns(UserWarning, match="nobody has logged it"):
         trainer(callbacks=EarlyStopping("nothing", strict=False)).fit(Scores([1]), numbers(4), numbers(4))
-    run = trainer(max_epochs=4, limit_val_batches=0, callbacks=EarlyStopping("loss", patience=1, stopping_threshold=1e9))
+    run = trainer(
+        max_epochs=4, limit_val_batches=0, callbacks=EarlyStopping("loss", patience=1, stopping_threshold=1e9)
+    )
     run.fit(Tiny(), numbers(4))
     assert run.current_epoch == 1  # without validation it looks at epochs' ends
 

@@ -133,7 +133,7 @@ def agreements(folder: str) -> dict[str, Any]:
     # A save in the middle of an accumulation window of two ranks.
     module, losses = Tiny(dropout=0.3), []
     run = trainer(max_epochs=2, accumulate_grad_batches=3, limit_val_batches=0, **STRATEGY)
-    for event in run.steps(module, numbers(22, 2, shuffle=True)):
+    for _ in run.steps(module, numbers(22, 2, shuffle=True)):
         losses.append(run.global_step)
         if len(losses) == 2:
             run.save_checkpoint(f"{folder}/x.ckpt")

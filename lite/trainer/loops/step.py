@@ -82,7 +82,6 @@ def _automatic_step(trainer: Any, window: Any, is_last: Callable[[int], bool]) -
     before_step = _before_step(trainer)
     # Called by name at each step: other things (schedulers) may put their own in the instance's place.
     if not _wants_closure(module, optimizer):
-
         if window is None and before_step is None and not _hooked(trainer):
             return _plain_step(trainer, optimizer)
 
