@@ -61,8 +61,8 @@ def trainer(make: Callable[[], nn.Module], precision: str, loader: DataLoader[An
 def trainer_defaults(
     make: Callable[[], nn.Module], precision: str, loader: DataLoader[Any] | None
 ) -> tuple[Train, Any]:
-    """lite's Trainer with its defaults: progress bar, CSV logger, a checkpoint per epoch, and one log per step."""
-    return _train_with(make, precision, loader, 1, default_root_dir=tempfile.mkdtemp(), logger=_csv())
+    """lite's Trainer with progress bar, CSV logger and one log per step."""
+    return _train_with(make, precision, loader, 1, logger=_csv(), enable_checkpointing=False)
 
 
 def trainer_20_logs(make: Callable[[], nn.Module], precision: str, loader: DataLoader[Any] | None) -> tuple[Train, Any]:
