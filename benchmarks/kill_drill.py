@@ -3,13 +3,15 @@
     python -m benchmarks.kill_drill --rounds 30
 
 The run has what makes resuming hard: random augmentation in two loader workers, dropout, a loss scale, a scheduler.
-In turn all of its processes get SIGKILL, or one of them, at a random moment, during a save, during a background save.
+In turn all of its processes get SIGKILL, or one of them, whichever (the one that writes included): at a random moment,
+or during a save of a file, in the background, or of a directory that all ranks write.
 `--launcher torchrun` starts each life by torchrun instead of a fork of this process, which is the same but slower.
 """
 
 from __future__ import annotations
 
 import argparse
+import glob
 import hashlib
 import json
 import os
@@ -31,7 +33,16 @@ from torch.utils.data import DataLoader, Dataset
 
 from lite import Lite
 
-KINDS = ("all", "one", "all during a save", "one during a save", "all during a background save")
+KINDS = (
+    "all",
+    "one",
+    "all during a save",
+    "one during a save",
+    "all during a background save",
+    "one during a background save",
+    "all during a sharded save",
+    "one during a sharded background save",
+)
 NUM_SAMPLES, GLOBAL_BATCH, EPOCHS, NUM_WORKERS = 560, 8, 3, 2
 STEPS = EPOCHS * (NUM_SAMPLES // GLOBAL_BATCH)
 EVERY_STEPS = 5
@@ -62,7 +73,7 @@ class Net(nn.Module):
         return self.layers(x)
 
 
-def job(folder: str, async_save: bool) -> None:
+def job(folder: str, async_save: bool, sharded: bool = False) -> None:
     """One life of the run: from its newest checkpoint to its end, or until it is killed."""
     lite = Lite(accelerator="cpu", precision="16-mixed")
     rank = lite.global_rank
@@ -78,7 +89,8 @@ def job(folder: str, async_save: bool) -> None:
     lite.setup(model, optimizer, scheduler)
     losses: list[float] = []
     state = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "loader": loader, "losses": losses}
-    run = lite.resumable(state, f"{folder}/checkpoints", every_steps=EVERY_STEPS, async_save=async_save)
+    checkpoints = f"{folder}/checkpoints"
+    run = lite.resumable(state, checkpoints, every_steps=EVERY_STEPS, async_save=async_save, sharded=sharded)
     losses = state["losses"]  # type: ignore[assignment]
     for _ in run.epochs(EPOCHS):
         for batch in loader:
@@ -101,7 +113,7 @@ def job(folder: str, async_save: bool) -> None:
 class Life:
     """The processes of one life of the run."""
 
-    def __init__(self, folder: Path, num_processes: int, launcher: str, async_save: bool) -> None:
+    def __init__(self, folder: Path, num_processes: int, launcher: str, kind: str) -> None:
         self.folder = folder
         for mark in [*folder.glob("pid-*"), *folder.glob("begun-*")]:
             mark.unlink()
@@ -112,17 +124,18 @@ class Life:
         if launcher == "torchrun":
             command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={num_processes}"]
             command += [f"--master-port={port}", "-m", "benchmarks.kill_drill", "--life", str(folder)]
-            command += ["--background"] if async_save else []
+            command += ["--background"] if "background" in kind else []
+            command += ["--sharded"] if "sharded" in kind else []
             with open(folder / "log", "ab") as log:
                 self._torchrun = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
             return
         for rank in self._ranks:
             child = os.fork()
             if child == 0:
-                self._be(rank, port, async_save)
+                self._be(rank, port, kind)
             self._children.append(child)
 
-    def _be(self, rank: int, port: int, async_save: bool) -> None:
+    def _be(self, rank: int, port: int, kind: str) -> None:
         code = 1
         try:
             os.setsid()
@@ -133,7 +146,7 @@ class Life:
             if world > 1:
                 names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
                 os.environ.update(zip(names, map(str, (rank, rank, world, world, "127.0.0.1", port)), strict=True))
-            job(str(self.folder), async_save)
+            job(str(self.folder), "background" in kind, "sharded" in kind)
             code = 0
         except BaseException:
             import traceback
@@ -144,13 +157,13 @@ class Life:
             sys.stderr.flush()
             os._exit(code)
 
-    def pids(self) -> list[int]:
-        """The processes that train, as far as they have begun."""
-        found = []
+    def pids(self) -> dict[int, int]:
+        """The processes that train, by rank, as far as they have begun."""
+        found = {}
         for rank in self._ranks:
             mark = self.folder / f"pid-{rank}"
             text = mark.read_text() if mark.exists() else ""
-            found += [int(text)] if text else []
+            found |= {rank: int(text)} if text else {}
         return found
 
     def has_begun(self) -> bool:
@@ -163,13 +176,17 @@ class Life:
         self._children = [c for c in self._children if os.waitpid(c, os.WNOHANG)[0] == 0]
         return not self._children
 
-    def kill(self, which: str, chance: random.Random) -> None:
+    def kill(self, which: str, chance: random.Random) -> list[int]:
+        """SIGKILL to all ranks or to one; the ranks that it has reached."""
         pids = self.pids()
-        for pid in pids if which == "all" else [chance.choice(pids)]:
+        reached = []
+        for rank in pids if which == "all" else [chance.choice(list(pids))]:
             try:
-                os.killpg(pid, signal.SIGKILL) if self._torchrun is None else os.kill(pid, signal.SIGKILL)
+                os.killpg(pids[rank], signal.SIGKILL) if self._torchrun is None else os.kill(pids[rank], signal.SIGKILL)
             except ProcessLookupError:
                 continue
+            reached.append(rank)
+        return reached
 
     def wait(self) -> None:
         """Until all processes are gone; a survivor that hangs is an error."""
@@ -182,15 +199,15 @@ class Life:
 
 
 def drill(folder: Path, num_processes: int, launcher: str, kind: str | None, seed: int, kills: int) -> dict[str, Any]:
-    """One round: the run with up to `kills` kills of a kind (None: none), and what came out of it."""
+    """One round: the run with up to `kills` kills of a kind (None: none), what came out of it, and who was killed."""
     chance = random.Random(seed)
     folder.mkdir(parents=True)
-    done = 0
+    done: list[list[int]] = []
     while not (folder / "result").exists():
-        life = Life(folder, num_processes, launcher, async_save=bool(kind and "background" in kind))
-        if kind is not None and done < kills and _moment(life, kind, chance):
-            life.kill(kind.split()[0], chance)
-            done += 1
+        life = Life(folder, num_processes, launcher, kind or "")
+        if kind is not None and len(done) < kills and _moment(life, kind, chance):
+            reached = life.kill(kind.split()[0], chance)
+            done += [reached] if reached else []
             life.wait()
         else:
             life.wait()
@@ -207,8 +224,10 @@ def _moment(life: Life, kind: str, chance: random.Random) -> bool:
             return False
         time.sleep(0.002)
     time.sleep(chance.random() * 0.6)
-    checkpoints = life.folder / "checkpoints"
-    while "save" in kind and not any(checkpoints.glob(".step-*.tmp")):
+    # What a save holds while it writes; a killed one may have left some, which the next save removes.
+    traces = f"{life.folder}/checkpoints/" + ("step-*/lite-*.lock" if "sharded" in kind else ".step-*.tmp")
+    before = set(glob.glob(traces))
+    while "save" in kind and not set(glob.glob(traces)) - before:
         if life.ended():
             return False
         time.sleep(0.0002)
@@ -224,12 +243,13 @@ def free_port() -> int:
 
 def rounds(
     count: int, num_processes: int, launcher: str, seed: int, kills: int, folder: Path
-) -> Iterator[tuple[str, int, bool]]:
-    """Yield each round's kind, number of kills, and whether it came out as the run that was left alone."""
+) -> Iterator[tuple[str, list[list[int]], bool]]:
+    """Yield each round's kind, whom each kill reached, and whether it came out as the run that was left alone."""
+    kinds = KINDS if num_processes > 1 else [kind for kind in KINDS if not kind.startswith("one")]
     alone = drill(folder / "alone", num_processes, launcher, None, seed, 0)
     assert len(alone["losses"]) == STEPS
     for number in range(count):
-        kind = KINDS[number % len(KINDS)]
+        kind = kinds[number % len(kinds)]
         result = drill(folder / str(number), num_processes, launcher, kind, seed + number, kills)
         same = all(result[name] == alone[name] for name in ("losses", "weights", "lr"))
         yield kind, result["kills"], same
@@ -240,34 +260,40 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30, help="for each number of processes, default 30")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="default 1 2")
     parser.add_argument("--launcher", choices=["fork", "torchrun"], default="fork")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments, default 0")
+    parser.add_argument("--seed", type=int, help="of the moments and victims; a new one by default")
     parser.add_argument("--kills", type=int, default=3, help="in each round at most, default 3")
     parser.add_argument("--life", metavar="FOLDER", help=argparse.SUPPRESS)
     parser.add_argument("--background", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--sharded", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.life:
-        job(args.life, args.background)
+        job(args.life, args.background, args.sharded)
         return
+    seed = random.SystemRandom().randrange(2**31) if args.seed is None else args.seed
+    print(f"seed {seed}: --seed {seed} chooses these moments and victims again", flush=True)
     failed = 0
     for num_processes in args.processes:
         with tempfile.TemporaryDirectory(prefix="kill-drill-") as folder:
             begun = time.monotonic()
-            outcomes = list(
-                _tell(rounds(args.rounds, num_processes, args.launcher, args.seed, args.kills, Path(folder)))
-            )
-        kills, bad = sum(k for _, k, _ in outcomes), sum(not same for _, _, same in outcomes)
-        failed += bad
+            outcomes = list(_tell(rounds(args.rounds, num_processes, args.launcher, seed, args.kills, Path(folder))))
+        kills, bad = sum(len(k) for _, k, _ in outcomes), sum(not same for _, _, same in outcomes)
+        spared = sum(not k for _, k, _ in outcomes)
+        failed += bad + (kills == 0)
         print(
             f"{num_processes} process(es): {len(outcomes) - bad} of {len(outcomes)} rounds equal to the uninterrupted "
             f"run bit for bit, {kills} kills, {time.monotonic() - begun:.0f} s"
+            + (f"; {spared} rounds without a kill show nothing" if spared else "")
         )
+        if not kills:
+            print("no kill came in time, so nothing was tested", file=sys.stderr)
     sys.exit(1 if failed else 0)
 
 
-def _tell(outcomes: Iterator[tuple[str, int, bool]]) -> Iterator[tuple[str, int, bool]]:
+def _tell(outcomes: Iterator[tuple[str, list[list[int]], bool]]) -> Iterator[tuple[str, list[list[int]], bool]]:
     for number, (kind, kills, same) in enumerate(outcomes):
-        print(f"  round {number}: {kind}, {kills} kills: {'equal' if same else 'DIFFERENT'}", flush=True)
+        whom = ", ".join(" and ".join(map(str, ranks)) for ranks in kills) or "nobody"
+        print(f"  round {number}: {kind}, killed ranks {whom}: {'equal' if same else 'DIFFERENT'}", flush=True)
         yield kind, kills, same
 
 

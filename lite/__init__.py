@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from lite.errors import (
     CheckpointError,
     ConfigError,
@@ -16,7 +18,10 @@ from lite.errors import (
 from lite.lite import Lite
 from lite.seed import seed_everything
 from lite.state import Stateful
-from lite.strategies import DDPStrategy, SingleStrategy, Strategy
+from lite.strategies import DDPStrategy, PowerSGD, SingleStrategy, Strategy
+
+if TYPE_CHECKING:
+    from lite.strategies import FSDPStrategy, ModelParallelStrategy
 
 __version__ = "0.1.0"
 
@@ -25,12 +30,15 @@ __all__ = [
     "ConfigError",
     "DDPStrategy",
     "DesyncError",
+    "FSDPStrategy",
     "LaunchError",
     "Lite",
     "LiteError",
     "MissingExtraError",
+    "ModelParallelStrategy",
     "NonFiniteError",
     "PeerError",
+    "PowerSGD",
     "SingleStrategy",
     "Stateful",
     "Strategy",
@@ -38,3 +46,12 @@ __all__ = [
     "__version__",
     "seed_everything",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Strategies that not every script uses are imported when they are."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from lite import strategies
+
+    return getattr(strategies, name)

@@ -7,7 +7,9 @@ before data is sent.
 from __future__ import annotations
 
 import functools
+import io
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -30,6 +32,7 @@ _IRREDUCIBLE = {
 
 
 F = TypeVar("F", bound=Callable[..., Any])
+_cpu_groups: dict[Any, Callable[[], Any]] = {}  # and, weakly, the default group beside which each was made
 _explainer: Callable[[RuntimeError], Exception | None] | None = None
 
 
@@ -137,7 +140,7 @@ def all_reduce(data: Any, op: str = "mean", *, group: Any = None) -> Any:
         refuse_alone("all_reduce")
         device = control_device(group)
         values = [v.to(device) if v is not None and device.type != "cpu" else v for v in values]
-        refusal = next((text for v in values if v is not None and (text := _irreducible(v))), None)
+        refusal = next((text for v in values if v is not None and (text := _irreducible(v, op))), None)
         present = [v for v in values if v is not None]
         compare(describe(data), present, same=True, group=group, refusal=refusal)
         for value in values:
@@ -165,7 +168,9 @@ def _reducible(leaf: Any, op: str) -> Tensor:
     return value
 
 
-def _irreducible(value: Tensor) -> str | None:
+def _irreducible(value: Tensor, op: str) -> str | None:
+    if value.is_complex() and op in ("min", "max"):
+        return f"complex numbers have no {op}imum; reduce their absolute values."
     if value.dtype not in _IRREDUCIBLE:
         return None
     wider = "torch.float32" if value.is_floating_point() else "torch.int64"
@@ -230,11 +235,12 @@ def _gather_one(value: Tensor, shapes: list[tuple[int, ...]], sync_grads: bool, 
 def _gather_equal(value: Tensor, group: Any) -> list[Tensor]:
     # As bytes: backends don't send every dtype, and a gathering doesn't compute.
     parts = [torch.empty_like(value, memory_format=torch.contiguous_format) for _ in range(world_size(group))]
-    dist.all_gather([_as_bytes(p) for p in parts], _as_bytes(value.contiguous()), group=group)
+    dist.all_gather([as_bytes(p) for p in parts], as_bytes(value.contiguous()), group=group)
     return parts
 
 
-def _as_bytes(value: Tensor) -> Tensor:
+def as_bytes(value: Tensor) -> Tensor:
+    """The memory of a contiguous tensor, flat."""
     return value.view(-1).view(torch.uint8)
 
 
@@ -302,20 +308,35 @@ def _gather_objects(leaf: Any, num_real: int | None, device: torch.device | None
     items = items if num_real is None else items[:num_real]
     if world_size(group) == 1:
         return items
-    payloads: list[Any] = [None] * world_size(group)
-    dist.all_gather_object(payloads, _pickled(items), group=group)
-    parts = [_unpickled(p, f"gather_for_metrics: rank {r}'s list", device) for r, p in enumerate(payloads)]
+    parts = all_gather_objects(items, name="gather_for_metrics: rank {}'s list", device=device, group=group)
     return [item for part in parts for item in part]
 
 
 @explained
-def all_gather_objects(obj: Any, *, group: Any = None) -> list[Any]:
-    """Every rank's object, which must pickle, in rank order. Collective: call on all ranks."""
+def all_gather_objects(
+    obj: Any,
+    *,
+    name: str = "all_gather_objects: rank {}'s object",
+    device: torch.device | None = None,
+    group: Any = None,
+) -> list[Any]:
+    """Every rank's object, in rank order. Collective: call on all ranks.
+
+    Args:
+        obj: Anything that pickles.
+        name: What the object of rank {} is called in an error.
+        device: Where received tensors are put; None leaves them on the CPU.
+        group: A process group; None is all ranks.
+
+    Raises:
+        UsageError: (on all ranks) an object doesn't pickle.
+    """
     if world_size(group) == 1:
         return [obj]
-    gathered: list[Any] = [None] * world_size(group)
-    dist.all_gather_object(gathered, obj, group=group)
-    return gathered
+    refuse_alone("all_gather_objects")
+    payloads: list[Any] = [None] * world_size(group)
+    dist.all_gather_object(payloads, _pickled(obj), group=group)
+    return [_unpickled(payload, name.format(rank), device) for rank, payload in enumerate(payloads)]
 
 
 def any_rank(flag: bool, *, group: Any = None) -> bool:
@@ -325,7 +346,17 @@ def any_rank(flag: bool, *, group: Any = None) -> bool:
 
 def new_cpu_group() -> Any:
     """A gloo group of all ranks, for what runs beside training. Collective: call on all ranks."""
-    return dist.new_group(backend="gloo")
+    group = dist.new_group(backend="gloo")
+    _cpu_groups[group] = weakref.ref(dist.group.WORLD)
+    return group
+
+
+def destroy_cpu_groups(*groups: Any) -> None:
+    """Give back groups that `new_cpu_group` made, those given or all: before the default group is destroyed."""
+    for group in groups or tuple(_cpu_groups):
+        default = _cpu_groups.pop(group, lambda: None)()
+        if default is not None and default is dist.group.WORLD:  # else it has taken the others along
+            dist.destroy_process_group(group)
 
 
 @explained
@@ -333,9 +364,17 @@ def smallest(number: int) -> int:
     """The smallest of all ranks' numbers, in one small all_reduce. Collective: call on all ranks."""
     if world_size() == 1:
         return number
+    refuse_alone("a number that all ranks agree on")
     value = torch.tensor(number, device=control_device(None))
     dist.all_reduce(value, op=dist.ReduceOp.MIN)
     return int(value.item())
+
+
+@explained
+def largest(value: Tensor) -> None:
+    """Make a tensor the elementwise maximum over the ranks, in place, without waiting for it."""
+    if world_size() > 1:
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
 
 
 @explained
@@ -343,6 +382,7 @@ def gather_numbers(number: Tensor) -> list[int]:
     """Every rank's int64 scalar, in one small all_gather. Collective: call on all ranks."""
     if world_size() == 1:
         return [int(number.item())]
+    refuse_alone("a comparison of all ranks")
     number = number.to(control_device(None)).reshape(1)
     return [int(part) for part in torch.cat(_gather_equal(number, None)).tolist()]
 
@@ -350,9 +390,24 @@ def gather_numbers(number: Tensor) -> list[int]:
 def _pickled(obj: Any) -> bytes | str:
     """The object as bytes, or why it can't be sent, so that the ranks that wait for it are told."""
     try:
-        return pickle.dumps(tree_map(lambda x: x.detach().cpu() if isinstance(x, Tensor) else x, obj))
+        file = io.BytesIO()
+        _Pickler(file).dump(tree_map(lambda x: x.detach().cpu() if isinstance(x, Tensor) else x, obj))
+        return file.getvalue()
     except Exception as error:  # pickling runs the user's own code
         return f"{type(error).__name__}: {error}"
+
+
+class _Pickler(pickle.Pickler):
+    """Also takes tensors of those dtypes (uint16, float8) that can be pickled but not unpickled with torch 2.13."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if type(obj) is Tensor and obj.dtype in _IRREDUCIBLE and obj.layout == torch.strided:
+            return _from_bytes, (as_bytes(obj.contiguous()), obj.dtype, tuple(obj.shape))
+        return NotImplemented
+
+
+def _from_bytes(data: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    return data.view(dtype).view(shape)
 
 
 def _unpickled(payload: bytes | str, what: str, device: torch.device | None) -> Any:

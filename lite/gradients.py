@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from lite import collectives
 from lite.errors import ConfigError, NonFiniteError, UsageError
 from lite.precision.base import Precision
+from lite.sharded import is_sharded
 from lite.strategies.base import Strategy
 
 NONFINITE = ("raise", "skip", "zero", "ignore")
@@ -107,7 +108,10 @@ class Accumulation:
     Attributes:
         count: Micro-batches in the current window so far.
         ready: Whether the window is complete: step now.
+        total_count: Micro-batches in all windows so far.
     """
+
+    state_is_per_rank = True
 
     def __init__(
         self,
@@ -125,6 +129,7 @@ class Accumulation:
         self.steps = steps
         self.count = 0
         self.ready = False
+        self.total_count = 0
         self._parameters = parameters
         self._no_sync = no_sync
         self._scaled = scaled
@@ -132,8 +137,14 @@ class Accumulation:
         self._device = device
         self._weighted: bool | None = None
         self._total: Tensor | float = 0.0
-        self._open: Scale | None = None
-        self._weight: Tensor | float | None = None  # of the open micro-batch
+        self._unit: float | None = None
+        self._scale: Scale | None = None  # of the micro-batch whose block is running, and its weight
+        self._weight: Tensor | float | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the current window has micro-batches, but not all: gradients are waiting for the rest."""
+        return self.count > 0 and not self.ready
 
     @contextmanager
     def __call__(self, *, last: bool = False, weight: float | Tensor | None = None) -> Iterator[None]:
@@ -146,30 +157,36 @@ class Accumulation:
 
         Args:
             last: This is the last micro-batch there is; the window ends here, partial or not, and counts what it has.
+                Of an epoch: `last=loader.batches_done == len(loader)`, which holds after a resume in mid-epoch too.
             weight: Number of tokens or samples behind this micro-batch's mean loss. All or none of a window have one.
 
         Raises:
             UsageError: Some micro-batches of the window have a weight and others not, or another window is open.
         """
+        if not isinstance(last, bool):
+            raise ConfigError(f"window(last={last!r}) must be True or False: whether this is the last micro-batch.")
+        if weight is not None:
+            check_weight("window", weight)
         if self.ready:
             self.count, self.ready, self._weighted, self._total = 0, False, None, 0.0
         boundary = last or self.count + 1 == self.steps
         self._weight = None
-        self._open = Scale(lambda loss: loss / self.steps, weighted=False)
+        self._scale = Scale(lambda loss: loss / self.steps, weighted=False)
         if weight is not None:
             self.weigh(weight)
         elif self._weighted:
-            self._open.apply = _refuse_unweighted
+            self._scale.apply = _refuse_unweighted
         try:
-            with self._scaled(self._open), self._no_sync(not boundary):
+            with self._scaled(self._scale), self._no_sync(not boundary):
                 yield
         finally:
-            self._open = None
+            self._scale = None
         if self._weighted is None:
             self._weighted = self._weight is not None
         elif self._weighted != (self._weight is not None):
             raise UsageError(_MIXED)
         self.count += 1
+        self.total_count += 1
         if self._weight is not None:
             self._total = self._total + self._weight
         if boundary:
@@ -182,39 +199,56 @@ class Accumulation:
         Raises:
             UsageError: No micro-batch is open, or the window's others have no weights.
         """
-        if self._open is None:
+        if self._scale is None:
             raise UsageError("weigh was called outside of the accumulation's `with` block; call it before backward.")
         if self._weighted is False:
             raise UsageError(_MIXED)
+        check_weight("weigh", weight)
         value = self._weight = 0.0 if self._is_filler() else weight
-        self._open.apply, self._open.weighted = (lambda loss: loss * value), True
+        unit = self._unit = self._unit or _unit(value)
+        self._scale.apply, self._scale.weighted = (lambda loss: loss * (value / unit)), True
 
     def flush(self) -> None:
         """End an open window whose last micro-batch was not known to be the last; its gradients become the ranks' mean.
 
         Collective: call on all ranks.
+
+        Raises:
+            UsageError: The parameters are sharded: their gradients are only put together by the last backward.
         """
         if self.ready or not self.count:
             return
-        for parameter in {id(p): p for p in self._parameters()}.values():
+        parameters = {id(p): p for p in self._parameters()}.values()
+        if any(map(is_sharded, parameters)):
+            raise UsageError(
+                f"the loader ended after {self.count} of {self.steps} micro-batches of an accumulation window, and "
+                "sharded models must know the last one before its backward; give the loader a length, or let the "
+                "window's steps divide its batches."
+            )
+        for parameter in parameters:
             if parameter.grad is not None:
                 parameter.grad.copy_(collectives.all_reduce(parameter.grad, "mean"))
         self._finish()
         self.ready = True
 
     def state_dict(self) -> dict[str, Any]:
-        """The open window, for a checkpoint in the middle of it; the gradients so far are the model's."""
-        done = self.ready
+        """The open window with its gradients so far, for a checkpoint in the middle of it; each rank has its own."""
+        if not self.is_open:
+            return {}
         return {
-            "count": 0 if done else self.count,
-            "weighted": None if done else self._weighted,
-            "total": 0.0 if done else float(self._total),
+            "count": self.count,
+            "weighted": self._weighted,
+            "total": float(self._total),
+            "unit": self._unit,
+            "gradients": waiting_gradients(self._parameters()),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on within that window."""
-        self.count, self._weighted, self._total = state["count"], state["weighted"], state["total"]
-        self.ready = False
+        self.count, self.ready = state.get("count", 0), False
+        if self.count:
+            self._weighted, self._total, self._unit = state["weighted"], state["total"], state["unit"]
+            put_back_gradients(self._parameters(), state["gradients"])
 
     def _finish(self) -> None:
         """Turn the sum of the window into the mean over what it really held."""
@@ -222,7 +256,8 @@ class Accumulation:
             total = torch.as_tensor(self._total, dtype=torch.float64 if self._device.type != "mps" else torch.float32)
             # The ranks' gradients were averaged; dividing by the mean weight gives the sum over the sum of weights.
             mean_weight = collectives.all_reduce(total.to(self._device), "mean")
-            self._multiply(1.0 / mean_weight)
+            # A window without any token has no gradient.
+            self._multiply(torch.where(mean_weight > 0, (self._unit or 1.0) / mean_weight, 0.0))
         elif self.count != self.steps:
             self._multiply(self.steps / self.count)
 
@@ -234,3 +269,45 @@ class Accumulation:
 
 def _refuse_unweighted(loss: Tensor) -> Tensor:
     raise UsageError(_MIXED)
+
+
+def waiting_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor | None]:
+    """A copy of what this rank's parameters have gathered, on the CPU.
+
+    Raises:
+        UsageError: The parameters are sharded: what waits is not theirs until it is synchronised.
+    """
+    copies: list[Tensor | None] = []
+    for parameter in parameters:
+        if is_sharded(parameter):
+            raise UsageError("the gradients of an open accumulation window can't be saved from a sharded model.")
+        copies.append(None if parameter.grad is None else parameter.grad.detach().to("cpu", copy=True))
+    return copies
+
+
+def put_back_gradients(parameters: Iterable[nn.Parameter], gradients: list[Tensor | None]) -> None:
+    """Give parameters the gradients that `waiting_gradients` returned."""
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = None if gradient is None else gradient.to(parameter.device, copy=True)
+
+
+def check_weight(call: str, weight: Any) -> None:
+    """Refuse a weight that is no number of tokens or samples. Tensors' values are not looked at.
+
+    Raises:
+        ConfigError: It is negative, not finite, or no number.
+    """
+    is_number = isinstance(weight, Tensor) and weight.numel() == 1
+    if not is_number and isinstance(weight, (int, float)) and not isinstance(weight, bool):
+        is_number = math.isfinite(weight) and weight >= 0
+    if not is_number:
+        raise ConfigError(f"{call}(weight={weight!r}) must be a number of at least 0, of tokens or samples.")
+
+
+def _unit(weight: float | Tensor) -> float:
+    """What weights are measured in: a power of 2 near the largest, alike on all ranks. Collective.
+
+    A loss times thousands of tokens would leave the range of 16 bits.
+    """
+    largest = float(collectives.all_reduce(float(weight), "max"))
+    return 2.0 ** math.ceil(math.log2(largest)) if largest > 0 else 1.0

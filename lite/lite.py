@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -160,6 +161,7 @@ class Lite(Resuming, Steps, Records):
             collectives.name_mismatches()
         self._store = plan.strategy.connect(plan.environment, self._device)
         self._first_rank = FirstRank(self._store, self.global_rank) if self._store is not None else None
+        self._windows = []
         self._connected = True
         self._backward = compose_backward(self)  # type: ignore[method-assign]
         if self._store is not None:
@@ -169,6 +171,12 @@ class Lite(Resuming, Steps, Records):
         writers = self._loggers if self.is_global_zero else ()
         self._close_loggers = weakref.finalize(self, _close_all, writers)
         self.call("on_launch", self)
+
+    def _leave_job(self) -> None:
+        """Say that this rank has ended by itself, which a process that a launcher started does not do at its exit."""
+        if self._watch is not None:
+            self._watch.close()
+        self.strategy.close()
 
     # ---- setting up
 
@@ -302,6 +310,7 @@ class Lite(Resuming, Steps, Records):
         The loggers are flushed, and a background save is waited for; if it failed, that is raised at the end.
         """
         self._prepared.release()
+        self._windows = []
         for logger in self._loggers:
             logger.flush()
         self._finish_saves()
@@ -329,11 +338,31 @@ class Lite(Resuming, Steps, Records):
         return seed_everything(seed)
 
     @contextmanager
-    def init_module(self) -> Iterator[None]:
-        """Create modules on the device and in the precision's dtype at once."""
+    def init_module(self, *, empty_init: str | None = None) -> Iterator[None]:
+        """Create modules on the device and in the precision's dtype at once.
+
+        Args:
+            empty_init: "meta" creates them without memory. `setup` then makes the values that they would have had, one
+                tensor after the other, and keeps of each the part that this rank holds: so a model that is larger than
+                a device can be made. The block draws as many random numbers as it would without, one tensor at a time.
+                Make optimizers after `setup`, and hand them to `setup_optimizers`.
+
+        Raises:
+            ConfigError: `empty_init` is something else.
+        """
         self._require_connected("init_module")
-        with self._device, self.precision.init_context(self._device):
+        if empty_init not in (None, "meta"):
+            raise ConfigError(f"empty_init={empty_init!r} is not known; use 'meta', or leave it out.")
+        if empty_init is None:
+            with self._device, self.precision.init_context(self._device):
+                yield
+            return
+        from lite.deferred import Recording
+
+        recording = Recording(self._device)
+        with torch.device("meta"), self.precision.init_context(self._device), recording:
             yield
+        recording.draw()
 
     def init_tensor(self) -> AbstractContextManager[None]:
         """Create tensors on the device and in the precision's dtype."""
@@ -351,19 +380,19 @@ def _run_in_process(lite: Lite, fn: Callable[..., T], args: tuple[Any, ...], kwa
     """What a started process does: join as itself, run, and leave; a forked one runs nothing at its exit."""
     lite._plan = lite._plan.joined(detect_environment(os.environ))
     lite._connect()
-    strategy = lite.strategy
     try:
         value = fn(lite, *args, **kwargs)
+        lite._finish_saves()  # over the group that is about to go
     except BaseException as error:
         if isinstance(error, SystemExit) and error.code in (None, 0):
-            strategy.close()
+            lite._leave_job()
         else:
+            # The group is left alone: the other ranks learn of the failure by this process's end.
             lite._tell_of_failure(error)
         raise
     finally:
-        # After a failure the group is left alone: the other ranks learn of it by this process's end.
         lite._close_loggers()
-    strategy.close()
+    lite._leave_job()
     return value
 
 

@@ -153,6 +153,7 @@ def resolve(
         devices = accelerator.devices(read_request(asked["devices"].value), probe, str(asked["devices"]))
         world_size = len(devices)
     strategy = _strategy(asked["strategy"], asked["devices"], world_size, environment, accelerator, strategies)
+    strategy.check_world_size(world_size)
     precision = extra.get("precision") or _precision(asked["precision"], accelerator)
     launcher = _launcher(strategy, asked["strategy"], world_size, environment, notebook)
     what_came = {

@@ -83,10 +83,12 @@ class Prepared:
             self._check_overlap(model)
             if self._precision.changes_forward:
                 check_class(model)
+            self._strategy.check_module(model)
         optimizers = [o for o in others if isinstance(o, Optimizer)]
         self._check_parameters(model, optimizers)
         for optimizer in optimizers:
             check_optimizer(optimizer, self._precision)
+            self._strategy.check_new_optimizer(optimizer)
         self._check_schedulers([s for s in others if isinstance(s, LRScheduler)], optimizers)
 
     def check_loaders(self, loaders: Sequence[Any]) -> None:
@@ -95,12 +97,24 @@ class Prepared:
 
     def add_module(self, model: nn.Module, device: torch.device, *, move: bool) -> None:
         """Convert a checked model, bring it to the device, and put around it what strategy and precision need."""
+        precision = self._strategy.forward_precision(self._precision)
+        deferred = None
+        if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
+            from lite.deferred import Deferred, allocate
+
+            deferred = Deferred(model)
+        name = type(model).__name__
         self._precision.convert_module(model)
-        if move:
+        if deferred is not None and not self._strategy.moves_modules:
+            allocate(model, device)
+            deferred.fill(device, collectives.broadcast)
+        if move and not self._strategy.moves_modules:
             model.to(device)
         engine = collectives.explained(self._strategy.wrap)(model, device)
+        if deferred is not None and self._strategy.moves_modules:
+            deferred.fill(device, collectives.broadcast)
         try:
-            wrap_module(model, engine=engine, precision=self._precision, device=device)
+            wrap_module(model, engine=engine, precision=precision, device=device)
         except Exception:
             if engine is not None:
                 engine.close()
@@ -109,7 +123,7 @@ class Prepared:
         if engine is not None:
             _engines[model] = weakref.ref(engine)
         self._own(model)
-        name, done = type(model).__name__, self._strategy.explain(model)
+        done = self._strategy.explain(model)
         self.facts.append(f"{name}: {done}; precision {self._precision.name}")
 
     def add_optimizers(
@@ -182,7 +196,13 @@ class Prepared:
         known = {id(p) for module in modules for p in module.parameters()}
         for optimizer in optimizers:
             held = [p for group in optimizer.param_groups for p in group["params"]]
-            foreign = [p for p in held if id(p) not in known]
+            if any(p.is_meta for p in held):
+                raise ConfigError(
+                    f"{type(optimizer).__name__} was made of parameters on the meta device, which setup exchanges for "
+                    "real ones; set the model up first, and make the optimizer of what it has then: "
+                    "`model = lite.setup(model)`, then `lite.setup_optimizers(AdamW(model.parameters()))`."
+                )
+            foreign = [p for p in held if id(p) not in known and self._strategy.successor(p) is None]
             if foreign:
                 raise ConfigError(
                     f"{type(optimizer).__name__} holds {len(foreign)} of {len(held)} parameters (the first of shape "
@@ -236,10 +256,9 @@ def _check_tensors(model: nn.Module) -> None:
             "setup."
         )
     if any(t.is_meta for t in tensors):
-        raise ConfigError(
-            f"{type(model).__name__} has parameters on the meta device, without values; materialise them first, e.g. "
-            "with model.to_empty(device=lite.device) and its reset_parameters()."
-        )
+        from lite.deferred import check_deferred
+
+        check_deferred(model)
 
 
 def _post_hook(tell: AfterStep, strategy: Strategy) -> Callable[[Optimizer, Any, Any], None]:

@@ -5,6 +5,7 @@ It decides when; how to save, load and agree it is told by the run that it belon
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 import time
@@ -31,6 +32,12 @@ class Run(Protocol):
 
     @property
     def is_global_zero(self) -> bool: ...
+
+    @property
+    def is_accumulating(self) -> bool: ...
+
+    @property
+    def num_micro_batches(self) -> int: ...
 
     def save(self, path: str, state: Any, *, async_save: bool = ..., busy: str = ...) -> bool: ...
 
@@ -75,6 +82,18 @@ class Resumable:
                 raise ConfigError(f"{name}={value!r} must be a whole number of at least 1.")
         if every_seconds is not None and not every_seconds > 0:
             raise ConfigError(f"every_seconds={every_seconds!r} must be a number of seconds above 0.")
+        if keep_every is not None and every_steps is not None and keep_every % every_steps:
+            nearest = max(1, round(keep_every / every_steps)) * every_steps
+            raise ConfigError(
+                f"keep_every={keep_every} is no multiple of every_steps={every_steps}: only every "
+                f"{math.lcm(keep_every, every_steps)}th step would be kept; use keep_every={nearest}."
+            )
+        if keep_every is not None and every_steps is None and every_seconds is not None:
+            warnings.warn(
+                f"keep_every={keep_every} keeps checkpoints of steps that it divides, but "
+                f"every_seconds={every_seconds} saves at any step, so that few or none are kept; set every_steps too.",
+                stacklevel=3,
+            )
         if on_error not in ("raise", "warn"):
             raise ConfigError(f"on_error={on_error!r} is not known; choose 'raise' or 'warn'.")
         if not isinstance(state, MutableMapping) or KEY in state:
@@ -92,6 +111,8 @@ class Resumable:
         self._async_save, self._sharded = async_save, sharded
         self._requeue, self._on_error = requeue, on_error
         self.saved_steps: int | None = None
+        self._micro_batches = 0  # as a save was last due
+        self._postponed = False  # to the end of an open accumulation window
         self._writing: int | None = None  # the steps of a background save of which nothing has been heard yet
         self._begun_at = 0
         self._damaged: set[str] = set()
@@ -99,6 +120,7 @@ class Resumable:
         self._begun: list[int] = []  # passes over each of them as the epoch began
         self._steps_within = self._steps_after = 0  # of this epoch: while a pass was under way, and with none
         self._random_state: RandomState | None = None
+        self._positions: list[tuple[Any, Any]] = []  # that were loaded, for a script that has looked at a batch
         self._saved_at = time.monotonic()
         if every_seconds is not None:
             agreement.watch_clock(lambda: time.monotonic() - self._saved_at >= every_seconds)
@@ -114,7 +136,9 @@ class Resumable:
         Args:
             count: Epochs in all.
         """
-        if self._random_state is not None:  # whatever the script has drawn since it was loaded
+        if self._random_state is not None:  # whatever the script has drawn or looked at since it was loaded
+            for loader, position in self._positions:
+                loader.load_state_dict(position)
             self._random_state.restore()
             self._random_state = None
         any_left = self.epoch < count
@@ -123,6 +147,9 @@ class Resumable:
             self._steps_within = self._steps_after = 0
             yield self.epoch
             if self._agreement.agreed is not None:
+                if self._postponed:
+                    self._save(self.epoch + 1, final=True)
+                    self._stop()
                 return
             self.epoch += 1
         if any_left:
@@ -134,12 +161,21 @@ class Resumable:
 
         After a signal (SIGTERM, SIGUSR1) all ranks save at the same step, and SystemExit is raised with 128 plus the
         signal's number. After `lite.request_stop` they save and True is returned: leave the loop.
+
+        Gradients are in no checkpoint. Within a window of `lite.accumulate` all that waits for the window's end; where
+        you accumulate by yourself, call this after the optimizer's steps alone.
         """
         self.steps += 1
         self._count()
         agreement = self._agreement
         stop = agreement.step()
-        if stop or agreement.due or (self._every_steps is not None and self.steps % self._every_steps == 0):
+        periodic = self._every_steps is not None and self.steps % self._every_steps == 0
+        if stop or periodic or agreement.due or self._postponed:
+            # A window that got nothing since the last step was left open; nobody will close it.
+            self._postponed = self._run.is_accumulating and self._run.num_micro_batches != self._micro_batches
+            self._micro_batches = self._run.num_micro_batches
+            if self._postponed:
+                return False
             # Called once per epoch, after the loop over the loader, it is the epoch's end.
             ends = self._passes_have_ended() and not self._steps_within and self._steps_after == 1
             self._save(self.epoch + ends, final=stop)
@@ -238,7 +274,7 @@ class Resumable:
             return
         there = [name for name in self._names(whole=True) if f"{self._shown}/{name}" not in self._damaged]
         old = [name for name in there if _steps(name) <= self.saved_steps][: -self._keep_last]
-        old = [name for name in old if self._keep_every is None or _steps(name) % self._keep_every]
+        old = [name for name in old if name not in self._kept_for_good(there)]
         # Directories whose save was killed or failed; a newer one may be a save in flight.
         old += [name for name in self._names(whole=False) if _steps(name) < self.saved_steps]
         if self.saved_steps > self._begun_at:
@@ -249,6 +285,15 @@ class Resumable:
                 remove(f"{self._shown}/{name}")
         except OSError as error:  # on rank 0 alone, while the others go on
             warnings.warn(f"an old checkpoint in {self._shown} could not be removed: {error}", stacklevel=4)
+
+    def _kept_for_good(self, names: list[str]) -> set[str]:
+        """Of each so many steps the first checkpoint: one that waited for a window's end has another number."""
+        every, kept, before = self._keep_every, set(), 0
+        for name in names:
+            if every is not None and _steps(name) // every > before // every:
+                kept.add(name)
+            before = _steps(name)
+        return kept
 
     # ---- resuming
 
@@ -280,6 +325,7 @@ class Resumable:
         self.steps, self.epoch = progress["steps"], progress["epoch"]
         self.resumed_from, self.saved_steps, self._begun_at = chosen, self.steps, self.steps
         self._random_state = RandomState.capture(cuda=True)
+        self._positions = [(loader, loader.state_dict()) for loader in self._loaders]
         self._run.print(f"resumed from {chosen}, step {self.steps}", file=sys.stderr)
 
     def _find_newest(self) -> tuple[str | None, list[str]]:

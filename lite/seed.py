@@ -76,6 +76,9 @@ def mix(*numbers: int) -> int:
     return value
 
 
+KINDS = ("torch", "python", "numpy")  # the global CPU generators
+
+
 @dataclass(eq=False)
 class RandomState:
     """Where random number generators stand.
@@ -115,13 +118,22 @@ class RandomState:
 
     def restore(self) -> None:
         """Put the global generators back."""
-        torch.set_rng_state(self.torch_state)
-        if self.python_state is not None:
-            random.setstate(self.python_state)
-        if self.numpy_state is not None:
-            np.random.set_state(self.numpy_state)
+        for kind in KINDS:
+            self.restore_one(kind)
         if self.cuda_state is not None and torch.cuda.is_available():
             torch.cuda.set_rng_state(self.cuda_state)
+
+    def restore_one(self, kind: str) -> None:
+        """Put back one of the global CPU generators, of KINDS, if it was looked at."""
+        state = getattr(self, f"{kind}_state")
+        if state is None:
+            return
+        if kind == "torch":
+            torch.set_rng_state(state)
+        elif kind == "python":
+            random.setstate(state)
+        else:
+            np.random.set_state(state)
 
     def restore_generators(self, generators: Sequence[Generator]) -> None:
         """Put the generators back that were given to `capture`."""
@@ -136,11 +148,15 @@ class RandomState:
 
     def same_globals(self, other: RandomState) -> bool:
         """Whether the global CPU generators stand alike."""
-        if not torch.equal(self.torch_state, other.torch_state) or self.python_state != other.python_state:
-            return False
-        mine, theirs = self.numpy_state, other.numpy_state
-        if mine is None or theirs is None:
-            return mine is theirs
+        return all(self.same_one(other, kind) for kind in KINDS)
+
+    def same_one(self, other: RandomState, kind: str) -> bool:
+        """Whether one of the global CPU generators, of KINDS, stands alike."""
+        mine, theirs = getattr(self, f"{kind}_state"), getattr(other, f"{kind}_state")
+        if kind == "torch":
+            return torch.equal(mine, theirs)
+        if kind == "python" or mine is None or theirs is None:
+            return bool(mine == theirs)
         return bool(mine[2:] == theirs[2:] and np.array_equal(mine[1], theirs[1]))
 
     def state_dict(self) -> dict[str, Any]:

@@ -21,9 +21,13 @@ import torch
 from torch import nn
 
 from lite.errors import CheckpointError, ConfigError
+from lite.renewal import renew
 
 # What torch.compile puts before the names within a compiled module.
 _COMPILED = "_orig_mod."
+# What torch's optimizers keep of a parameter's own shape, and Adafactor of its rows and columns.
+_MOMENTS = {"acc_delta", "ax", "exp_avg", "exp_avg_sq", "exp_inf", "grad_avg", "max_exp_avg_sq", "momentum_buffer"}
+_MOMENTS |= {"prev", "square_avg", "step_size", "sum", "variance", "row_var", "col_var"}
 Filter = Mapping[str, Callable[[str, Any], bool]]
 
 
@@ -97,7 +101,7 @@ def collect(state: Mapping[str, Any], filter: Filter | None = None) -> dict[str,
 def restore(
     state: MutableMapping[str, Any], loaded: Mapping[str, Any], *, strict: bool = True
 ) -> tuple[dict[str, Any], LoadReport]:
-    """Give a loaded dict back to the objects of `state`; plain values are replaced in `state` itself.
+    """Give a loaded dict back to the objects of `state`; plain values are renewed, in place where they can be.
 
     Args:
         state: As it was for `collect`.
@@ -125,7 +129,7 @@ def restore(
             missing.extend(report.missing)
             unexpected.extend(report.unexpected)
         else:
-            state[name] = loaded[name]
+            state[name] = renew(target, loaded[name], name)
     rest = {name: value for name, value in loaded.items() if name not in state}
     return rest, LoadReport(tuple(missing), tuple(unexpected))
 
@@ -139,6 +143,8 @@ def restore_object(target: Any, loaded: Any, name: str, *, strict: bool) -> Load
     try:
         if isinstance(target, nn.Module):
             return load_module(target, loaded, name, strict=strict)
+        if isinstance(target, torch.optim.Optimizer):
+            _check_optimizer_shapes(target, loaded, name)
         target.load_state_dict(loaded)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         if isinstance(error, CheckpointError):
@@ -149,15 +155,54 @@ def restore_object(target: Any, loaded: Any, name: str, *, strict: bool) -> Load
     return LoadReport()
 
 
+def _check_optimizer_shapes(optimizer: torch.optim.Optimizer, loaded: Mapping[str, Any], name: str) -> None:
+    """Refuse moments of another shape than their parameters, which torch takes and fails at in the next step."""
+    saved, groups = loaded["param_groups"], optimizer.param_groups
+    counts = [[len(group["params"]) for group in side] for side in (saved, groups)]
+    if counts[0] != counts[1] or not _is_torchs(optimizer):
+        return  # of other counts torch's own error tells
+    numbers = (number for group in saved for number in group["params"])
+    parameters = (parameter for group in groups for parameter in group["params"])
+    for position, (number, parameter) in enumerate(zip(numbers, parameters, strict=True)):
+        shape = tuple(parameter.shape)
+        others = {"row_var": (*shape[:-1], 1), "col_var": (*shape[:-2], 1, *shape[-1:])}
+        for entry, value in loaded["state"].get(number, {}).items():
+            if entry not in _MOMENTS or not isinstance(value, torch.Tensor) or value.ndim == 0:
+                continue
+            if tuple(value.shape) != others.get(entry, shape):
+                raise CheckpointError(
+                    f"the checkpoint's {name!r} does not fit {type(optimizer).__name__}: its {entry} for parameter "
+                    f"{position} (counted from 0, over all groups) has shape {list(value.shape)}, but the parameter "
+                    f"here has {list(shape)}. Give the optimizer the same parameters in the same order as when it was "
+                    f"saved, or leave {name!r} out of state."
+                )
+
+
+def _is_torchs(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether torch's own code takes its steps: others may keep moments in shapes of their own."""
+    kinds = [kind.__module__ for kind in type(optimizer).__mro__ if "step" in vars(kind)]
+    return next(kind for kind in kinds if not kind.startswith("lite.")).startswith("torch.optim")
+
+
 def module_state(module: nn.Module) -> dict[str, Any]:
     """The module's state dict with the raw model's keys, compiled parts included, and its modules' versions."""
     state = module.state_dict()
-    plain = OrderedDict((key.replace(_COMPILED, ""), value) for key, value in state.items())
+    plain = OrderedDict((plain_key(key), value) for key, value in state.items())
     versions = getattr(state, "_metadata", None)
     if versions is not None:
         renamed = {f"{name}.".replace(_COMPILED, "")[:-1]: version for name, version in versions.items()}
         plain._metadata = OrderedDict(renamed)  # type: ignore[attr-defined]  # where torch keeps and looks for them
     return plain
+
+
+def plain_key(key: str) -> str:
+    """A key or name within a module, as the raw model has it.
+
+    Example:
+        >>> plain_key("body._orig_mod.0.weight")
+        'body.0.weight'
+    """
+    return key.replace(_COMPILED, "")
 
 
 def like(mapping: Mapping[Any, Any], items: dict[Any, Any]) -> dict[Any, Any]:
@@ -183,7 +228,7 @@ def load_module(module: nn.Module, loaded: Mapping[str, Any], name: str, *, stri
         raise CheckpointError(
             f"the checkpoint's {name!r} is a {type(loaded).__name__} and no state dict of {type(module).__name__}."
         )
-    keys = {key.replace(_COMPILED, ""): key for key in module.state_dict()}
+    keys = {plain_key(key): key for key in module.state_dict()}
     # A new dict: modules may change the one that they are given.
     state = OrderedDict((keys.get(key, key), value) for key, value in loaded.items())
     versions = getattr(loaded, "_metadata", None)
@@ -196,8 +241,7 @@ def load_module(module: nn.Module, loaded: Mapping[str, Any], name: str, *, stri
     if result is None:  # the module has a load_state_dict of its own
         return LoadReport()
     missing, unexpected = (
-        tuple(f"{name}.{key.replace(_COMPILED, '')}" for key in side)
-        for side in (result.missing_keys, result.unexpected_keys)
+        tuple(f"{name}.{plain_key(key)}" for key in side) for side in (result.missing_keys, result.unexpected_keys)
     )
     return LoadReport(missing, unexpected)
 
@@ -219,7 +263,9 @@ def sanitise(value: Any, where: str) -> Any:
     if isinstance(value, Enum):
         return sanitise(value.value, where)
     if isinstance(value, (np.bool_, np.integer, np.floating, np.complexfloating)):
-        return value.item()
+        item = value.item()
+        if not isinstance(item, np.generic):  # as it is of numpy's long doubles
+            return item
     if type(value) in (bool, int, float, complex, str, bytes):
         return value
     builtins: tuple[Any, ...] = (int, float, complex, str, bytes)

@@ -13,9 +13,12 @@ import pytest
 LITE = Path(__file__).resolve().parents[1] / "lite"
 LAYERS = [
     {"errors", "disguise"},
+    {"renewal"},
     {"state", "seed", "nesting", "agreement", "first_rank"},
+    {"sharded"},
     {"collectives"},
     {"launchers", "environments", "accelerators", "precision", "checkpoint", "loggers", "data"},
+    {"deferred"},
     {"strategies", "wrapping"},
     {"gradients", "guards", "prepared"},
     {"plan", "resumable"},

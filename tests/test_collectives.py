@@ -131,6 +131,7 @@ def every_dtype() -> list[bool]:
     for name in DTYPES:
         dtype = getattr(torch, name)
         mine = (wanted[:1] if lite.global_rank == 0 else wanted[1:]).to(dtype)
+        assert lite.broadcast({"x": wanted.to(dtype)} if lite.is_global_zero else None)["x"].dtype == dtype
         for out in (lite.all_gather(mine, cat=True), lite.gather_for_metrics(mine)):
             kept.append(out.dtype == dtype and torch.equal(out.to(torch.complex64), wanted.to(torch.complex64)))
     assert lite.all_gather(torch.ones(2, 3).t())[1].shape == (3, 2)

@@ -127,7 +127,7 @@ def lazy_model() -> None:
 
 def meta_model() -> None:
     with torch.device("meta"):
-        model = nn.Linear(2, 2)
+        model = nn.ParameterList([nn.Parameter(torch.ones(2))])
     lite().setup(model)
 
 
@@ -187,7 +187,7 @@ CALLS: list[tuple[Callable[[], Any], type[Exception], list[str]]] = [
     (scaled_step_without_backward, UsageError, ["lite.backward(loss)", "16-mixed"]),
     (lbfgs_with_scale, ConfigError, ["LBFGS", "bf16-mixed"]),
     (lazy_model, ConfigError, ["LazyLinear", "one forward"]),
-    (meta_model, ConfigError, ["meta device", "to_empty"]),
+    (meta_model, ConfigError, ["empty_init='meta'", "reset_parameters()"]),
     (lambda: lite().no_backward_sync(MLP()), UsageError, ["MLP", "lite.setup"]),
     (lambda: lite().accumulate(MLP(), steps=2), UsageError, ["MLP", "lite.setup"]),
     (lambda: lite().accumulate(steps=2), ConfigError, ["no model"]),

@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import threading
+import time
 import traceback
 import weakref
 from collections.abc import Callable
@@ -33,7 +34,8 @@ class Background:
     @property
     def is_busy(self) -> bool:
         """Whether a write is under way."""
-        return self._thread is not None and self._thread.is_alive()
+        thread = self._thread  # another thread may set it to None meanwhile
+        return thread is not None and thread.is_alive()
 
     def start(self, write: Callable[[], None]) -> None:
         """Run `write` in a thread; wait for the one before it first."""
@@ -78,12 +80,17 @@ def _wait_at_exit() -> None:
 
     register: Any = getattr(threading, "_register_atexit", None)
     if register is not None:
-        register(_wait_for_all)
+        register(wait_for_all)
 
 
-def _wait_for_all() -> None:
+def wait_for_all(timeout_s: float | None = None) -> bool:
+    """Wait until no write is under way in this process; whether that is so. From any thread."""
+    end = None if timeout_s is None else time.monotonic() + timeout_s
     for background in list(_running):
-        background.wait()
+        thread = background._thread
+        if thread is not None:
+            thread.join(None if end is None else max(0.0, end - time.monotonic()))
+    return not any(background.is_busy for background in list(_running))
 
 
 def _tell_at_exit() -> None:

@@ -22,6 +22,10 @@ _SMALL_BYTES = 1 << 20
 
 def damage_in_zip(view: memoryview) -> str | None:
     """What is wrong with the bytes of a torch.save file, or None when each record has its CRC-32."""
+    if len(view) == 0:
+        return "it is empty"
+    if bytes(view[:2]) != _SIGNATURE[:2]:
+        return "it does not begin as torch.save's files do, so it is damaged or no checkpoint"
     try:
         with zipfile.ZipFile(_Reader(view)) as archive:
             records = archive.infolist()
@@ -46,11 +50,6 @@ def damage_in_zip(view: memoryview) -> str | None:
         return None
 
     return next((problem for problem in _in_threads(check, records) if problem), None)
-
-
-def crc32_of(views: Iterable[memoryview]) -> list[int]:
-    """The CRC-32 of each."""
-    return list(_in_threads(zlib.crc32, list(views)))
 
 
 class ChecksummedWriter(io.RawIOBase):
@@ -91,7 +90,7 @@ class ChecksummedWriter(io.RawIOBase):
 
 
 class _Reader(io.RawIOBase):
-    """A file over bytes that are there already, without copying them."""
+    """A file over bytes that are there already; what is read is copied, not the whole."""
 
     def __init__(self, view: memoryview) -> None:
         self._view, self._at = view, 0

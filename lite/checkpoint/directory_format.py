@@ -114,7 +114,7 @@ def read_index(storage: Storage, folder: str, *, verify: bool) -> Index:
 
 
 def damage_in_files(storage: Storage, folder: str, index: Index) -> str | None:
-    """The first data file that isn't what was written, or None."""
+    """The first file of the manifest that isn't what was written, or None."""
     for name, written in index.manifest.get("files", {}).items():
         path = storage.join(folder, name)
         if storage.kind(path) != "file":
@@ -127,8 +127,27 @@ def damage_in_files(storage: Storage, folder: str, index: Index) -> str | None:
     return None
 
 
+def damage_in_lengths(storage: Storage, folder: str, index: Index) -> str | None:
+    """The first data file that ends before the index says, or None; for directories without a manifest."""
+    ends: dict[str, int] = {}
+    for part in index.metadata.storage_data.values():
+        ends[part.relative_path] = max(ends.get(part.relative_path, 0), part.offset + part.length)
+    for name, end in ends.items():
+        path = storage.join(folder, name)
+        if storage.kind(path) != "file":
+            return f"{path!r} is missing"
+        with storage.open(path) as file:
+            size = file.seek(0, io.SEEK_END)
+        if size < end:
+            return f"{path!r} is truncated: it has {size} bytes of at least {end}"
+    return None
+
+
 def sweep(storage: Storage, folder: str, keep: str) -> None:
-    """Remove what other saves than `keep` have left, but for those that still run. Call after `keep` is committed."""
+    """Remove what other saves than `keep` have left, torch's own files included, but for those that still run.
+
+    Call it after `keep` is committed.
+    """
     names = storage.names(folder)
     ids = {match[0] for name in names if (match := _ID.search(name))} - {keep}
     running = {
@@ -182,7 +201,7 @@ def _read_manifest(storage: Storage, path: str) -> dict[str, Any]:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Makes nothing but the dataclasses of an index."""
+    """Makes nothing but the dataclasses of an index and the sizes, dtypes and paths in them."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):

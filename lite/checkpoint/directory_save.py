@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import pickle
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from typing import Any
@@ -19,6 +19,9 @@ from torch import Tensor
 from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+
+# Private in torch, and checked with 2.13: torch's own reader wants `_StorageInfo` in an index, its planner hands on
+# `_StoragePrefix`, and `_save_state_dict` has the `no_dist` that `dcp.save` lacks in torch 2.6.
 from torch.distributed.checkpoint.filesystem import _StorageInfo, _StoragePrefix
 from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.checkpoint.state_dict_saver import _save_state_dict
@@ -37,15 +40,22 @@ from lite.errors import CheckpointError
 _MANIFEST_ENTRIES = ("lite", "torch", "world_size", "time")
 
 
-def save_directory(path: str | os.PathLike[str], content: Mapping[str, Any], *, group: Any = None) -> None:
+def save_directory(
+    path: str | os.PathLike[str],
+    content: Mapping[str, Any],
+    *,
+    replicated: Collection[str] = (),
+    group: Any = None,
+) -> None:
     """Write `content` so that the directory holds either what it held before or all of the new content.
 
-    Collective: call on all ranks, with the same names. Of a tensor that several ranks have, one rank's is written;
-    whatever is no tensor, and all of the manifest, is rank 0's.
+    Collective: call on all ranks, with the same names. Sharded tensors are every rank's. All else is rank 0's, but that
+    the ranks share the work of writing the tensors of `replicated`.
 
     Args:
         path: The directory; it is made.
         content: Plain values and tensors, with the manifest.
+        replicated: Names in `content` whose plain tensors are equal on all ranks.
         group: The process group to agree over; None is all ranks.
 
     Raises:
@@ -58,7 +68,7 @@ def save_directory(path: str | os.PathLike[str], content: Mapping[str, Any], *, 
     writer = _Writer(storage, folder, plain)
     alone = collectives.world_size(group) == 1
     try:
-        _save_state_dict({}, writer, group, no_dist=alone, planner=_SavePlanner(tensors, places))
+        _save_state_dict({}, writer, group, no_dist=alone, planner=_SavePlanner(tensors, places, replicated))
     except CheckpointException as error:  # derives from BaseException
         writer.discard()
         reasons = "; ".join(f"rank {rank}: {reason(e[0])}" for rank, e in sorted(error.failures.items()))
@@ -75,9 +85,16 @@ def save_directory(path: str | os.PathLike[str], content: Mapping[str, Any], *, 
 class _SavePlanner(DefaultSavePlanner):
     """Plans named tensors that `tree.split` found; replicated ones are spread over the ranks by torch."""
 
-    def __init__(self, tensors: dict[str, Tensor], places: Mapping[str, tree.Path]) -> None:
+    def __init__(
+        self, tensors: dict[str, Tensor], places: Mapping[str, tree.Path], replicated: Collection[str]
+    ) -> None:
         super().__init__(flatten_state_dict=True)
         self._tensors = tensors
+        self._from_any_rank = {
+            name: tensor
+            for name, tensor in tensors.items()
+            if places[name][0] in replicated or hasattr(tensor, "__tensor_flatten__")
+        }
         # torch's own readers take whole numbers for positions in a list.
         self._places = {
             name: tuple(str(key) if not isinstance(key, str) else key for key in place)
@@ -85,7 +102,7 @@ class _SavePlanner(DefaultSavePlanner):
         }
 
     def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
-        self.state_dict = dict(self._tensors)
+        self.state_dict = dict(self._tensors if is_coordinator else self._from_any_rank)
         self.mappings = dict(self._places)
         self.is_coordinator = is_coordinator
 
@@ -156,6 +173,7 @@ class _Writer(StorageWriter):
         files: dict[str, Any] = {}
         for part in results:
             files.update(part.files)  # type: ignore[attr-defined]
+        self._check_are_here(files)
         name = names.plain_name(self._id)
         with self._storage.create(self._path(name)) as file, ChecksummedWriter(file) as checked:
             out: Any = checked
@@ -178,6 +196,15 @@ class _Writer(StorageWriter):
         with suppress(OSError):
             self._storage.remove(self._path(names.lock_name(self._id)))
             names.sweep(self._storage, self._folder, self._id)
+
+    def _check_are_here(self, files: Mapping[str, Mapping[str, int]]) -> None:
+        """Every rank's file must be in the folder that gets the index."""
+        for name, entry in files.items():
+            if self._storage.size(self._path(name)) != entry["bytes"]:
+                raise FileNotFoundError(
+                    f"the file {name!r} that another rank has written is not in {self._folder!r} here, so its machine "
+                    "sees another folder by that name; save to one that all machines share"
+                )
 
     def discard(self) -> None:
         """Remove what this rank has written for nothing."""

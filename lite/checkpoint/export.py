@@ -11,7 +11,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor
@@ -30,9 +30,10 @@ def export_safetensors(
 ) -> list[str]:
     """Write tensors to a directory, or to one file that ends in ".safetensors".
 
-    A new directory appears whole. In one that exists, the index goes first and comes back last, so that a reader finds
-    either a whole model or none. Tensors that share their memory are written once, under the name that comes first; a
-    shard's metadata says which name stands for which.
+    A new directory appears whole. In one that exists, all new files are whole before the first takes its place, and the
+    old ones that are not needed any more go last: a reader finds the old model or the new one. Only where both have as
+    many shards, and so the same names, there is a moment without an index, in which it finds none. Tensors that share
+    their memory are written once, under the name that comes first; a shard's metadata says which name stands for which.
 
     Returns:
         The names of the files.
@@ -120,21 +121,21 @@ def _index(shards: dict[str, dict[str, Tensor]]) -> bytes:
     return json.dumps({"metadata": {"total_size": size}, "weight_map": where}, indent=2).encode()
 
 
-def _write(storage: Storage, folder: str, shards: dict[str, Any], aliases: dict[str, str], save_file: Any) -> None:
-    for file, part in shards.items():
-        mine = {name: kept for name, kept in aliases.items() if kept in part}
-        with storage.replace(storage.join(folder, file)) as beside:
-            save_file(part, beside, metadata={"format": "pt", **mine})
+def _save(save_file: Any, part: dict[str, Tensor], path: str, aliases: dict[str, str]) -> None:
+    mine = {name: kept for name, kept in aliases.items() if kept in part}
+    save_file(part, path, metadata={"format": "pt", **mine})
 
 
 def _new_folder(
     storage: Storage, target: str, shards: dict[str, Any], aliases: dict[str, str], save_file: Any
 ) -> list[str]:
-    parent, name = storage.split(target)
-    beside = storage.join(parent, f".{name}.{uuid.uuid4().hex}.tmp")
+    parent, own = storage.split(target)
+    beside = storage.join(parent, f".{own}.{uuid.uuid4().hex}.tmp")
     storage.make_folder(beside)
     try:
-        _write(storage, beside, shards, aliases, save_file)
+        for name, part in shards.items():
+            _save(save_file, part, storage.join(beside, name), aliases)
+            storage.flush(storage.join(beside, name))
         if len(shards) > 1:
             with storage.create(storage.join(beside, INDEX)) as file:
                 file.write(_index(shards))
@@ -149,15 +150,21 @@ def _new_folder(
 def _into_folder(
     storage: Storage, target: str, shards: dict[str, Any], aliases: dict[str, str], save_file: Any
 ) -> list[str]:
-    storage.remove(storage.join(target, INDEX))
-    for old in storage.names(target):
-        if _OURS.match(old) and (len(shards) > 1 or old not in shards):
-            storage.remove(storage.join(target, old))
-    _write(storage, target, shards, aliases, save_file)
-    if len(shards) == 1:
-        return list(shards)
-    with storage.replace(storage.join(target, INDEX)) as beside, open(beside, "wb") as file:
-        file.write(_index(shards))
-    with suppress(OSError):
-        storage.sync(target)
-    return [*shards, INDEX]
+    names = [*shards, INDEX] if len(shards) > 1 else list(shards)
+    there = storage.names(target)
+    with ExitStack() as stack:
+        # Nothing gets its name before all is on the disk. They get them in reverse order: the index last.
+        beside = {name: stack.enter_context(storage.replace(storage.join(target, name))) for name in reversed(names)}
+        for file, part in shards.items():
+            _save(save_file, part, beside[file], aliases)
+        if INDEX in beside:
+            with open(beside[INDEX], "wb") as index:
+                index.write(_index(shards))
+        for path in beside.values():
+            storage.flush(path)
+        if INDEX in beside and any(name in there for name in shards):
+            storage.remove(storage.join(target, INDEX))  # as many shards as before: it would tell of both
+    old = [name for name in there if name not in names and (name == INDEX or _OURS.match(name))]
+    for name in sorted(old, key=lambda name: name != INDEX):
+        storage.remove(storage.join(target, name))
+    return names

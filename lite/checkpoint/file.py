@@ -1,6 +1,7 @@
-"""One-file checkpoints: written whole or not at all, checked and read without running code. It knows data, not models.
+"""One-file checkpoints: written whole or not at all, checked, and read without running code unless that is asked for.
 
-The file is torch.save's: `torch.load(path, weights_only=True)` reads it where lite is not installed.
+The file is torch.save's: `torch.load(path, weights_only=True)` reads it where lite is not installed. This module knows
+data, not models.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import io
 import logging
 import os
 import pickle
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,7 +19,6 @@ import torch
 
 from lite.checkpoint.checksum import damage_in_zip
 from lite.checkpoint.storage import Storage, locate
-from lite.checkpoint.tree import walk
 from lite.errors import CheckpointError
 
 _log = logging.getLogger("lite")
@@ -26,7 +27,8 @@ _log = logging.getLogger("lite")
 def save_file(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
     """Write `content` so that `path` holds either what it held before or all of the new content, whatever happens.
 
-    The file is written beside its place, flushed to the disk, and renamed.
+    The file is written beside its place, flushed to the disk, and renamed. At a URL, flushing and renaming are what its
+    file system makes of them.
 
     Raises:
         CheckpointError: The folder can't be written, the disk is full, or `path` is a folder.
@@ -57,27 +59,17 @@ def check_is_no_folder(path: str | os.PathLike[str]) -> None:
         )
 
 
-def check_has_no_shards(content: dict[str, Any]) -> None:
-    """Refuse tensors of which this rank has only a part: rank 0 alone writes a file.
-
-    Raises:
-        CheckpointError: There is one; the message names it.
-    """
-    for name, value in walk(content).items():
-        if isinstance(value, torch.Tensor) and hasattr(value, "device_mesh"):
-            raise CheckpointError(
-                f"{name} is sharded over the ranks, and one file is written by rank 0 alone; save to a path without a "
-                "suffix, which every rank writes a part of, or gather it first."
-            )
-
-
-def load_file(path: str | os.PathLike[str], *, verify: bool = True, weights_only: bool = True) -> dict[str, Any]:
+def load_file(
+    path: str | os.PathLike[str], *, verify: bool = True, weights_only: bool = True, mapped: bool = False
+) -> dict[str, Any]:
     """Read what `save_file` (or any `torch.save` of a dict) wrote, onto the CPU.
 
     Args:
         path: The file.
-        verify: Whether every record's checksum is compared first, before anything is unpickled.
+        verify: Whether every record's checksum is compared first, before anything is unpickled. torch.save's format
+            of before zip archives has none, and is read without.
         weights_only: False runs whatever code the file brings; it is logged.
+        mapped: Whether tensors stay in a local file, and are read from it as they are used.
 
     Raises:
         CheckpointError: There is no such file, it is damaged, or it holds objects that only code could rebuild.
@@ -86,17 +78,18 @@ def load_file(path: str | os.PathLike[str], *, verify: bool = True, weights_only
     if storage.kind(target) != "file":
         raise CheckpointError(f"path={str(path)!r} does not exist or is no file{_beside(storage, target)}.")
     if not weights_only:
-        _log.warning("loading path=%r with weights_only=False: code in it is run", str(path))
+        log_that_code_is_run(path)
     try:
-        if type(storage) is not Storage:
-            with storage.view(target) as view:
-                damage = damage_in_zip(view) if verify else None
-                content = None if damage else _unpickle(io.BytesIO(view), weights_only)
-        else:
-            damage = damage_in_file(storage, target) if verify else None
-            content = None if damage else _unpickle(target, weights_only)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(f"path={str(path)!r} holds more than plain data, or is damaged: {error}") from error
+        with storage.view(target) as view:
+            damage = damage_in_zip(view) if verify and not is_without_checksums(view) else None
+            if damage is None and type(storage) is not Storage:
+                content = unpickle(io.BytesIO(view), str(path), weights_only=weights_only)
+        if damage is None and type(storage) is Storage:
+            content = unpickle(
+                target, str(path), weights_only=weights_only, mapped=mapped and _is_archive(storage, target)
+            )
+    except CheckpointError:
+        raise
     except Exception as error:
         raise CheckpointError(f"path={str(path)!r} is damaged or is no checkpoint: {reason(error)}") from error
     if damage:
@@ -107,10 +100,58 @@ def load_file(path: str | os.PathLike[str], *, verify: bool = True, weights_only
 
 
 def damage_in_file(storage: Storage, target: str) -> str | None:
-    """What is wrong with a checkpoint file, or None."""
+    """What is wrong with a checkpoint file, or None where its checksums say that it is whole."""
     with storage.view(target) as view:
-        # torch.save's format before zip archives has no checksums.
-        return None if bytes(view[:2]) == b"\x80\x02" else damage_in_zip(view)
+        if is_without_checksums(view):
+            return (
+                "it is a bare pickle, as torch.save wrote them before zip archives, and has no checksums to tell by; "
+                "if it loads, save it anew"
+            )
+        return damage_in_zip(view)
+
+
+def is_without_checksums(view: memoryview) -> bool:
+    """Whether a file begins as a pickle does: torch.save's format of before zip archives."""
+    return bytes(view[:2]) == b"\x80\x02"
+
+
+def log_that_code_is_run(path: str | os.PathLike[str]) -> None:
+    """Before anything at `path` is read with weights_only=False."""
+    _log.warning("loading path=%r with weights_only=False: code in it is run", str(path))
+
+
+def unpickle(source: Any, where: str, *, weights_only: bool, part: str = "", mapped: bool = False) -> Any:
+    """torch.load onto the CPU, without torch's advice to run the code of a file that holds some.
+
+    Args:
+        source: A path or an open file.
+        where: The path, for the error.
+        weights_only: As for `load_file`.
+        part: For the error, which part of the checkpoint it is.
+        mapped: Whether tensors stay in the file, which is a zip archive, and are read as they are used.
+
+    Raises:
+        CheckpointError: There is more in it than plain data, and nothing of that was run.
+    """
+    try:
+        return torch.load(source, map_location="cpu", weights_only=weights_only, mmap=mapped)
+    except Exception as error:
+        if not weights_only or not (isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error)):
+            raise
+        # torch's own error is left out of the traceback: its advice would be all that one remembers.
+        raise CheckpointError(
+            f"path={where!r} holds more than plain data{part}, or is damaged: {_without_advice(str(error))}. Nothing "
+            "in it was run. A checkpoint can hold tensors and plain values; save state dicts instead of objects."
+        ) from None
+
+
+def _without_advice(text: str) -> str:
+    found = re.search(r"GLOBAL (\S+)", text)  # so in torch 2.6 to 2.13
+    if found is not None:
+        return f"it asks for {found[1]}"
+    lines = [line.strip() for line in text.splitlines() if "weights_only" not in line]
+    rest = " ".join(line for line in lines if line).removeprefix("Weights only load failed.").strip(" .")
+    return rest or "its format is one that only code could read"
 
 
 def reason(error: BaseException) -> str:
@@ -125,8 +166,9 @@ def reason(error: BaseException) -> str:
     return str(error) or type(error).__name__
 
 
-def _unpickle(source: Any, weights_only: bool) -> Any:
-    return torch.load(source, map_location="cpu", weights_only=weights_only)
+def _is_archive(storage: Storage, target: str) -> bool:
+    with storage.view(target) as view:
+        return bytes(view[:2]) == b"PK"
 
 
 def _beside(storage: Storage, target: str) -> str:

@@ -1,16 +1,24 @@
-"""What each rank has for itself in a checkpoint: random states, and objects whose state differs between ranks.
+"""What each rank has for itself in a checkpoint: random states, objects whose state differs between ranks, buffers.
 
-An object says so by an attribute `state_is_per_rank` that is true.
+An object says so by an attribute `state_is_per_rank` that is true. A model's buffers do when they differ: the running
+statistics of a BatchNorm come from the rank's own last batch until the next forward takes over rank 0's, and an
+evaluation in between sees them.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from lite import collectives
 from lite.errors import CheckpointError
 from lite.seed import Moment, RandomState, mix, seed_everything
+from lite.state import plain_key
 
 _MARK = "__per_rank__"
 
@@ -36,7 +44,7 @@ def gather(content: dict[str, Any], state: Mapping[str, Any], *, rng: bool) -> l
 
 
 def pick(loaded: dict[str, Any], state: Mapping[str, Any]) -> None:
-    """Leave this rank's part alone in the entries that `state` asks for.
+    """Put this rank's part in the place of all ranks' parts, in the entries that `state` asks for; changes `loaded`.
 
     Raises:
         CheckpointError: It was saved by another number of processes.
@@ -54,6 +62,70 @@ def pick(loaded: dict[str, Any], state: Mapping[str, Any]) -> None:
                 "that lite splits (a map-style dataset, or shard='stride') can be resumed with any number."
             )
         loaded[name] = parts[rank]
+
+
+def parts_of_ranks(entry: Any) -> list[Any]:
+    """Every rank's part of an entry of a loaded checkpoint whose object's state differed between ranks."""
+    parts: list[Any] = entry[_MARK]
+    return parts
+
+
+def gather_buffers(content: dict[str, Any], state: Mapping[str, Any]) -> dict[str, dict[str, list[Tensor]]]:
+    """Every rank's values of those buffers in `content` that differ between ranks, by names in `state` and keys.
+
+    Collective: call on all ranks. In `content` they are rank 0's afterwards.
+    """
+    mine = {
+        (name, key): buffer
+        for name, module in state.items()
+        if isinstance(module, nn.Module) and name in content
+        for key, buffer in _buffers(module).items()
+        if key in content[name]
+    }
+    sums = collectives.all_gather_objects({place: _checksum(buffer) for place, buffer in mine.items()})
+    common = [place for place in sums[0] if all(place in other for other in sums)]
+    differing = [place for place in common if len({other[place] for other in sums}) > 1]
+    if not differing:
+        return {}
+    everyone = collectives.all_gather_objects([mine[place].contiguous() for place in differing])
+    found: dict[str, dict[str, list[Tensor]]] = {}
+    for i, (name, key) in enumerate(differing):
+        values = [buffers[i] for buffers in everyone]
+        found.setdefault(name, {})[key] = values
+        content[name][key] = values[0]
+    return found
+
+
+def restore_buffers(saved: Mapping[str, Mapping[str, list[Tensor]]], state: Mapping[str, Any]) -> None:
+    """Give this rank's buffers back to the models in `state`, where as many processes saved them."""
+    for name, entries in saved.items():
+        module = state.get(name)
+        buffers = _buffers(module) if isinstance(module, nn.Module) else {}
+        for key, values in entries.items():
+            if key in buffers and len(values) == collectives.world_size():
+                buffers[key].copy_(values[collectives.rank()])
+
+
+def _buffers(module: nn.Module) -> dict[str, Tensor]:
+    """The module's plain, dense buffers by the keys of its state dict."""
+    return {
+        plain_key(key): buffer
+        for key, buffer in module.named_buffers(remove_duplicate=False)
+        if buffer.layout == torch.strided and not buffer.is_quantized and not hasattr(buffer, "__tensor_flatten__")
+    }
+
+
+_checksums: Any = WeakTensorKeyDictionary()
+
+
+def _checksum(buffer: Tensor) -> tuple[Any, ...]:
+    """What equal buffers have in common; computed once for each version of a buffer, as large ones seldom change."""
+    version, found = _checksums.get(buffer, (None, None))
+    if version != buffer._version:
+        values: Any = collectives.as_bytes(buffer.detach().cpu().contiguous()).numpy()
+        found = (tuple(buffer.shape), str(buffer.dtype), zlib.crc32(values))
+        _checksums[buffer] = (buffer._version, found)
+    return found  # type: ignore[no-any-return]
 
 
 def restore_random_state(saved: list[Any]) -> Moment:

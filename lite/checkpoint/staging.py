@@ -16,16 +16,11 @@ class Staging:
 
     Whole storages are copied, each once, so that views and tied weights stay shared in the copy. The memory is
     allocated at the first copy and again only where sizes have changed; from CUDA it is pinned, copied without waiting,
-    and waited for once.
+    and waited for once. Sparse, quantized and conjugated tensors are the exception: they are copied anew each time.
     """
 
     def __init__(self) -> None:
         self._buffers: list[Tensor] = []
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory in use."""
-        return sum(buffer.nbytes for buffer in self._buffers)
 
     def stage(self, content: Mapping[str, Any]) -> dict[str, Any]:
         """A copy of nested plain values and tensors. The one before it is overwritten."""
@@ -33,10 +28,6 @@ class Staging:
         copied: dict[str, Any] = copier.copy(content)
         copier.finish()
         return copied
-
-    def release(self) -> None:
-        """Give the memory back."""
-        self._buffers.clear()
 
 
 class _Copier:

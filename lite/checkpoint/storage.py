@@ -26,7 +26,10 @@ _TEMPORARY = re.compile(r"^\.(.+)\.[0-9a-f]{32}\.tmp$")
 
 
 class Storage:
-    """The local file system; base of the others. Paths are strings with "/" (or the system's separator)."""
+    """The local file system; base of the others. Paths are strings with "/" (or the system's separator).
+
+    What a method promises of disks, locks and moments holds here; `UrlStorage` does what its file system can.
+    """
 
     def kind(self, path: str) -> str | None:
         """ "file", "folder", or None where nothing is."""
@@ -60,6 +63,13 @@ class Storage:
         with suppress(OSError):
             os.rmdir(folder)
 
+    def size(self, path: str) -> int | None:
+        """Bytes in the file; None where there is none."""
+        try:
+            return os.stat(path).st_size
+        except OSError:
+            return None
+
     def read(self, path: str) -> bytes:
         with open(path, "rb") as file:
             return file.read()
@@ -88,8 +98,14 @@ class Storage:
             file.flush()
             os.fsync(file.fileno())
 
+    def flush(self, path: str) -> None:
+        """Put a file's bytes on the disk."""
+        # Not by the lock's descriptor: safetensors 0.8 puts another file under the name that it is given.
+        with open(path, "r+b") as file:
+            os.fsync(file.fileno())
+
     def rename(self, old: str, new: str) -> None:
-        """Give a file another name in its folder, over what has that name, at once and durably."""
+        """Give a file or folder another name beside it, over a file of that name, at once and durably."""
         with _freed_later(new):
             os.replace(old, new)
         self.sync(self.split(new)[0])
@@ -106,18 +122,22 @@ class Storage:
 
     @contextmanager
     def replace(self, path: str) -> Iterator[Any]:
-        """A place beside `path` to write to, a path or an open file; after the block it is `path`, whole and durable.
+        """A place beside `path` to write to; after the block it is `path`, whole and durable.
 
-        An error in the block leaves `path` as it was. What killed writers left beside it before is removed.
+        An error in the block leaves `path` as it was, and nothing beside it. One after it, as the new name itself is
+        made durable, leaves the new file. What killed writers of `path` left beside it is removed first.
+
+        Returns:
+            A path that exists and is empty; of `UrlStorage` an open file.
         """
         folder, name = self.split(path)
         self.make_folder(folder)
         self.sweep(folder, name)
         beside = self.join(folder, f".{name}.{uuid.uuid4().hex}.tmp")
         try:
-            with self.lock(beside) as descriptor:
+            with self.lock(beside):
                 yield beside
-                os.fsync(descriptor)
+                self.flush(beside)
                 self.rename(beside, path)
         except BaseException:
             self.remove(beside)
@@ -140,7 +160,7 @@ class Storage:
             os.close(descriptor)
 
     def is_abandoned(self, path: str) -> bool:
-        """Whether the process that held the file by `lock` is gone."""
+        """Whether the process that held the file by `lock` is gone; without locks, whether the file is a day old."""
         try:
             import fcntl
         except ImportError:
@@ -197,6 +217,13 @@ class UrlStorage(Storage):
     def remove_empty_folder(self, folder: str) -> None:
         with suppress(OSError):
             self._fs.rmdir(folder)
+
+    def size(self, path: str) -> int | None:
+        self._fs.invalidate_cache(self.split(path)[0])  # another process may have written it
+        try:
+            return int(self._fs.size(path))
+        except FileNotFoundError:
+            return None
 
     def read(self, path: str) -> bytes:
         return bytes(self._fs.cat_file(path))

@@ -30,10 +30,7 @@ def split(content: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]
 
     def take(value: Any, place: Path) -> Any:
         if isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized:
-            name = wanted = ".".join(map(str, place))
-            number = 2
-            while name in tensors:  # {"a.b": ...} beside {"a": {"b": ...}}
-                name, number = f"{wanted}#{number}", number + 1
+            name = _free(".".join(map(str, place)), tensors)
             tensors[name], places[name] = value, place
             return None
         if isinstance(value, Mapping):
@@ -68,15 +65,33 @@ def join(rest: Any, tensors: Mapping[str, Tensor], places: Mapping[str, Path]) -
     return put(rest, ())
 
 
-def walk(content: Any, place: str = "") -> dict[str, Any]:
-    """Every leaf by its dotted name, for people to read."""
-    if isinstance(content, Mapping) and content:
-        items = list(content.items())
-    elif isinstance(content, (list, tuple)) and any(isinstance(v, (Tensor, Mapping, list)) for v in content):
-        items = list(enumerate(content))
-    else:
-        return {place: content}
+def walk(content: Any) -> dict[str, Any]:
+    """Every leaf by its dotted name, for people to read; a list or tuple of nothing but plain values is one leaf.
+
+    Example:
+        >>> walk({"a": {"b": 1, "c": ((2, 3), 4), "d": (5, 6)}, "a.b": 7})
+        {'a.b': 1, 'a.c.0': (2, 3), 'a.c.1': 4, 'a.d': (5, 6), 'a.b#2': 7}
+    """
     leaves: dict[str, Any] = {}
-    for key, value in items:
-        leaves.update(walk(value, f"{place}.{key}" if place else str(key)))
+
+    def take(value: Any, place: str) -> None:
+        if isinstance(value, Mapping) and value:
+            items = list(value.items())
+        elif isinstance(value, (list, tuple)) and any(isinstance(v, (Tensor, Mapping, list, tuple)) for v in value):
+            items = list(enumerate(value))
+        else:
+            leaves[_free(place, leaves)] = value
+            return
+        for key, item in items:
+            take(item, f"{place}.{key}" if place else str(key))
+
+    take(content, "")
     return leaves
+
+
+def _free(wanted: str, taken: Mapping[str, Any]) -> str:
+    """A name that isn't taken: of {"a.b": ...} beside {"a": {"b": ...}}, the second one has a number."""
+    name, number = wanted, 2
+    while name in taken:
+        name, number = f"{wanted}#{number}", number + 1
+    return name

@@ -46,8 +46,7 @@ def show(options: argparse.Namespace) -> int:
                 total += value.nbytes
                 print(f"  {name}  {_shape(value)}  {value.nbytes} bytes")
             else:
-                text = repr(value)
-                print(f"  {name} = {text if len(text) <= 80 else text[:77] + '...'}")
+                print(f"  {name} = {_brief(value)}")
         print(f"  {total} bytes in tensors")
     return 0
 
@@ -60,7 +59,7 @@ def verify(options: argparse.Namespace) -> int:
             problem = damage(path)
         except (CheckpointError, OSError) as error:
             problem = str(error)
-        print(f"{path}: {'whole' if problem is None else f'NOT WHOLE: {problem}'}")
+        print(f"{path}: " + ("whole" if problem is None else f"NOT WHOLE: {' '.join(problem.split())}"))
         code = code if problem is None else 1
     return code
 
@@ -89,25 +88,43 @@ def consolidate(options: argparse.Namespace) -> int:
 
 
 def difference(a: Any, b: Any) -> str | None:
-    """How two entries differ, or None. Not-a-numbers equal each other.
+    """How two entries differ, or None. Not-a-numbers equal each other, in tensors and in plain values.
 
     Example:
         >>> difference(torch.zeros(2), torch.tensor([0.0, 0.5]))
         'max abs difference 0.5 in 1 of 2 elements'
     """
     if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
-        same = type(a) is type(b) and bool(a == b)
-        return None if same else f"{a!r} and {b!r}"
+        return None if _same(a, b) else f"{_brief(a)} and {_brief(b)}"
     if a.shape != b.shape or a.dtype != b.dtype:
         return f"{_shape(a)} and {_shape(b)}"
     wide = torch.complex128 if a.is_complex() else torch.float64
     wide = torch.int64 if not (a.is_floating_point() or a.is_complex()) else wide
-    x, y = (value.to_dense().to(wide) for value in (a, b))
+    x, y = ((value.dequantize() if value.is_quantized else value.to_dense()).to(wide) for value in (a, b))
     differs = (x != y) & ~(x.isnan() & y.isnan())
     if not differs.any():
         return None
     largest = (x - y).abs()[differs].max().item()
     return f"max abs difference {largest:.6g} in {int(differs.sum())} of {a.numel()} elements"
+
+
+def _same(a: Any, b: Any) -> bool:
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, (set, frozenset)):
+        numbers = [{x for x in side if x == x} for side in (a, b)]  # a NaN is not what it is
+        return numbers[0] == numbers[1] and len(a) == len(b)
+    if isinstance(a, complex):
+        return _same(a.real, b.real) and _same(a.imag, b.imag)
+    return bool(a == b) or (isinstance(a, float) and a != a and b != b)
+
+
+def _brief(value: Any) -> str:
+    """In at most 80 characters."""
+    text = _shape(value) if isinstance(value, Tensor) else repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _shape(value: Tensor) -> str:

@@ -26,6 +26,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code: int = options.run(options)
         return code
-    except LiteError as error:
+    except (LiteError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2

@@ -57,10 +57,6 @@ def _steps(loader: DataLoader[Any]) -> str:
         return "; length unknown"
 
 
-def _distributed_sampler(loader: DataLoader[Any]) -> DistributedSampler[Any] | None:
-    return next((sampler for sampler in samplers_of(loader) if isinstance(sampler, DistributedSampler)), None)
-
-
 def _padding(sampler: DistributedSampler[Any]) -> str:
     extra = sampler.total_size - len(sampler.dataset)  # type: ignore[arg-type]
     if extra > 0:

@@ -13,13 +13,16 @@ from lite.data.checksum import checksum
 from lite.data.shares import Shard, Share, slice_evenly
 from lite.data.stream import is_stateful
 from lite.errors import UsageError
+from lite.seed import RandomState, drawing_under, mix, seed_here
 
 
 class StridedStream(IterableDataset[Any]):
     """Yields this rank's slice of each global batch of the one stream that `dataset` is, collated, with its share.
 
     Every process reads the whole stream and skips what isn't its own; worker w of n makes the global batches j with
-    j % n == w, so the order does not depend on the number of workers.
+    j % n == w, so the order does not depend on the number of workers. What a dataset draws from the global generators
+    must be alike everywhere too: in workers they are seeded for each global batch as it is read, and then, for each
+    rank another way, as this rank's part is collated.
 
     Args:
         dataset: The user's dataset. It must yield the same samples in the same order in every process.
@@ -30,6 +33,8 @@ class StridedStream(IterableDataset[Any]):
 
     Attributes:
         resume: Global batches to leave out in the next iteration, and the dataset's state after them or None.
+        seed: From which the workers' seeds are made; the same on all ranks.
+        opened: The random state as the iterator of a resumed epoch was made.
     """
 
     def __init__(
@@ -41,19 +46,25 @@ class StridedStream(IterableDataset[Any]):
         self.collate = collate
         self.shard = shard
         self.resume: tuple[int, Any] | None = None
+        self.seed = 0
+        self.opened: RandomState | None = None
 
     def __iter__(self) -> Iterator[tuple[Any, Share | None, int | None, Any]]:
         """The batch, its share where it is ragged, once per process a fingerprint of the stream, a worker's state."""
         worker = get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker is not None else (0, 1)
+        seed = None if worker is None else self.seed
         size = self.batch_size * self.shard.world_size
         (number, state), self.resume = self.resume or (0, None), None
-        items = self._open(number, state)
+        # A worker is seeded; here the order may come from the generators as they were when the epoch began.
+        again = number > 0 and state is None and worker is None
+        with drawing_under(self.opened if again else None):
+            items = self._open(number, state, seed)
         tells = worker is not None and is_stateful(self.dataset)
         fingerprint: int | None = None
         told = False
         first_number = number
-        while group := list(islice(items, size)):
+        while group := _read(items, size, number, seed):
             if number == first_number:
                 fingerprint = checksum(group)
             if len(group) < size and self.drop_last:
@@ -65,21 +76,32 @@ class StridedStream(IterableDataset[Any]):
                 else:
                     mine, share = slice_evenly(group, self.shard)
                 state = self.dataset.state_dict() if tells else None  # type: ignore[attr-defined]
+                if seed is not None:
+                    seed_here(mix(seed, number, 1 + self.shard.rank))
                 yield self.collate(mine), share, None if told else fingerprint, state
                 told = True
             number += 1
         if not told:
             yield None, None, fingerprint or 0, None  # nothing for this worker, which still tells what it has read
 
-    def _open(self, number: int, state: Any) -> Iterator[Any]:
+    def _open(self, number: int, state: Any, seed: int | None) -> Iterator[Any]:
         """The stream after `number` global batches."""
+        if seed is not None:
+            seed_here(mix(seed))
         if state is not None:
             self.dataset.load_state_dict(state)  # type: ignore[attr-defined]
             return iter(self.dataset)
         items = iter(self.dataset)
-        skip = number * self.batch_size * self.shard.world_size
-        next(islice(items, skip, skip), None)
+        for skipped in range(number):
+            _read(items, self.batch_size * self.shard.world_size, skipped, seed)
         return items
+
+
+def _read(items: Iterator[Any], size: int, number: int, seed: int | None) -> list[Any]:
+    """The global batch with that number, drawn from generators that are seeded for it, with a seed."""
+    if seed is not None:
+        seed_here(mix(seed, number, 0))
+    return list(islice(items, size))
 
 
 def identity(value: Any) -> Any:

@@ -1,26 +1,26 @@
-"""What happens around the batches of one loader: counting, weighing, moving them, and the state of it all."""
+"""The passes over one loader: what they begin from, how far they have come, and the state that makes them go on."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
-from itertools import chain, islice
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
-from lite.data.iterable import check_same_stream, check_unsplit, warn_if_same
+from lite.data.delivery import Delivery
+from lite.data.epochs import epoch_teller
+from lite.data.iterable import StridedStream
 from lite.data.position import Pass, Start
 from lite.data.sampler import ShardedSampler
 from lite.data.shares import BatchWeight, Shard
 from lite.data.split import generators_of, samplers_of
 from lite.data.stream import StreamTracker, is_stateful, warn_of_reading_again
-from lite.data.transfer import move_to_device
-from lite.disguise import disguise
+from lite.data.workers import start_shielded
 from lite.errors import CheckpointError, UsageError
-from lite.seed import Moment, RandomState, drawing_under
+from lite.seed import Moment, RandomState, drawing_under, mix
 
 Sync = Callable[[Any], Any]
 _VERSION = 1
@@ -31,48 +31,39 @@ class Iteration:
 
     Args:
         loader: The copy of the user's loader.
+        delivery: What hands its batches out.
         sampler: What slices its sampler's stream; None for an IterableDataset.
         tracker: What knows how far an IterableDataset was read; None for others.
         strided: The loader over one stream that all ranks read, where that is how it is split.
         weight: Told what each batch counts, as it is given out.
-        device: Where batches are moved; None leaves them.
         sync: Returns rank 0's object on every rank.
         shard: This rank's part.
-        split: Whether ranks are meant to get different batches.
-        own_iter: Whether the loader's class iterates in a way of its own, around the batches that are read.
     """
 
     def __init__(
         self,
         loader: DataLoader[Any],
+        delivery: Delivery,
         *,
         sampler: ShardedSampler | None,
         tracker: StreamTracker | None,
         strided: DataLoader[Any] | None,
         weight: BatchWeight,
-        device: torch.device | None,
         sync: Sync,
         shard: Shard,
-        split: bool,
-        own_iter: bool,
     ) -> None:
         self.strided = strided
         self._sampler = sampler
         self._tracker = tracker
         self._weight = weight
-        self._device = device
         self._sync = sync
-        self._shard = shard
         self._dataset: Any = loader.dataset
-        self._own_iter = own_iter
-        self._watch = split and tracker is not None
-        self._sliced = sampler is not None and sampler.shard.world_size > 1
-        self.per_rank = shard.world_size > 1 and strided is None and not self._sliced
+        self._delivery = delivery
+        self.per_rank = shard.world_size > 1 and strided is None and not delivery.sliced
         samplers = [] if sampler is None else [s for s in samplers_of(loader) if s is not sampler]
         self._generators = generators_of(loader)
-        self._epoch_samplers = [s for s in samplers if callable(getattr(s, "set_epoch", None))]
+        self._epochs = [teller for s in samplers if (teller := epoch_teller(s)) is not None]
         self._stateful_samplers = [s for s in samplers if is_stateful(s)]
-        self._last_epochs: list[Any] = []
         self._next: Pass | None = None  # the pass that a loaded state asks for
         self._moment: Moment | None = None  # the random state of the moment from which that pass goes on
         self._pass: Pass | None = None  # the newest one
@@ -91,7 +82,6 @@ class Iteration:
             self._moment = None
         current.uses = current.began = self._weight.uses
         self.epoch = current.epoch + 1
-        self._last_epochs = [_epochs(sampler) for sampler in self._epoch_samplers]
         self._pass = current
         if self._sampler is not None:
             self._sampler.upcoming = current
@@ -100,12 +90,11 @@ class Iteration:
         return current
 
     def _fresh_pass(self) -> Pass:
-        for i, sampler in enumerate(self._epoch_samplers):
-            if self.epoch > 0 and self._last_epochs and _epochs(sampler) == self._last_epochs[i]:
-                sampler.set_epoch(_epoch_of(sampler, self.epoch - 1) + 1)
+        for teller in self._epochs:
+            teller.begin_pass(first=self.epoch == 0)
         before = self._capture()
         samplers = [sampler.state_dict() for sampler in self._stateful_samplers]
-        epochs = [_epoch_of(sampler, None) for sampler in self._epoch_samplers]
+        epochs = [teller.epoch for teller in self._epochs]
         return Pass(self.epoch, Start(before, samplers=samplers, epochs=epochs))
 
     def _capture(self) -> RandomState:
@@ -126,126 +115,16 @@ class Iteration:
             yield
             if self._tracker is not None:
                 self._tracker.opened = RandomState.capture()
-
-    def watch(self, batches: Any) -> Any:
-        """The iterator that reads the batches, where the user's class stands between it and the user's loop."""
-        if not self._own_iter:
-            return batches
-        raw_next = type(batches).__next__
-
-        def __next__(iterator: Any) -> Any:
-            batch = raw_next(iterator)
-            current = self._pass
-            if current is not None:
-                if self._sliced:
-                    self._tell(current, current.read)
-                current.read += 1
-            return batch
-
-        disguise(batches, {"__next__": __next__})
-        return batches
+            elif self.strided is not None:
+                self._stream().opened = RandomState.capture()
 
     def around(self, batches: Iterator[Any], current: Pass) -> Iterator[Any]:
-        """Give out batches in place, with their weights told, and count them."""
-        if self.strided is not None:
-            batches = self._unpack(batches)
-        elif self._tracker is not None:
-            batches = self._tracker.around(batches, current)
-        if self._watch and current.epoch == 0 and not current.resumed:
-            batches = self._compare(batches)
-        if self._device is not None:
-            batches = self._move(batches, self._device)
-        if self._sliced or self.strided is not None:
-            return self._weigh(batches, current)
-        return self._count(batches, current)
+        """Give out the batches of a pass."""
+        return self._delivery.around(batches, current)
 
-    def _started(self, batches: Iterator[Any], current: Pass) -> Iterator[Any]:
-        """The same batches; a class that iterates in a generator starts its sampler only as the first is asked for."""
-        if self._sampler is None:
-            return batches
-        self._sampler.upcoming = None if current.taken else current
-        first = list(islice(batches, 1))
-        self._sampler.upcoming = None
-        if first and self._sliced and not current.taken:
-            raise UsageError(
-                "the DataLoader's class gives out batches of an iterator that it made before "
-                "lite.setup_dataloaders, so they can't be split over the ranks; use a plain DataLoader "
-                "(persistent_workers=True keeps its workers alive)."
-            )
-        return chain(first, batches)
-
-    def _count(self, batches: Iterator[Any], current: Pass) -> Iterator[Any]:
-        for batch in self._started(batches, current):
-            current.consumed += 1
-            yield batch
-        current.finished = True
-
-    def _weigh(self, batches: Iterator[Any], current: Pass) -> Iterator[Any]:
-        weight, tell = self._weight, self._sliced and not self._own_iter
-        outer = weight.outer()
-        try:
-            for number, batch in enumerate(self._started(batches, current)):
-                if tell:
-                    self._tell(current, number)
-                current.consumed += 1
-                yield batch
-        except GeneratorExit:
-            weight.leave()
-            if outer is not None:
-                weight.back_to(outer)
-            raise
-        weight.end(bool(current.ragged) and current.ahead)
-        if outer is not None:
-            weight.back_to(outer)
-        current.finished = True
-
-    def _tell(self, current: Pass, number: int) -> None:
-        """The batch with that number is the current one."""
-        weight = self._weight
-        if number and weight.uses == current.uses:
-            current.ahead = True
-        current.uses, before = weight.uses, current.uses
-        weight.clear()
-        share = current.ragged.get(number)
-        if share is None:
-            return
-        weight.set(share)
-        if current.ahead and before != current.began:
-            warnings.warn(
-                "the loop took a batch from the loader before it had used the one before it, and the last batch is "
-                "ragged: its weight may go to the wrong one. Where the loop looks one batch ahead, use drop_last=True, "
-                "lite.accumulate's weight, or len(loader) to know the last batch.",
-                stacklevel=4,
-            )
-
-    def _unpack(self, batches: Iterator[Any]) -> Iterator[Any]:
-        weight, current = self._weight, self._pass
-        assert current is not None
-        first = None
-        for batch, share, fingerprint, state in batches:
-            if fingerprint is not None:
-                first = fingerprint if first is None else first
-                check_unsplit(fingerprint, first)
-                check_same_stream(fingerprint, self._sync)
-            if batch is None:
-                continue
-            weight.clear()
-            if share is not None:
-                current.ragged[current.consumed] = share
-                weight.set(share)
-            current.stream = state
-            yield batch
-
-    def _compare(self, batches: Iterator[Any]) -> Iterator[Any]:
-        first = next(batches, None)
-        warn_if_same(first, self._shard.rank, self._sync)
-        if first is not None:
-            yield first
-            yield from batches
-
-    def _move(self, batches: Iterator[Any], device: torch.device) -> Iterator[Any]:
-        for batch in batches:
-            yield move_to_device(batch, device)
+    def watch(self, batches: Any) -> Any:
+        """The iterator that reads the batches, which a class that iterates in a way of its own goes through."""
+        return self._delivery.watch(batches, lambda: self._pass)
 
     # ---- its state
 
@@ -253,15 +132,17 @@ class Iteration:
         """Plain values: how far the user's loop has come; the same on all ranks unless `per_rank`."""
         current = self._next or self._pass
         size = 1 if self._sampler is None else self._sampler.group_size
-        state = {"version": _VERSION, "epoch": self.epoch, "size": size, "length": _length(self._dataset)}
+        length, order = _length(self._dataset), self._order()
+        state = {"version": _VERSION, "epoch": self.epoch, "size": size, "length": length, "order": order}
         if current is None or current.finished:
             # What the next epoch begins with, where it is not in the global generators.
             generators = RandomState.capture(self._generators, torch_only=True)
             samplers = [sampler.state_dict() for sampler in self._stateful_samplers]
-            epochs = [_epoch_of(sampler, None) for sampler in self._epoch_samplers]
+            epochs = [teller.epoch for teller in self._epochs]
             rest = {"samplers": samplers, "epochs": epochs, "stream": self._rest_of_stream()}
+            rest["apart"] = None if self._sampler is None else self._sampler.apart()
             return {**state, "rest": {**rest, "generators": list(generators.generator_states)}}
-        if self._own_iter and current.read != current.consumed:
+        if self._delivery.own_iter and current.read != current.consumed:
             raise UsageError(
                 f"the position of this loader can't be stored: its class has read {current.read} batches and "
                 f"given out {current.consumed}, so they don't tell how far the loop has come. Store it at the end of "
@@ -278,6 +159,7 @@ class Iteration:
             "crc": current.consumed_crc(),
             "start": current.start.state_dict(),
             "stream": self._stream_state(current),
+            "apart": None if self._sampler is None else self._sampler.apart(),
         }
 
     def go_on_under(self, moment: Moment) -> None:
@@ -289,6 +171,12 @@ class Iteration:
         """Passes begun so far, and whether one is under way."""
         current = self._next or self._pass
         return self.epoch, current is not None and not current.finished
+
+    @property
+    def batches_done(self) -> int:
+        """Batches of the newest pass that the loop was given, those before an interruption included."""
+        current = self._next or self._pass
+        return 0 if current is None else current.first + current.consumed
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Let the next pass go on from there.
@@ -306,6 +194,12 @@ class Iteration:
             raise CheckpointError(
                 f"the loader's state is of a dataset with {state['length']} samples, but this one has {length}; its "
                 "position means nothing here. Leave the loader out of what is loaded to begin the data anew."
+            )
+        if "items" in state and state["order"] != self._order():
+            raise CheckpointError(
+                f"the loader's state is of an order by {state['order']}, but this loader's is by {self._order()}; its "
+                "position means nothing in that. Give the loader the sampler that it had, or leave it out of what is "
+                "loaded to begin the data anew."
             )
         self._pass = self._moment = None
         self.epoch = state["epoch"]
@@ -329,23 +223,27 @@ class Iteration:
             first=state["batches"] if size == state["size"] else -(-state["items"] // size),
             crc=state["crc"],
             stream=state["stream"],
+            apart=state["apart"],
         )
         self._restore_samplers(current.start.samplers, current.start.epochs)
         self._next = current
+
+    def _order(self) -> str | None:
+        """What the samples' order comes from: the class of the user's sampler."""
+        return None if self._sampler is None else type(self._sampler.sampler).__qualname__
 
     def _begin_from(self, rest: dict[str, Any]) -> None:
         """Take over what the next epoch begins with."""
         RandomState(torch.empty(0), generator_states=tuple(rest["generators"])).restore_generators(self._generators)
         self._restore_samplers(rest["samplers"], rest["epochs"])
-        # As if this process had been told: the next pass counts on.
-        self._last_epochs = [_epochs(sampler) for sampler in self._epoch_samplers]
+        if self._sampler is not None:
+            self._sampler.begin_apart(rest["apart"])
         if rest["stream"] is not None:
             self._dataset.load_state_dict(rest["stream"])
 
     def _restore_samplers(self, states: list[Any], epochs: list[Any]) -> None:
-        for sampler, epoch in zip(self._epoch_samplers, epochs, strict=True):
-            if epoch is not None:
-                sampler.set_epoch(epoch)
+        for teller, epoch in zip(self._epochs, epochs, strict=True):
+            teller.restore(epoch)
         for sampler, saved in zip(self._stateful_samplers, states, strict=True):
             sampler.load_state_dict(saved)
 
@@ -354,17 +252,27 @@ class Iteration:
         here = self._tracker is not None and self._tracker.reads_here
         return self._dataset.state_dict() if here and is_stateful(self._dataset) else None
 
-    def open_strided(self, current: Pass) -> Iterator[Any]:
-        """The iterator of the loader over the one stream."""
+    def _stream(self) -> StridedStream:
+        """The one stream that all ranks read."""
         assert self.strided is not None
         stream: Any = self.strided.dataset
+        return stream  # type: ignore[no-any-return]
+
+    def open_strided(self, current: Pass) -> Iterator[Any]:
+        """The iterator of the loader over the one stream."""
+        stream, strided = self._stream(), self.strided
+        assert strided is not None
         if current.resumed:
             if current.stream is None and current.first:
                 warn_of_reading_again(stream.dataset, current.first)
             stream.resume = (current.first, current.stream)
+        elif strided.num_workers > 0:
+            strided._iterator = None  # workers that last would go on with the epoch's seed that they were started with
+            current.seed = mix(self._sync(current.start.before).digest(), current.epoch)
+        stream.seed = current.seed
         with self.making_workers():
-            batches = iter(self.strided)
-        if self.strided.num_workers > 0:
+            batches: Iterator[Any] = start_shielded(strided, lambda: iter(strided))
+        if strided.num_workers > 0:
             stream.resume = None  # the workers have it; those of the next epoch begin at the beginning
         return batches
 
@@ -374,15 +282,6 @@ class Iteration:
         if self.strided is not None and self.strided.num_workers == 0 and is_stateful(self._dataset):
             return self._dataset.state_dict()
         return current.stream
-
-
-def _epochs(sampler: Any) -> dict[str, Any]:
-    """Where a sampler keeps its epoch, by name: `epoch`, `_epoch`, `current_epoch`."""
-    return {name: value for name, value in getattr(sampler, "__dict__", {}).items() if "epoch" in name}
-
-
-def _epoch_of(sampler: Any, default: Any) -> Any:
-    return next((e for e in _epochs(sampler).values() if isinstance(e, int)), default)
 
 
 def _length(value: Any) -> int | None:

@@ -7,22 +7,21 @@ in what iteration does around each batch.
 
 from __future__ import annotations
 
-import random
 import warnings
 import weakref
-from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
+from lite.data.delivery import Delivery
 from lite.data.iterable import StridedStream, identity
 from lite.data.iteration import Iteration, Sync
 from lite.data.sampler import ShardedSampler
 from lite.data.shares import BatchWeight, Shard
 from lite.data.split import interleave, is_distributed, keep_order, split_samplers
 from lite.data.stream import StreamTracker
+from lite.data.workers import RankedWorkerInit, start_shielded
 from lite.disguise import disguise
 from lite.errors import ConfigError, UsageError
 from lite.seed import Moment
@@ -99,17 +98,19 @@ def setup_dataloader(
         # Not for a strided stream, which all ranks must read alike.
         ready.__dict__["worker_init_fn"] = RankedWorkerInit(shard.rank, ready.worker_init_fn)
     moves = device is not None and device.type != "cpu"
-    iteration = Iteration(
-        ready,
+    delivery = Delivery(
         sampler=sampler,
         tracker=tracker,
-        strided=strided,
+        strided=strided is not None,
         weight=weight,
         device=device if moves else None,
         sync=sync,
-        shard=shard,
-        split=split,
+        rank=shard.rank,
+        watched=split and tracker is not None,
         own_iter=type(loader).__iter__ is not DataLoader.__iter__,
+    )
+    iteration = Iteration(
+        ready, delivery, sampler=sampler, tracker=tracker, strided=strided, weight=weight, sync=sync, shard=shard
     )
     _give_iteration(ready, iteration, shard, own_state=own_state)
     _set_up.add(loader)
@@ -122,27 +123,6 @@ def release_dataloader(loader: DataLoader[Any]) -> None:
     _set_up.discard(loader)
 
 
-class RankedWorkerInit:
-    """Lets the workers of different ranks draw different random numbers, then runs the user's `worker_init_fn`.
-
-    Args:
-        rank: The rank, above 0; rank 0's workers stay as torch seeds them.
-        then: The user's function, or None.
-    """
-
-    def __init__(self, rank: int, then: Callable[[int], None] | None) -> None:
-        self.rank = rank
-        self.then = then
-
-    def __call__(self, worker_id: int) -> None:
-        seed = (torch.initial_seed() + self.rank * 0x9E3779B97F4A7C15) % 2**63
-        torch.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        if self.then is not None:
-            self.then(worker_id)
-
-
 def _itself(obj: Any) -> Any:
     """The `sync` of a loader that is not split: every rank goes its own way."""
     return obj
@@ -152,6 +132,7 @@ def _copy(loader: DataLoader[Any]) -> DataLoader[Any]:
     """The same loader once more; what it was given is shared, a running iterator is not."""
     twin = object.__new__(type(loader))
     twin.__dict__.update(loader.__dict__)
+    # Private in torch, and checked with 2.13: where a DataLoader keeps the iterator of its persistent workers.
     twin.__dict__["_iterator"] = None
     return twin
 
@@ -169,7 +150,7 @@ def _give_iteration(loader: DataLoader[Any], iteration: Iteration, shard: Shard,
     # torch 2.13 makes the workers, and draws their base seed, in this method.
     def _get_iterator(self: DataLoader[Any]) -> Any:
         with iteration.making_workers():
-            return iteration.watch(raw_get_iterator(self))
+            return iteration.watch(start_shielded(self, lambda: raw_get_iterator(self)))
 
     def strided_len(self: DataLoader[Any]) -> int:
         assert self.batch_size is not None
@@ -199,6 +180,7 @@ def _give_iteration(loader: DataLoader[Any], iteration: Iteration, shard: Shard,
         body["state_is_per_rank"] = shard.world_size > 1
     else:
         body.update(state_dict=state_dict, load_state_dict=load_state_dict, go_on_under=go_on_under)
+        body["batches_done"] = property(lambda self: iteration.batches_done)
         body["progress"] = lambda self: iteration.progress()
         body["state_is_per_rank"] = iteration.per_rank
     disguise(loader, body)

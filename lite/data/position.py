@@ -24,7 +24,7 @@ class Start:
         opened: As the sampler's `__iter__` was called, where that may draw; None otherwise.
         drawn: As the sampler was asked for its first item; None where the order is fixed.
         samplers: What samplers with a `state_dict` returned then.
-        epochs: The epoch of each sampler that counts epochs.
+        epochs: What each sampler with `set_epoch` had been told last; None for nothing yet.
     """
 
     before: RandomState = field(default_factory=lambda: RandomState.capture(torch_only=True))
@@ -59,6 +59,7 @@ class Pass:
         first: The number of its first batch in the epoch.
         crc: The checksum of the skipped items, of a sampler that might yield others the next time.
         stream: The position in an IterableDataset.
+        apart: What its sampler had drawn apart, where it had drawn all before an interruption; see `Draws.apart`.
 
     Attributes:
         ragged: This rank's share of each batch that is not full, counted from the first of this pass.
@@ -79,6 +80,7 @@ class Pass:
     first: int = 0
     crc: int = 0
     stream: Any = None
+    apart: dict[str, int] | None = None
     ragged: dict[int, Share] = field(default_factory=dict)
     taken: bool = False
     read: int = 0

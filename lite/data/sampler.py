@@ -14,6 +14,7 @@ from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler, Sub
 from torch.utils.data.distributed import DistributedSampler
 
 from lite.data.checksum import checksum
+from lite.data.draws import Draws, move_on
 from lite.data.position import Pass, items_crc
 from lite.data.seeded import Seeded
 from lite.data.shares import Shard, Share, slice_evenly
@@ -66,11 +67,15 @@ class ShardedSampler:
         self._generators = generators
         self._sync = sync
         self._seed_rank = seed_rank
+        self._draws: Draws | None = None  # of the newest pass
+        self._apart: dict[str, int] | None = None
         # torch's BatchSampler starts the sampler within it at the first batch; any other source is started by iter().
         self._starts_late = batch_size is not None
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["sampler"], name)  # what else the user's own has: set_epoch, say
+        if "sampler" not in self.__dict__:  # a copy that is being made
+            raise AttributeError(name)
+        return getattr(self.sampler, name)  # what else the user's own has: set_epoch, say
 
     def __len__(self) -> int:
         count = len(self.sampler)  # type: ignore[arg-type]  # without a length: TypeError, as it is raw
@@ -136,6 +141,7 @@ class ShardedSampler:
                 yield group
             return
         if not current.resumed:
+            self._move_on()
             current.start.drawn = self._capture()
         with drawing_under(self._agree(current, "drawn")):
             items = iter(self.sampler) if items is None else items
@@ -151,18 +157,38 @@ class ShardedSampler:
                 group = list(islice(items, size))
             return
         _check_same_order(group, self._sync)
-        can_draw = type(items) not in _READY
+        if type(items) in _READY:
+            while group:
+                current.note(group)
+                yield group
+                group = list(islice(items, size))
+            return
+        assert current.start.drawn is not None
+        # An unknown sampler may draw at any time: it does so from a state that all ranks share.
+        self._draws, self._apart = Draws(current.start.drawn, state), None
         while group:
             current.note(group)
             yield group
-            if not can_draw:
+            with self._draws.drawing():
                 group = list(islice(items, size))
-                continue
-            # An unknown sampler may draw at any time: from here on it does so from a state that all ranks share, and
-            # that what else draws in between does not change.
-            with drawing_under(state):
-                group = list(islice(items, size))
-                state = RandomState.capture()
+        self._apart = self._draws.apart() if current.apart is None else current.apart
+
+    def apart(self) -> dict[str, int] | None:
+        """Which generators the newest pass has drawn apart from, once it has drawn all; see `Draws.apart`."""
+        return self._apart
+
+    def begin_apart(self, apart: dict[str, int] | None) -> None:
+        """What a stored state says of the pass before the next one."""
+        self._draws, self._apart = None, apart
+
+    def _move_on(self) -> None:
+        """Begin a pass where no number of the one before is drawn again."""
+        apart = self._apart
+        if apart is None and self._draws is not None:  # it was broken off
+            apart = self._draws.apart()
+        self._draws, self._apart = None, None
+        if apart:
+            move_on(apart)
 
     def _capture(self) -> RandomState:
         return RandomState.capture(self._generators, torch_only=type(self.sampler) in _EAGER)

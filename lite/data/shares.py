@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,14 +37,17 @@ class BatchWeight:
         uses: Backwards and gatherings so far, by which loaders notice a loop that runs ahead of them.
         after_end: A loader with a ragged batch, whose loop runs ahead, has come to its end, and no batch was given out
             since.
+        given: The weight that the user gave the current batch's last loss, or None.
+        giver: The pass that the current batch is of.
         once: The ragged batch's loop was left before its loss was weighed: the weight holds for one backward.
     """
 
-    __slots__ = ("after_end", "filler_pending", "num_real", "once", "owed", "uses", "value")
+    __slots__ = ("after_end", "filler_pending", "given", "giver", "num_real", "once", "owed", "uses", "value")
 
     def __init__(self) -> None:
         self.filler_pending = self.owed = False
         self.uses = 0
+        self.giver: Any = None
         self.clear()
 
     def clear(self) -> None:
@@ -55,6 +60,7 @@ class BatchWeight:
                 stacklevel=4,
             )
         self.owed = self.after_end = self.once = False
+        self.given: float | None = None
         self.value: float = 1.0
         self.num_real: int | None = None
 
@@ -95,6 +101,22 @@ class BatchWeight:
         if self.once:
             self.clear()
         return value
+
+    @contextmanager
+    def instead(self, weight: float) -> Iterator[float]:
+        """The block's backward weighs its loss itself, by what comes back: 0 where no sample of the batch is real."""
+        before, self.value = self.value, 1.0
+        self.owed = False
+        self.given = 0.0 if self.num_real == 0 else weight
+        try:
+            yield self.given
+        finally:
+            self.value = before
+
+    @property
+    def counted(self) -> float:
+        """What the last backward of the current batch has multiplied its loss by, or will."""
+        return self.value if self.given is None else self.given
 
     def outer(self) -> tuple[float, int | None] | None:
         """The ragged batch whose loss is still to be weighed, as another loop begins."""

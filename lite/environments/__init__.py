@@ -31,4 +31,5 @@ def detect_environment(environ: Mapping[str, str]) -> Environment:
             return kind(environ)
     # Set by hand, or by Kubeflow: ranks then, or an error that names what is missing, but never one process for itself.
     several = environ.get("WORLD_SIZE", "").strip() not in ("", "0", "1")
+    several = several or ("RANK" in environ and "MASTER_ADDR" in environ)
     return TorchrunEnvironment(environ) if several else LocalEnvironment(environ)

@@ -11,9 +11,11 @@ from lite.accelerators import Accelerator
 from lite.data.shares import BatchWeight
 from lite.data.transfer import move_to_device
 from lite.errors import UsageError
+from lite.gradients import Accumulation
 from lite.plan import Plan
 from lite.precision.base import Precision
 from lite.prepared import Prepared
+from lite.sharded import whole_tensors
 from lite.strategies.base import Engine, Strategy
 
 
@@ -28,6 +30,7 @@ class Facet:
     _modules: dict[nn.Module, Engine | None]
     _weight: BatchWeight
     _prepared: Prepared
+    _windows: list[tuple[Accumulation, set[nn.Module]]]
 
     @property
     def device(self) -> torch.device:
@@ -75,6 +78,16 @@ class Facet:
         """The kind of device in use."""
         return self._plan.accelerator
 
+    @property
+    def is_accumulating(self) -> bool:
+        """Whether a window of `accumulate` has gradients that wait for its remaining micro-batches."""
+        return any(window.is_open for window, _ in self._windows)
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches so far in the windows of `accumulate`."""
+        return sum(window.total_count for window, _ in self._windows)
+
     def explain(self) -> str:
         """Every setting with where it came from, and, once they are set up, what was done to models and loaders."""
         width = max(len(s.name) for s in self._plan.settings)
@@ -98,5 +111,7 @@ class Facet:
             )
 
     def _for_group(self, data: Any) -> Any:
-        """NCCL can't send what lies on the CPU."""
+        """What can be sent: sharded tensors put together, and for NCCL on the device."""
+        if self.strategy.shards:
+            data = whole_tensors(data)
         return move_to_device(data, self._device) if self._device.type == "cuda" and self.world_size > 1 else data

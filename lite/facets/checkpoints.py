@@ -8,12 +8,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
 
 from lite import collectives
 from lite.checkpoint import manifest, per_rank
 from lite.checkpoint.background import Background
 from lite.errors import CheckpointError, ConfigError, choose
 from lite.facets.base import Facet
+from lite.first_rank import refuse_alone
+from lite.sharded import gather, holds_parts
 from lite.state import Filter, LoadReport, collect, restore, restore_object, sanitise
 
 Path = str | os.PathLike[str]
@@ -40,9 +43,10 @@ class Checkpoints(Facet):
         """Write a checkpoint, whole or not at all. Collective: call on all ranks.
 
         A path with a suffix ("last.ckpt") is one file, which rank 0 writes and `torch.load(path, weights_only=True)`
-        reads without `lite`. A path without one ("last", or "last/") is a directory, of which every rank writes its
-        part and `torch.distributed.checkpoint` reads the tensors. URLs ("s3://...") go through fsspec. What was there
-        before stays whole until the new checkpoint is.
+        reads without `lite`; sharded tensors are put together for it, one at a time. A path without one ("last", or
+        "last/") is a directory, of which every rank writes its part and `torch.distributed.checkpoint` reads the
+        tensors. Either loads under every strategy and number of processes. URLs ("s3://...") go through fsspec. What
+        was there before stays whole until the new checkpoint is.
 
         Args:
             path: The file or directory; folders are made.
@@ -63,6 +67,13 @@ class Checkpoints(Facet):
                 key. Or the background save before this one has failed.
         """
         self._require_connected("save")
+        refuse_alone("lite.save")
+        if any(window.is_open and not any(window is value for value in state.values()) for window, _ in self._windows):
+            warnings.warn(
+                "lite.save came within an accumulation window, whose gradients are not in the checkpoint: a run that "
+                "goes on from it begins the window anew. Save when window.ready, or put the window into the state.",
+                stacklevel=2,
+            )
         busy = choose("busy", busy, ["wait", "skip"])
         before, content, problem = self._background, None, None
         is_busy = False
@@ -80,9 +91,11 @@ class Checkpoints(Facet):
             return False
         assert content is not None
         content[manifest.KEY] = self._manifest(content, state, rng)
+        if not is_folder and self.world_size > 1:
+            content = gather(content, keep=self.is_global_zero)
         if async_save:
-            content = self._stage(content, is_folder)
-        write = self._writer(path, content, is_folder, async_save)
+            content = self._staged(content, needed=is_folder or self.is_global_zero)
+        write = self._writer(path, content, state, is_folder, async_save)
         if async_save:
             self._in_background().start(write)
             return True
@@ -130,7 +143,8 @@ class Checkpoints(Facet):
 
         Args:
             path: What `save` wrote, on any number of processes.
-            state: As for `save`; plain values are replaced in it. None returns everything.
+            state: As for `save`. Of plain values, lists, dicts and tensors are changed in place, others replaced in
+                it; each stays of its type. None returns everything, as plain values.
             strict: Whether names and model keys that are missing or unexpected are errors. With False they are warned
                 of, and kept in `load_report`.
             verify: Whether checksums are compared before anything is read.
@@ -144,12 +158,18 @@ class Checkpoints(Facet):
         Raises:
             CheckpointError: It is missing, damaged or holds code, or doesn't fit the objects.
         """
-        loaded, about = self._read(path, verify, weights_only)
+        from lite.checkpoint.stored import resolve
+
+        lazily = state is not None and any(map(holds_parts, state.values()))
+        loaded, about = self._read(path, verify, weights_only, lazily)
         if state is None:
             return loaded
+        if lazily:
+            loaded = {k: v if holds_parts(state.get(k)) else resolve(v) for k, v in loaded.items()}
         per_rank.pick(loaded, state)
         rest, report = restore(state, loaded, strict=strict)
         self._report(path, report)
+        per_rank.restore_buffers(about.get("buffers", {}), state)
         if "precision" in about:
             self.precision.load_state_dict(about["precision"])
         if rng and about.get("rng"):
@@ -176,7 +196,7 @@ class Checkpoints(Facet):
         """
         if not hasattr(obj, "load_state_dict"):
             raise ConfigError(f"load_raw got a {type(obj).__name__}, which has no load_state_dict; pass a module, say.")
-        loaded, about = self._read(path, verify, weights_only)
+        loaded, about = self._read(path, verify, weights_only, holds_parts(obj))
         if about:
             raise CheckpointError(
                 f"path={str(path)!r} is a checkpoint of several objects ({', '.join(map(repr, loaded))}); use "
@@ -207,7 +227,7 @@ class Checkpoints(Facet):
         self._require_connected("export")
         problem: Exception | None = None
         try:
-            weights = module_state(model)
+            weights = gather(module_state(model), keep=self.is_global_zero)
             if self.is_global_zero:
                 export_safetensors(weights, path, max_shard_size=max_shard_size)
         except Exception as error:
@@ -220,10 +240,12 @@ class Checkpoints(Facet):
         """What a checkpoint holds besides the user's state, whose parts of each rank are put together. Collective."""
         entries: dict[str, Any] = {"precision": self.precision.state_dict()}
         entries["rng"] = per_rank.gather(content, state, rng=rng)
+        if self.world_size > 1:
+            entries["buffers"] = per_rank.gather_buffers(content, state)
         return manifest.compose(self.world_size, {k: sanitise(v, manifest.KEY) for k, v in entries.items() if v})
 
     def _prepare(self, path: Path, state: Mapping[str, Any], filter: Filter | None) -> tuple[bool, dict[str, Any]]:
-        from lite.checkpoint.file import check_has_no_shards, check_is_no_folder
+        from lite.checkpoint.file import check_is_no_folder
         from lite.checkpoint.storage import locate
 
         is_folder = locate(path)[2]
@@ -231,20 +253,25 @@ class Checkpoints(Facet):
             check_is_no_folder(path)
         content = collect(state, filter)
         manifest.check_names(content)
-        if not is_folder:
-            check_has_no_shards(content)
         return is_folder, content
 
-    def _stage(self, content: dict[str, Any], is_folder: bool) -> dict[str, Any]:
+    def _staged(self, content: dict[str, Any], *, needed: bool) -> dict[str, Any]:
+        """A copy of the content where it is needed; a rank that has no memory for it tells all. Collective."""
         from lite.checkpoint.staging import Staging
 
-        if not is_folder and not self.is_global_zero:
-            return {}
-        staging = self._in_background().keep.setdefault("staging", Staging())
-        staged: dict[str, Any] = staging.stage(content)
-        return staged
+        problem: Exception | None = None
+        try:
+            if needed:
+                staging = self._in_background().keep.setdefault("staging", Staging())
+                content = staging.stage(content)
+        except Exception as error:
+            problem = error
+        self._agree(problem, False)
+        return content
 
-    def _writer(self, path: Path, content: dict[str, Any], is_folder: bool, async_save: bool) -> Callable[[], None]:
+    def _writer(
+        self, path: Path, content: dict[str, Any], state: Mapping[str, Any], is_folder: bool, async_save: bool
+    ) -> Callable[[], None]:
         if not is_folder:
             from lite.checkpoint.file import save_file
 
@@ -258,7 +285,8 @@ class Checkpoints(Facet):
             if "group" not in keep:
                 keep["group"] = collectives.new_cpu_group()
             group = keep["group"]
-        return lambda: save_directory(path, content, group=group)
+        replicated = [name for name, value in state.items() if isinstance(value, (nn.Module, Optimizer))]
+        return lambda: save_directory(path, content, replicated=replicated, group=group)
 
     def _in_background(self) -> Background:
         if self._background is None:
@@ -268,7 +296,7 @@ class Checkpoints(Facet):
     def _agree(self, problem: BaseException | None, is_busy: bool) -> bool:
         """Raise on all ranks what is wrong on one; return whether one is busy. Collective."""
         said = None if problem is None else f"{type(problem).__name__}: {problem}"
-        answers = collectives.gather_for_metrics([(said, is_busy)])
+        answers = collectives.all_gather_objects((said, is_busy))
         if problem is not None:
             raise problem
         for rank, (text, _) in enumerate(answers):
@@ -276,12 +304,14 @@ class Checkpoints(Facet):
                 raise CheckpointError(f"rank {rank} failed: {text}")
         return any(busy for _, busy in answers)
 
-    def _read(self, path: Path, verify: bool, weights_only: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _read(
+        self, path: Path, verify: bool, weights_only: bool, lazily: bool = False
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         from lite.checkpoint.reading import read
 
         if self._background is not None:
             self.wait_for_save()
-        return read(path, verify=verify, weights_only=weights_only)
+        return read(path, verify=verify, weights_only=weights_only, lazily=lazily)
 
     def _report(self, path: Path, report: LoadReport) -> None:
         self._load_report = report
@@ -289,10 +319,12 @@ class Checkpoints(Facet):
             warnings.warn(f"not everything in path={str(path)!r} was loaded: {report}", stacklevel=3)
 
     def _finish_saves(self) -> None:
-        """Wait for this rank's background save and raise its error; what `teardown` does."""
+        """Wait for this rank's background save, give its group back and raise its error; what `teardown` does."""
         if self._background is not None:
             self._background.wait()
             error = self._background.take_error()
+            if "group" in self._background.keep:
+                collectives.destroy_cpu_groups(self._background.keep["group"])
             self._background = None
             if error is not None:
                 raise error

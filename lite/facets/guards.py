@@ -90,7 +90,8 @@ class Guards(Facet):
             ConfigError: Something is no signal that can be handled.
             UsageError: This is not the main thread.
         """
-        from lite.guards.signals import DEFAULT_SIGNALS, StopSignals
+        from lite.data.workers import DEFAULT_SIGNALS
+        from lite.guards.signals import StopSignals
 
         self._require_connected("stop_on_signals")
         agreement = self._stopping()

@@ -7,9 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+from torch import Tensor
+
 from lite import collectives
 from lite.facets.base import Facet
 from lite.first_rank import FirstRank
+from lite.nesting import flatten
 
 T = TypeVar("T")
 
@@ -40,10 +43,13 @@ class BetweenRanks(Facet):
         return collectives.all_gather(self._for_group(data), cat=cat, sync_grads=sync_grads)
 
     def all_reduce(self, data: Any, op: str = "mean") -> Any:
-        """The reduction of tensors and numbers by `lite.collectives.all_reduce`. Collective: call on all ranks."""
+        """The reduction of tensors and numbers by `lite.collectives.all_reduce`. Collective: call on all ranks.
+
+        Ranks that share one part of the data (tensor parallelism) count once.
+        """
         self._require_connected("all_reduce")
         self._check_filler()
-        return collectives.all_reduce(self._for_group(data), op)
+        return collectives.all_reduce(self._for_group(data), op, group=self.strategy.data_group())
 
     def gather_for_metrics(self, data: Any) -> Any:
         """Predictions and targets of the current batch from all ranks, every sample once, in the stream's order.
@@ -58,7 +64,8 @@ class BetweenRanks(Facet):
             The same nesting with all ranks' samples along the first dimension, or in one list.
 
         Raises:
-            UsageError: (on all ranks) it comes after the loop, and a batch in it held a sample twice.
+            UsageError: (on all ranks) it comes after the loop, and a batch in it held a sample twice; or the current
+                batch is ragged, and `data` has not one row or object for each of its samples.
         """
         self._require_connected("gather_for_metrics")
         weight, refusal = self._weight, None
@@ -68,11 +75,14 @@ class BetweenRanks(Facet):
                 "stay in step with the others, and can't be told from the real ones any more; gather each batch "
                 "inside the loop."
             )
+        elif weight.num_real is not None:
+            refusal = _misfit(data, max(weight.num_real, 1))
         weight.filler_pending = weight.owed = False
         weight.uses += 1
         cuda = self._device if self._device.type == "cuda" else None
         tensors = self._for_group(data)
-        return collectives.gather_for_metrics(tensors, weight.num_real, device=cuda, refusal=refusal)
+        group = self.strategy.data_group()
+        return collectives.gather_for_metrics(tensors, weight.num_real, device=cuda, group=group, refusal=refusal)
 
     def real_samples(self) -> int | None:
         """How many samples of this rank's current batch count, for metrics of your own.
@@ -111,3 +121,16 @@ class BetweenRanks(Facet):
                 "out.",
                 stacklevel=3,
             )
+
+
+def _misfit(data: Any, size: int) -> str | None:
+    """What is wrong with data that should have `size` rows, of which some may be no samples of their own."""
+    for leaf in flatten(data, split_lists=False)[0]:
+        is_rows = isinstance(leaf, list) or (isinstance(leaf, Tensor) and leaf.ndim > 0)
+        if is_rows and len(leaf) != size:
+            return (
+                f"lite.gather_for_metrics got {len(leaf)} rows, but this rank's current batch, which is ragged, has "
+                f"{size} samples. Pass one row for each sample (a tensor of shape (n, ...), no flattened one), and "
+                "gather each batch before the loop takes the next one from the loader."
+            )
+    return None

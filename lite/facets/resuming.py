@@ -46,12 +46,12 @@ class Resuming(BetweenRanks, Checkpoints, Guards):
         True.
 
         Args:
-            state: As for `save`; plain values are replaced in it.
+            state: As for `save` and `load`.
             folder: Where the checkpoints are, named by their steps; all machines must see the same. URLs too.
             every_steps: Save after every so many steps.
             every_seconds: Save when so many seconds have passed, by rank 0's clock.
             keep_last: How many to keep; an older one is removed when the next one is whole.
-            keep_every: Keep those of every so-manieth step for good.
+            keep_every: Keep those of every so-manieth step for good: a multiple of `every_steps`.
             async_save: Write in the background, while training goes on.
             sharded: Write directories, of which every rank writes its part, instead of files.
             signals: What lets the run save and end; () for none. None is SIGTERM and SIGUSR1, where this is the main
@@ -79,7 +79,7 @@ class Resuming(BetweenRanks, Checkpoints, Guards):
             >>> training.steps
             10
         """
-        from lite.guards.signals import DEFAULT_SIGNALS
+        from lite.data.workers import DEFAULT_SIGNALS
         from lite.resumable import Resumable
 
         self._require_connected("resumable")

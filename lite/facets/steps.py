@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
@@ -21,7 +21,9 @@ class Steps(Facet):
 
     _scale: gradients.Scale | None
 
-    def backward(self, loss: Tensor, *args: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
+    def backward(
+        self, loss: Tensor, *args: Any, model: nn.Module | None = None, weight: float | None = None, **kwargs: Any
+    ) -> None:
         """Compute gradients of `loss` instead of `loss.backward()`: scaled where the precision needs it, averaged over
         the ranks.
 
@@ -31,13 +33,26 @@ class Steps(Facet):
             loss: A tensor that comes from a set-up model's output.
             *args: As for `Tensor.backward`.
             model: The set-up model that it is for, where a strategy has to know; unused otherwise.
+            weight: What the loss is multiplied by, in the place of what a ragged batch weighs: for losses that are no
+                mean over the batch's samples. `lite.world_size` makes the gradient of a sum over them that of the sum
+                over all ranks' samples.
             **kwargs: As for `Tensor.backward`. With several ranks `inputs` is refused while they synchronise.
 
         Raises:
-            UsageError: The gradients would not be synchronised over the ranks, or `model` is not set up.
+            UsageError: The gradients would not be synchronised over the ranks, `model` is not set up, or a window of
+                `accumulate` has a weight already.
         """
+        if not isinstance(loss, Tensor):
+            raise ConfigError(f"backward got loss={loss!r:.80}, which is no tensor; pass the loss tensor itself.")
         if model is not None:
             self._check_set_up("backward", model)
+        if weight is not None:
+            gradients.check_weight("backward", weight)
+            if self._scale is not None and self._scale.weighted:
+                raise UsageError(f"backward(weight={weight!r}): the open window of accumulate has a weight; give one.")
+            with self._weight.instead(weight) as factor:
+                self._backward(loss * factor, *args, **kwargs)
+            return
         self._backward(loss, *args, **kwargs)
 
     def _backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -57,6 +72,47 @@ class Steps(Facet):
         """
         self._check_set_up("no_backward_sync", model)
         return self.strategy.no_sync(self._modules[model], enabled)
+
+    def join(
+        self,
+        *models: nn.Module,
+        divide_by_initial_world_size: bool = True,
+        throw_on_early_termination: bool = False,
+    ) -> AbstractContextManager[None]:
+        """A context for a loop whose ranks may run out of batches at different steps, under DDP.
+
+        Collective: call on all ranks. A rank that has left the loop waits at the block's end and answers the others'
+        gradient averaging with zeros; at the very end all ranks have the model and the optimizers' state of the last
+        one that trained (schedulers and loss scales are each rank's own). Loaders
+        from `setup_dataloaders` don't need it: they give every rank the same number of batches, also of an uneven
+        dataset. It is for streams of your own, whose lengths nobody knows. Within the block only forward, backward and
+        optimizer steps may communicate: no `all_reduce`, `save` or `check_sync`, which the others would not answer.
+
+        Args:
+            *models: The set-up models that are trained in the block.
+            divide_by_initial_world_size: Gradients are divided by the number of all ranks; False divides by the number
+                of those that still train.
+            throw_on_early_termination: Raise RuntimeError on all ranks as soon as one runs out.
+
+        Raises:
+            UsageError: A model is not set up, or the strategy has nothing of the kind.
+
+        Source: https://docs.pytorch.org/docs/stable/distributed.algorithms.join.html
+        """
+        if not models:
+            raise ConfigError("join() got no model; pass the models that are trained.")
+        for model in models:
+            self._check_set_up("join", model)
+        trained = {id(p) for model in models for p in model.parameters()}
+        optimizers = [
+            o for o in self._prepared.optimizers if any(id(p) in trained for g in o.param_groups for p in g["params"])
+        ]
+        return self.strategy.join(
+            [self._modules[model] for model in models],
+            optimizers,
+            divide_by_initial_world_size=divide_by_initial_world_size,
+            throw_on_early_termination=throw_on_early_termination,
+        )
 
     def accumulate(self, *models: nn.Module, steps: int) -> gradients.Accumulation:
         """Accumulate gradients over `steps` micro-batches before each optimizer step.
@@ -84,14 +140,17 @@ class Steps(Facet):
                     stack.enter_context(self.no_backward_sync(model, enabled))
                 yield
 
-        return gradients.Accumulation(
+        window = gradients.Accumulation(
             steps,
             lambda: (p for m in models for p in m.parameters()),
             no_sync,
             self._scaled,
-            lambda: self._weight.value == 0.0,
+            lambda: self._weight.num_real == 0,
             self._device,
         )
+        held = set(models)
+        self._windows = [(window, held), *((w, m) for w, m in self._windows if not m & held)]
+        return window
 
     def clip_gradients(
         self,
@@ -180,22 +239,53 @@ class Steps(Facet):
 
     def _prepare_optimizer(self, optimizer: Optimizer) -> None:
         """Route the optimizer's step, with what this number of ranks needs."""
+        self.strategy.adopt_optimizer(optimizer)
         if self.world_size > 1:
-            check = self.strategy.check_optimizer
-            check(optimizer)
-            wrap_optimizer(optimizer, self.precision, check=check, mean_loss=self._mean_loss)
+            strategy = self.strategy
+            strategy.check_optimizer(optimizer)
+            this = weakref.ref(self)  # an optimizer may outlive this object
+
+            def before(optimizer: Optimizer) -> None:
+                lite = this()
+                if lite is not None:
+                    lite._check_window(optimizer)
+
+            wrap_optimizer(
+                optimizer,
+                self.precision,
+                check=strategy.check_optimizer,
+                mean_loss=self._mean_loss,
+                divide=strategy.divide_optimizer,
+                follow=strategy.follow_optimizer,
+                before=before,
+            )
         else:
             wrap_optimizer(optimizer, self.precision)
         move_optimizer_state(optimizer, self.precision)
 
+    def _check_window(self, optimizer: Optimizer) -> None:
+        """Refuse a step with gradients that an open window has kept on this rank."""
+        for window, models in self._windows:
+            if not window.is_open or all(getattr(self._modules.get(m), "gradients_agree", True) for m in models):
+                continue
+            held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            if any(id(p) in held for model in models for p in model.parameters()):
+                raise UsageError(
+                    f"{type(optimizer).__name__}.step() came after {window.count} of {window.steps} micro-batches of "
+                    "an accumulation window, whose gradients are each rank's own until the last one; step when "
+                    "window.ready, and end a window early by window(last=True)."
+                )
+
     def _mean_loss(self, loss: Any) -> Any:
         """What one process would have seen: the mean of the ranks' losses, each counted by its samples."""
-        return loss if loss is None else collectives.all_reduce(loss * self._weight.value, "mean")
+        return loss if loss is None else collectives.all_reduce(loss * self._weight.counted, "mean")
 
 
 def compose_backward(lite: Steps) -> Callable[..., None]:
     """The backward of this job, with nothing in it that it doesn't need."""
     lite.precision.connect(lite.device)
+    if lite.strategy.shards:
+        lite.precision.share_overflow(lite.strategy.local_gradients, collectives.largest)
     plain, strategy, weight = lite.precision.backward, lite.strategy, lite._weight
 
     def backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -205,6 +295,11 @@ def compose_backward(lite: Steps) -> Callable[..., None]:
 
     def checked_backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
         # Tensor.backward(gradient, retain_graph, create_graph, inputs)
+        if (args or kwargs) and (kwargs.get("create_graph") or (len(args) > 2 and args[2])):
+            raise UsageError(
+                "lite.backward(create_graph=True) can't be averaged over several ranks: the averaging changes "
+                "gradients in place. Take those that a loss is made of by torch.autograd.grad(create_graph=True)."
+            )
         loss = strategy.prepare_backward(loss, partial=len(args) > 3 or kwargs.get("inputs") is not None)
         scale = lite._scale
         if scale is not None:
@@ -216,6 +311,7 @@ def compose_backward(lite: Steps) -> Callable[..., None]:
                 loss = loss * factor
         try:
             plain(loss, *args, **kwargs)
+            strategy.finish_backward()
         except RuntimeError as error:
             collectives.raise_explained(error)
             advice = strategy.explain_backward_error(error)
@@ -223,22 +319,4 @@ def compose_backward(lite: Steps) -> Callable[..., None]:
                 raise
             raise UsageError(advice) from error
 
-    if lite.world_size > 1:
-        return checked_backward
-    if type(lite).backward is Steps.backward:
-        lite.backward = _direct_backward(lite, plain)  # type: ignore[method-assign]  # two calls less per step
-    return backward
-
-
-def _direct_backward(lite: Steps, plain: Callable[..., None]) -> Callable[..., None]:
-    """`Lite.backward` of one process."""
-
-    @functools.wraps(Steps.backward)
-    def backward(loss: Tensor, *args: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
-        if model is not None:
-            lite._check_set_up("backward", model)
-        if lite._scale is not None:
-            loss = lite._scale.apply(loss)
-        plain(loss, *args, **kwargs)
-
-    return backward
+    return checked_backward if lite.world_size > 1 else backward

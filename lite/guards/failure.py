@@ -25,6 +25,7 @@ from typing import Any
 import torch.distributed as dist
 
 from lite import collectives
+from lite.checkpoint.background import wait_for_all
 from lite.errors import LiteError, PeerError
 from lite.guards.hooks import Hooks
 
@@ -32,6 +33,7 @@ POLL_S = 0.5
 _NOTE_S = 2.0  # how long a rank whose communication broke waits for another's note
 _GRACE_S = 5.0  # how long a rank may go on after another one has failed
 _CLEANUP_S = 30.0  # how long it may take to end once it knows
+_SAVE_S = 300.0  # how long a background save may then take: a whole checkpoint is worth it
 _LINGER_S = 3.0  # how long the rank that hosts the store stays for the others
 _MAX_CHARS = 20_000
 
@@ -180,8 +182,11 @@ class FailureWatch:
         )
 
     def has_left(self, rank: int) -> bool:
-        """Whether `rank` has ended by itself, without an error."""
+        """Whether `rank` has ended by itself, without an error that it could tell."""
         return bool(self._client.check([f"{self.name}/left/{rank}"]))
+
+    def _how_left(self, rank: int) -> str:
+        return str(self._client.get(f"{self.name}/left/{rank}").decode())
 
     def close(self, *, linger: bool = True) -> None:
         """Stop watching: this process ends, or leaves the group. The hooks are what they were before."""
@@ -190,16 +195,18 @@ class FailureWatch:
         self._stop.set()
         self._thread.join(timeout=_NOTE_S)
         self.closed = True
+        # The code of a SystemExit is not known where the interpreter has dropped it unseen.
+        how = "by raising SystemExit" if self._hooks.script_was_left() else "without an error"
         self._hooks.close()
         collectives.set_explainer(None)
         atexit.unregister(self.close)
         if linger:
             with suppress(RuntimeError):  # the store is gone
-                self._leave()
+                self._leave(how)
 
-    def _leave(self) -> None:
+    def _leave(self, how: str) -> None:
         if not self._posted:
-            self._client.set(f"{self.name}/left/{self.rank}", "")
+            self._client.set(f"{self.name}/left/{self.rank}", how)
         self._acknowledge()
         deadline = time.monotonic() + _LINGER_S
         while self._hosts and time.monotonic() < deadline:
@@ -241,9 +248,9 @@ class FailureWatch:
             time.sleep(0.05)
         self._told = True
         if left:
+            ends = "; ".join(f"rank {rank} had ended already, {self._how_left(rank)}" for rank in left)
             return PeerError(
-                f"rank {', '.join(map(str, left))} had ended already, without an error, while this rank was still in a "
-                f"collective; every rank must make the same calls. ({text})"
+                f"{ends}, while this rank was still in a collective; every rank must make the same calls. ({text})"
             )
         return PeerError(
             "another rank vanished without a word in the middle of a collective: killed (by the kernel, out of memory, "
@@ -261,7 +268,7 @@ class FailureWatch:
                 if self._client.check([key]):
                     answers[rank] = self._client.get(key).decode()
                 elif self.has_left(rank):
-                    answers[rank] = "ended already, without an error"
+                    answers[rank] = f"ended already, {self._how_left(rank)}"
             time.sleep(0.02)
         silent = "no answer: its process is gone, or its Python is blocked"
         return [(rank, answers.get(rank, silent)) for rank in range(self.world_size)]
@@ -289,7 +296,7 @@ class FailureWatch:
             self._end_soon(self.failure)
 
     def _end_soon(self, failure: Failure) -> None:
-        """Give the user's thread time to end by itself, then raise in it, then end the process."""
+        """Give the user's thread time to end by itself, then raise in it, then end the process, but for its save."""
         if self._stop.wait(_GRACE_S):
             return
         if not self._told:
@@ -299,6 +306,13 @@ class FailureWatch:
                 return
         if self._told and self._stop.wait(_CLEANUP_S):
             return
+        if not wait_for_all(0.0):
+            print(
+                f"[rank {self.rank}] lite waits up to {_SAVE_S:.0f} s for a checkpoint that is being written.",
+                file=sys.stderr,
+                flush=True,
+            )
+            wait_for_all(_SAVE_S)
         print(f"[rank {self.rank}] lite ends this process: it did not end by itself.", file=sys.stderr, flush=True)
         os._exit(1)
 
@@ -312,6 +326,7 @@ class FailureWatch:
 
 def _own_client(store: Any) -> Any:
     """Another connection to the store's server: a thread that waits on one must not block the others."""
+    # Undocumented in torch, and checked with 2.13: what a PrefixStore prefixes, here the TCPStore that has the address.
     while hasattr(store, "underlying_store"):
         store = store.underlying_store
     if not isinstance(store, dist.TCPStore):  # type: ignore[attr-defined]

@@ -11,6 +11,7 @@ from types import FrameType
 from typing import Any
 
 from lite.errors import PeerError
+from lite.guards.endings import ScriptEnd
 
 # Ignored by processes that don't want it, and made to interrupt.
 _URGENT = getattr(signal, "SIGURG", None)
@@ -19,7 +20,7 @@ _uncaught_exit: Callable[[BaseException], None] | None = None
 
 
 class Hooks:
-    """Chained to sys.excepthook and sys.exit, and to SIGURG where it is free, until `close`.
+    """Chained to sys.excepthook, sys.exit and the end of the script, and to SIGURG where it is free, until `close`.
 
     Args:
         post: Called with each exception that ends this process, before it is printed.
@@ -42,6 +43,7 @@ class Hooks:
         self._hook, self._exit, self._handler = self._excepthook, self._leave, self._handle
         sys.excepthook, sys.exit = self._hook, self._exit
         _uncaught_exit = post
+        self._end = ScriptEnd(post) if self._thread is threading.main_thread() else None
         self._urgent = False
         if _URGENT is not None and self._thread is threading.main_thread():
             self._urgent = signal.getsignal(_URGENT) == signal.SIG_DFL
@@ -56,10 +58,16 @@ class Hooks:
         else:
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), ctypes.py_object(PeerError))
 
+    def script_was_left(self) -> bool:
+        """Whether the script is over, by an exception that nobody has posted."""
+        return self._end is not None and self._end.was_raised()
+
     def close(self) -> None:
         """Put back what was there before. Whoever has chained to it since then keeps it; it only hands on."""
         global _uncaught_exit
         _uncaught_exit = None
+        if self._end is not None:
+            self._end.close()
         if sys.excepthook is self._hook:
             sys.excepthook = self._hook_before
         if sys.exit is self._exit:

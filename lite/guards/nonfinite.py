@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import cmath
 from typing import Any
 
 import torch
@@ -37,20 +37,20 @@ class NanGuard:
         """Guard tensors of this step. Call it equally often on all ranks; every `every`-th call communicates.
 
         Args:
-            *tensors: Of any shape; numbers are fine too.
+            *tensors: Of any shape and dtype; numbers are fine too.
             **named: The same, with names for the error.
 
         Returns:
             What it was given: one value, or a tuple in the order of the arguments.
 
         Raises:
+            ConfigError: Something is neither a tensor nor a number; it is named.
             NonFiniteError: (on all ranks at once) One of the last `every` calls on some rank had an inf or NaN.
         """
         step = self.count
-        for tensor in tensors:
-            self._keep(step, "", tensor)
-        for name, tensor in named.items():
-            self._keep(step, name, tensor)
+        flags = [("", _flag(tensor, f"argument {i}")) for i, tensor in enumerate(tensors)]
+        flags += [(name, _flag(tensor, name)) for name, tensor in named.items()]
+        self._kept += [(step, name, flag) for name, flag in flags if flag is not None]
         self.count += 1
         if self.count % self.every == 0:
             self.check()
@@ -85,17 +85,6 @@ class NanGuard:
         if kind is None:
             self.check()
 
-    def _keep(self, step: int, name: str, value: Any) -> None:
-        if isinstance(value, Tensor):
-            value = value.detach()
-            # A copy: the loop may change the tensor, or use its memory again.
-            flag = value.clone() if value.ndim == 0 else torch.isfinite(value).all()
-        elif math.isfinite(value):
-            return
-        else:
-            flag = torch.tensor(False)
-        self._kept.append((step, name, flag))
-
     def _find(self) -> list[tuple[int, str]]:
         """The calls and names with an inf or NaN; waits for each device once."""
         bad: list[tuple[int, str]] = []
@@ -107,3 +96,21 @@ class NanGuard:
             fine = stacked if dtype is torch.bool else torch.isfinite(stacked)
             bad += [(step, name) for (step, name, _), good in zip(entries, fine.tolist(), strict=True) if not good]
         return sorted(bad)
+
+
+def _flag(value: Any, what: str) -> Tensor | None:
+    """What to look at later: a 0-dim tensor that is finite, or true, if `value` is fine; None for a number that is."""
+    if isinstance(value, Tensor):
+        value = value.detach()
+        # A copy: the loop may change the tensor, or use its memory again.
+        return value.clone() if value.ndim == 0 else torch.isfinite(value).all()
+    if isinstance(value, int):
+        return None
+    try:
+        fine = cmath.isfinite(value)
+    except TypeError:
+        raise ConfigError(
+            f"nan_guard got {what}={value!r:.80}, a {type(value).__name__}; give it tensors or numbers, those in a "
+            "list or dict one by one: guard(*values), guard(**values)."
+        ) from None
+    return None if fine else torch.tensor(False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -11,11 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
+from lite.data.workers import stop_signals
 from lite.errors import ConfigError, UsageError
 
-DEFAULT_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
 # A scheduler that signals every process of a job reaches torchrun's agent too, which hands the signal on once more.
 _SAME_S = 1.0
+# How long the handler of a second signal may wait for its turn: none runs while Python is in native code.
+_NATIVE_S = 0.5
+_END = bytes([0])  # no signal has this number
 
 
 def exit_code(number: int) -> int:
@@ -31,7 +35,9 @@ def exit_code(number: int) -> int:
 class StopSignals:
     """Signal handlers that ask for a stop, from now to `close` or the end of a `with` block.
 
-    The second signal of a kind (more than a second after the first) ends the process as if nothing had been installed.
+    The second signal of a kind (more than a second after the first) ends the process as if nothing had been installed;
+    with exit code 128 + number where it hangs in native code, a collective say. Processes that this one forks end at
+    the first; workers of loaders that were set up go on, so that the last step has its data.
 
     Args:
         signals: Which; "SIGTERM" and the like are fine too.
@@ -55,12 +61,18 @@ class StopSignals:
         self._request = request
         self._first_at: dict[int, float] = {}
         self._before: dict[signal.Signals, Any] = {}
-        for number in [_parse(s) for s in signals]:
+        self._shields: set[signal.Signals] = set()
+        self._pid = os.getpid()
+        self._ear: _Ear | None = None
+        for number in dict.fromkeys(_parse(s) for s in signals):
             try:
                 self._before[number] = signal.signal(number, self._handle)
             except (OSError, ValueError) as error:
                 self.close()
                 raise ConfigError(f"{number.name} can't be handled by a process ({error}); leave it out.") from None
+        self._shields = set(self._before) - stop_signals
+        stop_signals.update(self._shields)
+        self._ear = _Ear.listen(set(self._before))
 
     def __enter__(self) -> StopSignals:
         return self
@@ -74,8 +86,16 @@ class StopSignals:
             # None: a handler that wasn't installed by Python, which can't be put back.
             signal.signal(number, signal.SIG_DFL if before is None else before)
         self._before.clear()
+        stop_signals.difference_update(self._shields)
+        self._shields.clear()
+        if self._ear is not None:
+            self._ear.close()
+            self._ear = None
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._pid:  # forked, and not the process that was asked to listen
+            _act_as_default(number)
+            return
         now = time.monotonic()
         first_at = self._first_at.setdefault(number, now)
         if first_at == now:
@@ -83,8 +103,77 @@ class StopSignals:
             self.received = self.received or name
             self._request(f"got {name.name}", number)
         elif now > first_at + _SAME_S:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+            _act_as_default(number)
+
+
+class _Ear:
+    """A thread that hears signals while the main thread is in native code, and ends the process at the second one.
+
+    Args:
+        signals: Which.
+        theirs: The socket that Python writes their numbers to.
+        ours: Its other end.
+    """
+
+    def __init__(self, signals: set[signal.Signals], theirs: socket.socket, ours: socket.socket) -> None:
+        self._signals = signals
+        self._theirs = theirs
+        self._ours = ours
+        _ears.add(self)
+        threading.Thread(target=self._listen, name="lite-signals", daemon=True).start()
+
+    @classmethod
+    def listen(cls, signals: set[signal.Signals]) -> _Ear | None:
+        """Begin; None where someone else (asyncio, say) listens already, for only one can."""
+        ours, theirs = socket.socketpair()
+        theirs.setblocking(False)
+        before = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+        if before == -1:
+            return cls(signals, theirs, ours)
+        signal.set_wakeup_fd(before)
+        ours.close()
+        theirs.close()
+        return None
+
+    def close(self) -> None:
+        """Stop listening. Only the main thread can."""
+        current = signal.set_wakeup_fd(-1)
+        if current != self._theirs.fileno():
+            signal.set_wakeup_fd(current)  # of someone who has come since
+        _ears.discard(self)
+        self._theirs.send(_END)  # closing alone does not tell: a forked process may have it open still
+        self._theirs.close()
+
+    def _listen(self) -> None:
+        first_at: dict[int, float] = {}
+        with self._ours:
+            while numbers := self._ours.recv(64):
+                now = time.monotonic()
+                if _END in numbers:
+                    return
+                for number in numbers:
+                    if number in self._signals and now > first_at.setdefault(number, now) + _SAME_S:
+                        time.sleep(_NATIVE_S)
+                        os._exit(exit_code(number))
+
+
+_ears: set[_Ear] = set()
+
+
+def _be_deaf() -> None:
+    """In a forked process, which would write what it gets to its parent's ear."""
+    if _ears:
+        signal.set_wakeup_fd(-1)
+        _ears.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_be_deaf)
+
+
+def _act_as_default(number: int) -> None:
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
 
 
 def requeue_slurm_job(environ: Mapping[str, str]) -> bool:

@@ -57,7 +57,9 @@ def named_state(
         if buffers or (buffers is None and not (engine is not None and engine.syncs_buffers)):
             yield from _leaves(model, dict(module.named_buffers()))
     for index, optimizer in enumerate(optimizers):
-        held = [p for group in optimizer.param_groups for p in group["params"]]
+        # An optimizer says so itself where each rank has state of its own.
+        local = getattr(optimizer, "state_is_local", False)
+        held = [] if local else [p for group in optimizer.param_groups for p in group["params"]]
         for number, parameter in enumerate(held):
             # .get: state is a defaultdict, which reading would fill
             yield from _leaves(f"optimizer[{index}].state.{number}", optimizer.state.get(parameter, {}))

@@ -148,7 +148,7 @@ def _work(folder: str, start_method: str, fn: Callable[..., Any], args: Any, kwa
             return pickle.dumps(value if rank == "0" else None)
         except Exception as error:
             raise ConfigError(
-                f"what {_name(fn)} returns on rank 0 must pickle, but is a {type(value).__name__}: {error}"
+                f"what the launched function returns on rank 0 must pickle, but is a {type(value).__name__}: {error}"
             ) from error
     except BaseException as error:
         note = Path(folder) / f"{time.time_ns()}-{rank}-{type(error).__name__}.note"

@@ -61,7 +61,7 @@ class Precision:
 
     def init_context(self, device: torch.device) -> AbstractContextManager[Any]:
         """A context in which new tensors and modules get this precision's dtype."""
-        return _default_dtype(self.param_dtype) if self.param_dtype is not None else nullcontext()
+        return default_dtype(self.param_dtype) if self.param_dtype is not None else nullcontext()
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Compute gradients."""
@@ -72,6 +72,16 @@ class Precision:
 
     def forget_optimizer(self, optimizer: Optimizer) -> None:
         """This optimizer is the user's own again."""
+
+    def share_overflow(
+        self, local: Callable[[list[nn.Parameter]], list[Tensor] | None], agree: Callable[[Tensor], None]
+    ) -> None:
+        """Gradients are sharded, so one rank alone may find an inf among its parts.
+
+        Args:
+            local: This rank's parts of the parameters' gradients, as views; None where they are whole.
+            agree: Makes a 0-dim tensor every rank's maximum, in place.
+        """
 
     def unscale(self, optimizer: Optimizer) -> None:
         """Bring the optimizer's gradients to their true size; nothing the second time before a step."""
@@ -109,8 +119,20 @@ class Precision:
         """Take over a state that `state_dict` returned."""
 
 
+class Uncast(Precision):
+    """A precision whose casts around a forward are somebody else's.
+
+    Args:
+        precision: The one that the user asked for.
+    """
+
+    def __init__(self, precision: Precision) -> None:
+        self.name = precision.name
+
+
 @contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Within the block new tensors are of this dtype."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
@@ -59,6 +59,12 @@ class MixedPrecision(Precision):
     def autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device_type, dtype=self.compute_dtype)
 
+    def share_overflow(
+        self, local: Callable[[list[nn.Parameter]], list[Tensor] | None], agree: Callable[[Tensor], None]
+    ) -> None:
+        if self._scaling is not None:
+            self._scaling.share_overflow(local, agree)
+
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         if self._scaling is not None:
             loss = self._scaling.scale(loss)
@@ -94,6 +100,8 @@ class MixedPrecision(Precision):
         try:
             self._scaling.step(optimizer, raw_step, args, kwargs)
         except AssertionError as error:
+            if not any(p.requires_grad for group in optimizer.param_groups for p in group["params"]):
+                return value  # all frozen: there is nothing to step
             raise UsageError(
                 f"{type(optimizer).__name__}.step() found no gradient that lite.backward has scaled; under "
                 f"precision={self.name!r} call lite.backward(loss) instead of loss.backward(), before each step."

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
@@ -27,6 +27,8 @@ class LossScaling:
 
     def __init__(self, scaler: GradScaler, device_type: str) -> None:
         self.scaler = scaler
+        self._local: Callable[[list[nn.Parameter]], list[Tensor] | None] | None = None
+        self._agree: Callable[[Tensor], None] | None = None
         self._device_type = device_type
         self._known: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._unscaled: weakref.WeakSet[Optimizer] = weakref.WeakSet()
@@ -57,8 +59,30 @@ class LossScaling:
         """Bring gradients to their true size, where they aren't."""
         if optimizer in self._unscaled or optimizer in self._stepped or not _gradients(optimizer):
             return
-        self.scaler.unscale_(optimizer)
+        grads = self._local(_parameters(optimizer)) if self._local is not None else None
+        if grads is None:
+            self.scaler.unscale_(optimizer)
+        else:
+            self._unscale_parts(optimizer, grads)
         self._unscaled.add(optimizer)
+
+    def share_overflow(
+        self, local: Callable[[list[nn.Parameter]], list[Tensor] | None], agree: Callable[[Tensor], None]
+    ) -> None:
+        """Gradients are sharded; see `Precision.share_overflow`."""
+        self._local, self._agree = local, agree
+
+    def _unscale_parts(self, optimizer: Optimizer, grads: list[Tensor]) -> None:
+        # torch 2.13: the scaler refuses DTensors of several meshes, and plain gradients beside them.
+        assert self._agree is not None
+        groups = optimizer.param_groups
+        optimizer.param_groups = [{"params": [_holder(grad) for grad in grads]}]
+        try:
+            self.scaler.unscale_(optimizer)
+        finally:
+            optimizer.param_groups = groups
+        for found in self.scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values():
+            self._agree(found)
 
     def accept(self, optimizer: Optimizer) -> None:
         """The optimizer's bad gradients were replaced by good ones: take its next step."""
@@ -79,6 +103,8 @@ class LossScaling:
             raw_step(*args, **kwargs)
             self._skipped[optimizer] = False
         else:
+            if self._agree is not None:
+                self.unscale(optimizer)
             try:
                 self.scaler.step(optimizer, *args, **kwargs)
             except BaseException:
@@ -140,5 +166,16 @@ class LossScaling:
         self._accepted.clear()
 
 
+def _holder(grad: Tensor) -> Tensor:
+    """Stands for a parameter, of whose gradient this rank has a part."""
+    holder = grad.detach()
+    holder.grad = grad
+    return holder
+
+
+def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
 def _gradients(optimizer: Optimizer) -> list[Tensor]:
-    return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    return [p.grad for p in _parameters(optimizer) if p.grad is not None]

@@ -4,11 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, Any
 
 from lite.strategies.base import Engine, SingleStrategy, Strategy
+from lite.strategies.comm_hooks import PowerSGD
 from lite.strategies.ddp import DDPStrategy
 
-__all__ = ["STRATEGIES", "DDPStrategy", "Engine", "SingleStrategy", "Strategy", "strategy_factories"]
+if TYPE_CHECKING:
+    from lite.strategies.fsdp import FSDPStrategy
+    from lite.strategies.model_parallel import ModelParallelStrategy
+
+__all__ = [
+    "STRATEGIES",
+    "DDPStrategy",
+    "Engine",
+    "FSDPStrategy",
+    "ModelParallelStrategy",
+    "PowerSGD",
+    "SingleStrategy",
+    "Strategy",
+    "strategy_factories",
+]
+
+
+def _fsdp() -> Strategy:
+    from lite.strategies.fsdp import FSDPStrategy
+
+    return FSDPStrategy()
+
 
 STRATEGIES: dict[str, Callable[[], Strategy]] = {
     "single": SingleStrategy,
@@ -17,6 +40,7 @@ STRATEGIES: dict[str, Callable[[], Strategy]] = {
     "ddp_spawn": lambda: DDPStrategy(start_method="spawn"),
     "ddp_fork": lambda: DDPStrategy(start_method="fork"),
     "ddp_notebook": lambda: DDPStrategy(start_method="fork"),
+    "fsdp": _fsdp,
 }
 
 
@@ -35,3 +59,14 @@ class _Installed:
     def __call__(self) -> Strategy:
         strategy: Strategy = self._point.load()()
         return strategy
+
+
+def __getattr__(name: str) -> Any:
+    """What not every script uses is imported when it is."""
+    if name == "FSDPStrategy":
+        from lite.strategies.fsdp import FSDPStrategy as found
+    elif name == "ModelParallelStrategy":
+        from lite.strategies.model_parallel import ModelParallelStrategy as found  # type: ignore[assignment]
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return found

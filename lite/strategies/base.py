@@ -5,7 +5,7 @@ A strategy joins the processes that a launcher or a scheduler started; it starts
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lite.environments.base import Environment
+from lite.errors import UsageError
+from lite.precision.base import Precision
 
 
 class Engine:
@@ -21,9 +23,12 @@ class Engine:
 
     Attributes:
         syncs_buffers: Whether each forward starts with rank 0's buffers, so that they may differ between forwards.
+        through_call: Whether only a call of the model itself, with its hooks, is a whole forward, so that
+            `model.forward(...)` is one of its other methods.
     """
 
     syncs_buffers: bool = False
+    through_call: bool = False
 
     def forward(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the whole forward by `run(*args, **kwargs)`, with what the strategy needs around it."""
@@ -47,12 +52,17 @@ class Strategy:
     Attributes:
         name: As users write it.
         distributed: Whether it can run on several processes.
+        shards: Whether ranks hold parts of parameters and gradients, once it is connected.
         start_method: How `Lite.launch` starts processes for it: "spawn", "fork" or "forkserver".
     """
 
     name: ClassVar[str] = "single"
     distributed: ClassVar[bool] = False
+    shards: bool = False
     start_method: str = "spawn"
+
+    def check_world_size(self, world_size: int) -> None:
+        """Refuse a number of processes that doesn't fit the strategy's arguments, before any of them starts."""
 
     def connect(self, environment: Environment, device: torch.device) -> Any:
         """Join the job's processes. Collective: called on all ranks.
@@ -61,6 +71,18 @@ class Strategy:
             The store that the ranks share, or None with one process.
         """
         return None
+
+    @property
+    def moves_modules(self) -> bool:
+        """Whether `wrap` brings a model to the device itself, part by part."""
+        return False
+
+    def check_module(self, module: nn.Module) -> None:
+        """Refuse a model that `wrap` can't prepare, while it is still as the user made it."""
+
+    def forward_precision(self, precision: Precision) -> Precision:
+        """What goes around the forwards of the models that are wrapped from now on, where `wrap` does some of it."""
+        return precision
 
     def wrap(self, module: nn.Module, device: torch.device) -> Engine | None:
         """Prepare a model that is already on its device, or return None where nothing has to stand around it."""
@@ -86,12 +108,47 @@ class Strategy:
         """
         return loss
 
+    def finish_backward(self) -> None:
+        """Refuse gradients that a backward, which has just ended, has left unsynchronised."""
+
     def explain_backward_error(self, error: RuntimeError) -> str | None:
         """What to do about torch's error in a backward, where the strategy knows."""
         return None
 
+    def check_new_optimizer(self, optimizer: Optimizer) -> None:
+        """Refuse an optimizer that can't train what `wrap` makes, while everything is as the user made it."""
+
     def check_optimizer(self, optimizer: Optimizer) -> None:
         """Refuse an optimizer with parameters whose gradients would not be synchronised."""
+
+    def successor(self, parameter: Tensor) -> nn.Parameter | None:
+        """What has taken the place of a parameter of a raw model in the wrapped one."""
+        return None
+
+    def adopt_optimizer(self, optimizer: Optimizer) -> None:
+        """Let an optimizer of raw parameters hold those that have taken their place."""
+
+    def data_group(self) -> Any:
+        """The process group of the ranks that have different data; None is all."""
+        return None
+
+    def local_gradients(self, parameters: Iterable[nn.Parameter]) -> list[Tensor] | None:
+        """This rank's parts of sharded gradients, as views; None where every rank has whole ones."""
+        return None
+
+    def divide_optimizer(self, optimizer: Optimizer) -> Callable[[], None] | None:
+        """Change how an optimizer steps, in place, beneath the precision; return what takes that back, or None."""
+        return None
+
+    def follow_optimizer(self, optimizer: Optimizer) -> Callable[[], None] | None:
+        """Do something after every step that is asked for, skipped ones too; return what takes that back, or None."""
+        return None
+
+    def join(
+        self, engines: Sequence[Engine | None], optimizers: Sequence[Optimizer], **options: Any
+    ) -> AbstractContextManager[None]:
+        """A context in which ranks may run out of batches at different steps; see `Lite.join`."""
+        return nullcontext()
 
     def norms_agree(self) -> bool:
         """Whether gradients, and so their norms, are equal on all ranks now."""
@@ -120,3 +177,20 @@ class Strategy:
 
 class SingleStrategy(Strategy):
     """One process on one device."""
+
+
+def refuse_foreign(optimizer: Optimizer, is_known: Callable[[Tensor], bool]) -> None:
+    """Refuse an optimizer that holds parameters of no model that is set up.
+
+    Raises:
+        UsageError: It does.
+    """
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    foreign = [p for p in held if not is_known(p)]
+    if foreign:
+        raise UsageError(
+            f"{type(optimizer).__name__} holds {len(foreign)} of {len(held)} parameters (the first of shape "
+            f"{tuple(foreign[0].shape)}) that came into being after lite.setup or belong to no model that is set "
+            "up, so their gradients would stay different on each rank; put them into the model before lite.setup, "
+            "or call lite.teardown() and set up again."
+        )

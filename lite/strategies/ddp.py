@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import inspect
-import time
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.distributed_c10d import PrefixStore
-from torch.distributed.rendezvous import rendezvous
 from torch.optim import Optimizer
 
-from lite.environments.base import Environment, check_company
-from lite.errors import ConfigError, choose
+from lite.environments.base import Environment
+from lite.errors import ConfigError, UsageError, choose
 from lite.first_rank import refuse_alone
 from lite.strategies.base import Engine, Strategy
+from lite.strategies.comm_hooks import PowerSGD, check_hook, registration
+from lite.strategies.process_group import ProcessGroup
 
 if TYPE_CHECKING:
     from lite.strategies.ddp_engine import Engines
 
-COMM_HOOKS = ("fp16", "bf16")
-_GLOO_DRAIN_S = 0.1
 _OURS = {"self", "module", "init_sync", "process_group"}
 
 
@@ -38,8 +36,14 @@ class DDPStrategy(Strategy):
         static_graph: The graph is the same at every step; lets DDP handle re-entrant checkpointing.
         gradient_as_bucket_view: Let gradients be views into the communication buffers, which saves their memory.
         bucket_cap_mb: Size of a communication buffer in MiB; None is torch's default.
-        comm_hook: "fp16" or "bf16" to send gradients in 16 bits, or a hook as
+        comm_hook: "fp16" or "bf16" to send gradients in 16 bits, "powersgd", `PowerSGD(rank=2, ...)` or a dict of its
+            options to send them as products of thin matrices, or a hook as
             `DistributedDataParallel.register_comm_hook` takes it.
+        zero_optimizer: Keep each parameter's optimizer state on one rank alone (ZeRO-1, by torch's
+            ZeroRedundancyOptimizer): 1 / n of it on each of n ranks, for a broadcast of the parameters per step. The
+            optimizer stays your own object, with `state` holding this rank's share; its `state_dict()` is the whole
+            state, and collective. An optimizer must compute each parameter's step from that parameter alone (as Adam
+            does; LBFGS is refused), and hold parameters of one dtype.
         process_group_backend: "gloo", "nccl", ...; None chooses by device.
         timeout: How long a collective may wait for the other ranks; None is torch's default.
         start_method: How `Lite.launch` starts processes: "spawn", "fork" or "forkserver".
@@ -58,16 +62,14 @@ class DDPStrategy(Strategy):
         static_graph: bool = False,
         gradient_as_bucket_view: bool = False,
         bucket_cap_mb: float | None = None,
-        comm_hook: str | Callable[..., Any] | None = None,
+        comm_hook: str | PowerSGD | dict[str, Any] | Callable[..., Any] | None = None,
+        zero_optimizer: bool = False,
         process_group_backend: str | None = None,
         timeout: timedelta | None = None,
         start_method: str = "spawn",
         **ddp_options: Any,
     ) -> None:
-        if isinstance(comm_hook, str) and comm_hook not in COMM_HOOKS:
-            raise ConfigError(f"comm_hook={comm_hook!r} is not known; choose 'fp16' or 'bf16', or pass a function.")
-        if timeout is not None and not isinstance(timeout, timedelta):
-            raise ConfigError(f"timeout={timeout!r} is not a timedelta; use datetime.timedelta(seconds={timeout!r}).")
+        self._comm_hook = check_hook(comm_hook)
         if bucket_cap_mb is not None and (
             isinstance(bucket_cap_mb, bool) or not isinstance(bucket_cap_mb, (int, float))
         ):
@@ -76,10 +78,13 @@ class DDPStrategy(Strategy):
         for option in ddp_options:
             if option not in known:
                 choose("DDPStrategy's option", option, sorted(known | set(inspect.signature(DDPStrategy).parameters)))
-        self.process_group_backend = process_group_backend
-        self.timeout = timeout
+        self._group = ProcessGroup(process_group_backend, timeout)
         self.start_method = start_method
-        self._comm_hook = comm_hook
+        if not isinstance(zero_optimizer, bool):
+            raise ConfigError(
+                f"zero_optimizer={zero_optimizer!r} must be True or False; your optimizer keeps its own class."
+            )
+        self._zero = zero_optimizer
         self._ddp_options = {
             "find_unused_parameters": find_unused_parameters,
             "static_graph": static_graph,
@@ -87,7 +92,6 @@ class DDPStrategy(Strategy):
             "bucket_cap_mb": bucket_cap_mb,
             **ddp_options,
         }
-        self._owns_group = False
         self._world_size = 1
         self._engines: Engines | None = None
 
@@ -99,30 +103,7 @@ class DDPStrategy(Strategy):
             from lite.strategies.ddp_engine import Engines  # one process needs nothing of it
 
             self._engines = Engines()
-        backend = self.process_group_backend or ("nccl" if device.type == "cuda" else "gloo")
-        if dist.is_initialized():
-            if dist.get_world_size() != self._world_size:
-                raise ConfigError(
-                    f"a process group of {dist.get_world_size()} ranks exists, but {environment.name} started "
-                    f"{self._world_size} processes; remove your own init_process_group call."
-                )
-            return dist.distributed_c10d._get_default_store()
-        rank = environment.global_rank()
-        store, _, _ = next(rendezvous(environment.init_method() or "env://", rank, self._world_size))
-        store.set_timeout(self.timeout or timedelta(minutes=30))
-        check_company(store, environment, device)
-        # torch 2.13: torchrun's store keeps the addresses of the processes that it restarted, and gloo would try them.
-        life = f"lite/{environment.num_restarts()}"
-        dist.init_process_group(
-            backend,
-            store=PrefixStore(life, store),
-            rank=rank,
-            world_size=self._world_size,
-            timeout=self.timeout,
-            device_id=device if backend == "nccl" else None,
-        )
-        self._owns_group = True
-        return store
+        return self._group.join(environment, device)
 
     def wrap(self, module: nn.Module, device: torch.device) -> Engine | None:
         if self._world_size == 1:
@@ -131,19 +112,23 @@ class DDPStrategy(Strategy):
 
         refuse_alone("lite.setup")
         assert self._engines is not None
-        hook = _comm_hook(self._comm_hook) if self._comm_hook is not None else None
         options = {k: v for k, v in self._ddp_options.items() if v is not None}
-        return DDPEngine(module, self._engines, hook, options)
+        return DDPEngine(module, self._engines, registration(self._comm_hook), options)
 
     def explain(self, module: nn.Module) -> str:
         if self._world_size == 1:
             return super().explain(module)
         if not any(p.requires_grad for p in module.parameters()):
             return "the module itself: it has no parameter to train, so there are no gradients to average"
-        return f"DistributedDataParallel around its forward: gradients are averaged over {self._world_size} ranks"
+        zero = "; each optimizer's state is divided among them (ZeRO-1)" if self._zero else ""
+        return f"DistributedDataParallel around its forward: gradients are averaged over {self._world_size} ranks{zero}"
 
     def prepare_backward(self, loss: Tensor, *, partial: bool = False) -> Tensor:
         return loss if self._engines is None else self._engines.prepare_backward(loss, partial=partial)
+
+    def finish_backward(self) -> None:
+        if self._engines is not None:
+            self._engines.finish_backward()
 
     def explain_backward_error(self, error: RuntimeError) -> str | None:
         if "mark a variable ready only once" not in str(error) and "marked as ready twice" not in str(error):
@@ -158,35 +143,44 @@ class DDPStrategy(Strategy):
         if self._engines is not None:
             self._engines.check_optimizer(optimizer)
 
+    def check_new_optimizer(self, optimizer: Optimizer) -> None:
+        if self._zero and self._world_size > 1:
+            from lite.strategies.zero import check
+
+            check(optimizer)
+
+    def divide_optimizer(self, optimizer: Optimizer) -> Callable[[], None] | None:
+        if not self._zero or self._world_size == 1:
+            return None
+        from lite.strategies.zero import Sharded
+
+        refuse_alone("lite.setup")
+        share = Sharded(optimizer)
+        reference = weakref.ref(optimizer)
+
+        def undo() -> None:
+            if (it := reference()) is not None:
+                share.undo(it)
+
+        return undo
+
+    def join(
+        self, engines: Sequence[Engine | None], optimizers: Sequence[Optimizer], **options: Any
+    ) -> AbstractContextManager[None]:
+        if self._world_size == 1:
+            return nullcontext()
+        if self._zero:
+            raise UsageError(
+                "lite.join does not go with DDPStrategy(zero_optimizer=True): a rank without batches gets no gradients "
+                "for its share of the parameters; leave zero_optimizer out, or give all ranks equally many batches."
+            )
+        from lite.strategies.ddp_join import join
+
+        refuse_alone("lite.join")
+        return join([ddp for engine in engines if (ddp := getattr(engine, "ddp", None))], optimizers, **options)
+
     def norms_agree(self) -> bool:
         return self._engines is None or all(engine.gradients_agree for engine in self._engines)
 
     def close(self) -> None:
-        if self._owns_group and dist.is_initialized():
-            gloo = "gloo" in dist.get_backend()
-            dist.destroy_process_group()
-            if gloo:
-                # torch 2.13: once a DDP was built, gloo's threads outlive the group, and one that still drops the last
-                # collective's tensors while the interpreter shuts down aborts the process. This lets it finish.
-                time.sleep(_GLOO_DRAIN_S)
-        self._owns_group = False
-
-
-def _comm_hook(hook: str | Callable[..., Any]) -> Callable[..., Any]:
-    if callable(hook):
-        return hook
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[hook]
-
-    # DDP checks these annotations: the second must be a GradBucket.
-    def compress(state: object, bucket: Any) -> torch.futures.Future[Tensor]:
-        buffer = bucket.buffer()
-        small = buffer.to(dtype).div_(dist.get_world_size())
-        work = dist.all_reduce(small, async_op=True)
-        assert work is not None
-        future: torch.futures.Future[Tensor] = work.get_future().then(lambda done: buffer.copy_(done.value()[0]))
-        return future
-
-    # With postponed annotations DDP would see strings.
-    compress.__annotations__.update(bucket=dist.GradBucket)  # type: ignore[attr-defined]
-    compress.__annotations__["return"] = torch.futures.Future[Tensor]
-    return compress
+        self._group.leave()

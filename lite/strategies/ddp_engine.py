@@ -19,7 +19,8 @@ from torch.optim import Optimizer
 
 from lite.errors import UsageError
 from lite.strategies import provenance
-from lite.strategies.base import Engine
+from lite.strategies.base import Engine, refuse_foreign
+from lite.strategies.comm_hooks import Register
 from lite.strategies.ddp_parameters import Averaged, some
 
 _NO_OUTPUT = (
@@ -35,10 +36,12 @@ class Engines:
 
     Attributes:
         running: Engines of which a method other than forward runs now, the innermost last.
+        begun: Those that average gradients in the backward that runs now.
     """
 
     def __init__(self) -> None:
         self.running: list[DDPEngine] = []
+        self.begun: set[DDPEngine] = set()
         self._all: list[weakref.ref[DDPEngine]] = []
 
     def add(self, engine: DDPEngine) -> None:
@@ -65,11 +68,7 @@ class Engines:
 
     def prepare_backward(self, loss: Tensor, *, partial: bool) -> Tensor:
         """Check the loss and prepare the models that it comes from; see `Strategy.prepare_backward`."""
-        if not loss.requires_grad:
-            raise UsageError(
-                "lite.backward got a loss that needs no gradient; was the forward run under torch.no_grad(), or the "
-                "loss detached?"
-            )
+        provenance.check_has_graph(loss)
         for outer in reversed(self.running):  # the loss was computed within a method of this model
             loss = outer.announce(loss)
         marks, leaves = provenance.origins([loss])
@@ -87,20 +86,19 @@ class Engines:
             )
         for engine in engines:
             loss = engine.begin_backward(loss)
+        self.begun = engines
         return loss
+
+    def finish_backward(self) -> None:
+        """The backward has ended: every model that it averages gradients of must have had all of them."""
+        begun, self.begun = self.begun, set()
+        for engine in begun:
+            engine.finish_backward()
 
     def check_optimizer(self, optimizer: Optimizer) -> None:
         """Refuse an optimizer with parameters that no engine knows."""
         known: set[int] = set().union(*(engine.names for engine in self))
-        held = [p for group in optimizer.param_groups for p in group["params"]]
-        foreign = [p for p in held if id(p) not in known]
-        if foreign:
-            raise UsageError(
-                f"{type(optimizer).__name__} holds {len(foreign)} of {len(held)} parameters (the first of shape "
-                f"{tuple(foreign[0].shape)}) that came into being after lite.setup or belong to no model that is set "
-                "up, so their gradients would stay different on each rank; put them into the model before lite.setup, "
-                "or call lite.teardown() and set up again."
-            )
+        refuse_foreign(optimizer, lambda parameter: id(parameter) in known)
 
 
 @dataclass(frozen=True)
@@ -159,12 +157,12 @@ class DDPEngine(Engine):
         self,
         module: nn.Module,
         engines: Engines,
-        comm_hook: Callable[..., Any] | None,
+        register: Register | None,
         options: dict[str, Any],
     ) -> None:
         self._self = weakref.ref(self)
         self._engines = engines
-        self._averaged = Averaged(module, comm_hook, options)
+        self._averaged = Averaged(module, register, options)
         self._static = bool(options.get("static_graph"))
         self._unused = bool(options.get("find_unused_parameters")) and not self._static
         self.names = self._averaged.names
@@ -183,6 +181,11 @@ class DDPEngine(Engine):
     def synchronise(self) -> bool:
         """Whether forwards and backwards average gradients now: false within `no_sync`."""
         return self._averaged.synchronise
+
+    @property
+    def ddp(self) -> nn.parallel.DistributedDataParallel | None:
+        """The newest one; None where nothing is trained."""
+        return self._averaged.ddp
 
     # ---- forward and methods
 
@@ -224,6 +227,17 @@ class DDPEngine(Engine):
             # DDP has looked for unused parameters in the last outputs alone; the loss knows better.
             return self._prepare(self._averaged.ddp, loss)  # type: ignore[no-any-return]
         return loss
+
+    def finish_backward(self) -> None:
+        """Refuse a backward that has left parameters out: the averaging of all gradients waits for theirs."""
+        ddp = self._averaged.ddp
+        if ddp is None:
+            return
+        try:
+            ddp._check_reducer_finalized()  # type: ignore[no-untyped-call]  # so in torch 2.6 to 2.13
+        except RuntimeError as error:
+            self._explain_unused(error)
+            raise
 
     def _prepare(self, ddp: nn.parallel.DistributedDataParallel, outputs: Any) -> Any:
         # Broadcasting buffers now would change what the backward needs, and methods communicate nothing.
@@ -283,7 +297,7 @@ class DDPEngine(Engine):
         unused = [n for n, p in self._averaged.module.named_parameters() if p.requires_grad and p.grad is None]
         which = f" ({some(unused)})" if unused else ""
         raise UsageError(
-            f"some parameters{which} got no gradient in the last backward, so its synchronisation never finished; use "
+            f"some parameters{which} got no gradient in a backward, so its synchronisation never finished; use "
             'strategy="ddp_find_unused_parameters_true", or make every parameter take part in the loss.'
         ) from error
 
@@ -297,6 +311,7 @@ def _stray(leaf: Tensor, owners: list[DDPEngine]) -> str:
         return (
             f"lite.backward got a loss that depends on a parameter of shape {tuple(leaf.shape)} of no model that is "
             "set up, so its gradient would stay different on each rank; make it part of a model that you pass to "
-            "lite.setup, or a plain tensor where each rank is meant to have its own."
+            "lite.setup, call requires_grad_(False) where it is not trained (a fixed network in the loss, say), or "
+            "make it a plain tensor where each rank is meant to have its own."
         )
     return f"{_NO_OUTPUT} (It reaches the parameter {owners[0].names[id(leaf)]!r} past the model.)"

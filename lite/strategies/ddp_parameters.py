@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lite.errors import UsageError
+from lite.strategies.comm_hooks import Register
 
 _requires_grad, _dtype = attrgetter("requires_grad"), attrgetter("dtype")
 
@@ -21,7 +22,7 @@ class Averaged:
 
     Args:
         module: The model.
-        comm_hook: What sends gradients, instead of DDP itself.
+        register: Gives a new DDP what sends gradients instead of itself.
         options: DDP's.
 
     Attributes:
@@ -31,9 +32,9 @@ class Averaged:
         generation: How many DDPs there were.
     """
 
-    def __init__(self, module: nn.Module, comm_hook: Callable[..., Any] | None, options: dict[str, Any]) -> None:
+    def __init__(self, module: nn.Module, register: Register | None, options: dict[str, Any]) -> None:
         self._module = weakref.ref(module)
-        self._hook = comm_hook
+        self._register = register
         self._options = options
         self.ignored: set[str] = set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
         self.names = {id(p): name for name, p in module.named_parameters()}
@@ -120,8 +121,8 @@ class Averaged:
         if self.ignored:
             adapter._ddp_params_and_buffers_to_ignore = [f"module.{name}" for name in self.ignored]  # type: ignore[assignment]
         self.ddp = nn.parallel.DistributedDataParallel(adapter, init_sync=first, **self._options)
-        if self._hook is not None:
-            self.ddp.register_comm_hook(None, self._hook)
+        if self._register is not None:
+            self._register(self.ddp)
         self.ddp.require_backward_grad_sync = self.synchronise
         self._trained = trained
         self.generation += 1

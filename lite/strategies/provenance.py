@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lite.errors import UsageError
+
 _KEY = "lite"
 _DEPTH = 20
 _OBJECT_DEPTH = 5
@@ -36,6 +38,19 @@ class Mark:
 
     states: frozenset[Any]
     leaves: tuple[Tensor, ...]
+
+
+def check_has_graph(loss: Tensor) -> None:
+    """Refuse a loss of which no backward can come.
+
+    Raises:
+        UsageError: It needs no gradient.
+    """
+    if not loss.requires_grad:
+        raise UsageError(
+            "lite.backward got a loss that needs no gradient; was the forward run under torch.no_grad(), or the "
+            "loss detached?"
+        )
 
 
 def tensors_with_grad(data: Any) -> Iterator[Tensor]:

@@ -11,9 +11,13 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
+import torch
+
 from lite import collectives
+from lite.checkpoint.per_rank import parts_of_ranks
 from lite.errors import CheckpointError, choose
 from lite.seed import RandomState, mix, seed_everything
+from lite.sharded import is_sharded
 from lite.state import module_state, restore_object
 from lite.trainer.foreign import progress_of_foreign
 from lite.trainer.hparams import storable
@@ -67,6 +71,8 @@ def dump(trainer: Any, weights_only: bool = False) -> dict[str, Any]:
         checkpoint["lr_schedulers"] = [c.scheduler.state_dict() for c in trainer.lr_scheduler_configs]
         checkpoint["precision"] = trainer.lite.precision.state_dict()
         checkpoint["lite"] = _exact_state(trainer)
+        if fit.epoch_loop.window_is_open and not any(map(is_sharded, module.parameters())):
+            checkpoint["window"] = fit.epoch_loop.window  # with its gradients; Lite warns where it can't be kept
     if module.hparams:
         checkpoint["hparams_name"] = module._hparams_name or "kwargs"
         checkpoint["hyper_parameters"] = storable(module.hparams, type(module).__name__)
@@ -99,9 +105,6 @@ def _exact_state(trainer: Any) -> dict[str, Any]:
         "validation": fit.val_loop.state_dict()["position"],
         "torchmetrics": torchmetrics_state(trainer.module),
     }
-    if fit.epoch_loop.window_is_open:
-        grads = trainer.module.named_parameters()
-        mine["gradients"] = {name: p.grad.detach().cpu() for name, p in grads if p.grad is not None}
     ranks = collectives.all_gather_objects(mine)
     return {"ranks": ranks, "position": None if per_rank else position}
 
@@ -173,10 +176,10 @@ def restore_training(trainer: Any, checkpoint: dict[str, Any], parts: set[str], 
     fit.moment = _moment(ranks, trainer.world_size, trainer.global_rank)
     fit.val_loop.loader_state = mine["validation"]
     restore_torchmetrics(module, mine["torchmetrics"])
-    if "gradients" in mine:
-        parameters = dict(module.named_parameters())
-        for name, gradient in mine["gradients"].items():
-            parameters[name].grad = gradient.to(parameters[name].device)
+    if "window" in checkpoint:
+        fit.epoch_loop.go_on_within(
+            _window(parts_of_ranks(checkpoint["window"]), trainer.world_size, trainer.global_rank)
+        )
     trainer.resume_position(mine["position"] if mine["position"] is not None else exact["position"])
 
 
@@ -194,6 +197,18 @@ def _restore_list(key: str, checkpoint: dict[str, Any], objects: list[Any], path
         )
     for target, state in zip(objects, saved, strict=True):
         restore_object(target, state, key, strict=True)
+
+
+def _window(ranks: list[dict[str, Any]], world_size: int, rank: int) -> dict[str, Any]:
+    """This rank's part of an open window; on another number of ranks each has all the ranks' mean."""
+    if len(ranks) == world_size:
+        return ranks[rank]
+    mean = dict(ranks[0])
+    if "total" in mean:
+        mean["total"] = sum(state["total"] for state in ranks) / len(ranks)
+    columns = zip(*[state["gradients"] for state in ranks], strict=True)
+    mean["gradients"] = [None if column[0] is None else torch.stack(column).mean(0) for column in columns]
+    return mean
 
 
 def _moment(ranks: list[Any], world_size: int, rank: int) -> RandomState:

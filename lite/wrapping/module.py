@@ -51,7 +51,8 @@ def wrap_module(module: nn.Module, *, engine: Engine | None, precision: Precisio
     body: dict[str, Any] = {"__call__": call, "_apply": _guarded_apply(raw, precision, fixed=engine is not None)}
     whole = getattr(raw, "forward_methods", ("forward",))  # a class may name others that are a whole forward
     for name, method in own_methods(raw):
-        body[name] = _routed_method(method, route, whole=name in whole)
+        named = name in whole and not (engine is not None and engine.through_call)
+        body[name] = _routed_method(method, route, whole=named)
     _disguise(module, body)
     _wrapped[module] = raw
 
@@ -93,6 +94,8 @@ def own_methods(cls: type[nn.Module]) -> Iterator[tuple[str, Callable[..., Any]]
     for owner in cls.__mro__:
         if owner is nn.Module:
             break
+        if owner.__module__.startswith("torch.distributed."):  # fully_shard puts a class of its own before the user's
+            continue
         for name, value in vars(owner).items():
             if name in seen:
                 continue

@@ -24,6 +24,8 @@ class _Original(NamedTuple):
     raw: type | None
     step: Callable[..., Any] | None  # of the instance: a scheduler that was built before has put its counter there
     undo: tuple[Callable[[], None], ...]
+    below: Callable[[], None] | None = None
+    above: Callable[[], None] | None = None
 
 
 _wrapped: weakref.WeakKeyDictionary[Any, _Original] = weakref.WeakKeyDictionary()
@@ -48,6 +50,9 @@ def wrap_optimizer(
     *,
     check: Callable[[Optimizer], None] | None = None,
     mean_loss: Callable[[Any], Any] | None = None,
+    divide: Callable[[Optimizer], Callable[[], None] | None] | None = None,
+    follow: Callable[[Optimizer], Callable[[], None] | None] | None = None,
+    before: Callable[[Optimizer], None] | None = None,
 ) -> None:
     """Prepare an optimizer, in place; nothing is done where its step stays its own.
 
@@ -57,10 +62,17 @@ def wrap_optimizer(
         check: Called, with several ranks, when the optimizer is found to hold other parameters than at first.
         mean_loss: With several ranks, the mean over them of what a closure returned. An optimizer that calls its
             closure several times decides by it, and all ranks must decide alike.
+        divide: With several ranks, what the strategy does beneath the precision; it returns what takes that back.
+        follow: The same above it.
+        before: Called before each step; what it raises is raised there.
     """
+    below = divide(optimizer) if divide is not None else None
     undo: list[Callable[[], None]] = []
     if check is not None:
         undo.append(optimizer.register_step_pre_hook(_watch_parameters(optimizer, check)).remove)
+    if before is not None:
+        ask = before
+        undo.append(optimizer.register_step_pre_hook(lambda optimizer, args, kwargs: ask(optimizer)).remove)
     if mean_loss is not None and not precision.changes_step and _decides_by_loss(optimizer):
         undo.append(optimizer.register_step_pre_hook(_with_mean_loss(mean_loss)).remove)
     raw = patched = None
@@ -69,7 +81,8 @@ def wrap_optimizer(
         precision.add_optimizer(optimizer)
         undo.append(_forgetting(optimizer, precision))
         disguise(optimizer, {"step": _scaled_step(patched or raw.step.__get__(optimizer), precision)})
-    _wrapped[optimizer] = _Original(raw, patched, tuple(undo))
+    above = follow(optimizer) if follow is not None else None
+    _wrapped[optimizer] = _Original(raw, patched, tuple(undo), below, above)
 
 
 def _scaled_step(raw_step: Callable[..., Any], precision: Precision) -> Callable[..., Any]:
@@ -142,12 +155,16 @@ def unwrap_optimizer(optimizer: Optimizer) -> None:
     original = _wrapped.pop(optimizer, None)
     if original is None:
         return
+    if original.above is not None:
+        original.above()
     for undo in original.undo:
         undo()
     if original.raw is not None:
         optimizer.__class__ = original.raw
         if original.step is not None:
             optimizer.__dict__["step"] = original.step
+    if original.below is not None:
+        original.below()
 
 
 def wrap_scheduler(scheduler: LRScheduler, precision: Precision) -> None:

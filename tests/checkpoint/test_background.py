@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from lite import CheckpointError, ConfigError, Lite
+from lite.checkpoint.background import Background, wait_for_all
 from lite.checkpoint.staging import Staging
+from lite.checkpoint.tree import walk
 from tests.checkpoint.parts import equal, resume, step, train_and_save, training
 from tests.support.models import MLP
 from tests.support.processes import run_distributed, run_python
@@ -172,6 +175,12 @@ def test_python_ends_when_the_write_has(tmp_path: Path, name: str, how: str) -> 
         assert not path.exists()
 
 
+def memory(staged: dict[str, Any]) -> int:
+    """Bytes of the storages behind all tensors, each once."""
+    storages = [t.untyped_storage() for t in walk(staged).values()]
+    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+
+
 def test_a_staged_copy_keeps_what_is_shared_and_uses_its_memory_again() -> None:
     """Tied weights and views are one storage in the copy; the second copy allocates nothing unless sizes change."""
     staging = Staging()
@@ -182,14 +191,14 @@ def test_a_staged_copy_keeps_what_is_shared_and_uses_its_memory_again() -> None:
     pointers = {t.untyped_storage().data_ptr() for t in (first["base"], first["tied"], first["view"], first["t"])}
     assert len(pointers) == 1 and first["t"].stride() == state["t"].stride()
     assert base.untyped_storage().data_ptr() not in pointers
-    assert staging.num_bytes == 6 * 4 + 2 * 4
+    assert memory(first) == 6 * 4 + 2 * 4
     base.fill_(7)
     second = staging.stage(state)
     assert {second["base"].untyped_storage().data_ptr()} == pointers
     assert equal(second, state)
     grown = {"base": torch.ones(100), "other": [torch.zeros(2)]}
-    assert equal(staging.stage(grown), grown)
-    assert staging.num_bytes == 100 * 4 + 2 * 4
+    third = staging.stage(grown)
+    assert equal(third, grown) and memory(third) == 100 * 4 + 2 * 4
 
 
 def test_every_kind_of_tensor_is_staged() -> None:
@@ -231,6 +240,66 @@ def test_training_communicates_while_a_directory_is_written(tmp_path: Path) -> N
     expected = float(sum(2 * n + 1 for n in range(200)) + 400)
     assert run_distributed(_train_meanwhile, str(tmp_path / "a")) == [expected, expected]
     assert Lite(accelerator="cpu").load(tmp_path / "a")["w"].sum() == 1000
+
+
+def test_a_write_that_does_not_end_is_waited_for_no_longer_than_asked() -> None:
+    """By whoever must end the process; what has ended needs no waiting."""
+    background, gate = Background(), threading.Event()
+    background.start(lambda: gate.wait(30) and None)
+    assert not wait_for_all(0.05)
+    gate.set()
+    assert wait_for_all(30)
+    assert wait_for_all()
+
+
+def _given_back(path: str) -> list[Any]:
+    told: list[Any] = []
+    real = dist.destroy_process_group
+
+    def destroy(group: Any = None) -> None:
+        told.append("default" if group is None else "its own")
+        real(group)
+
+    dist.destroy_process_group = destroy  # type: ignore[assignment]
+    try:
+        lite = Lite(accelerator="cpu")
+        for number in range(3):
+            assert lite.save(path, {"n": number}, async_save=True)
+            if number == 0:
+                lite.teardown()
+        lite.wait_for_save()
+        lite.strategy.close()
+    finally:
+        dist.destroy_process_group = real  # type: ignore[assignment]
+    return told
+
+
+def test_the_group_of_background_saves_goes_before_the_default_one(tmp_path: Path) -> None:
+    """At teardown, after which another save makes a new one, and at the end of the job."""
+    assert run_distributed(_given_back, str(tmp_path / "a")) == [["its own", "its own", "default"]] * 2
+
+
+UNFINISHED = """
+import sys, time, torch
+from lite import Lite
+from lite.checkpoint.storage import Storage
+
+def train(lite, path):
+    real = Storage.create
+    Storage.create = lambda *args: time.sleep(0.5) or real(*args)
+    lite.save(path, {"w": torch.ones(3)}, async_save=True)
+
+if __name__ == "__main__":
+    Lite(accelerator="cpu", devices=2, strategy="ddp_fork").launch(train, sys.argv[1])
+"""
+
+
+def test_a_launched_function_may_return_before_its_save_is_written(tmp_path: Path) -> None:
+    """The process waits for it, without a warning, before it leaves the group."""
+    (tmp_path / "script.py").write_text(UNFINISHED)
+    done = run_python(tmp_path / "script.py", str(tmp_path / "a"))
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    assert Lite(accelerator="cpu").load(tmp_path / "a")["w"].tolist() == [1, 1, 1]
 
 
 @pytest.mark.gpu

@@ -143,8 +143,9 @@ def test_values_that_would_run_code_are_refused(tmp_path: Path) -> None:
     """torch's own reader would run what a directory stores beside tensors; as a value and in a tensor's place."""
     lite = Lite(accelerator="cpu")
     torch_save(tmp_path / "a", {"w": torch.ones(1), "e": Evil(tmp_path / "mark")})
-    with pytest.raises(CheckpointError, match=r"__0_0\.distcp.*'e'"):
+    with pytest.raises(CheckpointError, match=r"__0_0\.distcp.*'e'.*asks for io\.open") as caught:
         lite.load(tmp_path / "a")
+    assert "weights_only" not in str(caught.value) and caught.value.__cause__ is None
     assert not (tmp_path / "mark").exists()
 
 
@@ -220,6 +221,37 @@ def test_one_rank_that_cant_write_is_an_error_on_all(tmp_path: Path, bad: int) -
     assert len(os.listdir(tmp_path / "a")) == 5  # of the first save: two data files, values, manifest, index
 
 
+def _apart(path: str) -> list[str]:
+    lite = Lite(accelerator="cpu")
+    with pytest.raises(CheckpointError) as caught:
+        lite.save(f"{path}/{lite.global_rank}/a", {"model": MLP()})
+    messages = [str(caught.value)]
+    from lite.checkpoint.staging import Staging
+
+    def full(self: Staging, content: Any) -> Any:
+        raise MemoryError("no memory for a copy")
+
+    whole = Staging.stage
+    if lite.global_rank == 1:
+        Staging.stage = full  # type: ignore[method-assign]
+    try:
+        lite.save(f"{path}/b", {"model": MLP()}, async_save=True)
+    except (CheckpointError, MemoryError) as error:
+        messages.append(str(error))
+    finally:
+        Staging.stage = whole  # type: ignore[method-assign]
+    lite.barrier()
+    return messages
+
+
+def test_ranks_that_dont_see_one_folder_or_cant_copy_are_an_error_on_all(tmp_path: Path) -> None:
+    """Nothing is left half written, and nobody waits for the others."""
+    for folder, memory in run_distributed(_apart, str(tmp_path)):
+        assert "sees another folder by that name" in folder and "rank 0" in folder
+        assert "no memory for a copy" in memory
+    assert not list(tmp_path.rglob("*.distcp")) and not (tmp_path / "b").exists()
+
+
 def test_a_directory_is_not_written_over_a_file(tmp_path: Path) -> None:
     """And not read where there is none."""
     lite = Lite(accelerator="cpu")
@@ -251,13 +283,14 @@ def _sharded(folder: str, async_save: bool) -> None:
     }
     lite.save(folder, state, async_save=async_save)
     lite.wait_for_save()
-    with pytest.raises(CheckpointError, match="rows is sharded"):
-        lite.save(f"{folder}.ckpt", state)
+    lite.save(f"{folder}.ckpt", state, async_save=async_save)
+    lite.wait_for_save()
 
 
 @pytest.mark.parametrize("async_save", [False, True])
 def test_shards_come_together_again(tmp_path: Path, async_save: bool) -> None:
-    """Every rank writes its own part of a sharded tensor; one process reads the whole. A file refuses a part."""
+    """Every rank writes its own part of a sharded tensor; one process reads the whole. A file has the whole."""
     run_distributed(_sharded, str(tmp_path / "a"), async_save)
     whole = torch.arange(15.0).reshape(5, 3)
-    assert equal(Lite(accelerator="cpu").load(tmp_path / "a"), {"rows": whole, "columns": whole, "same": whole})
+    for path in (tmp_path / "a", tmp_path / "a.ckpt"):
+        assert equal(Lite(accelerator="cpu").load(path), {"rows": whole, "columns": whole, "same": whole})

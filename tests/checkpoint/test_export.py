@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 from lite import CheckpointError, ConfigError, Lite, MissingExtraError
 from lite.checkpoint.export import parse_size
+from lite.checkpoint.storage import Storage
 from tests.checkpoint.parts import equal
 from tests.support.models import MLP
 from tests.support.processes import run_distributed
@@ -101,6 +103,72 @@ def test_a_failed_export_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest
     monkeypatch.undo()
     assert (tmp_path / "a.safetensors").read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def read(folder: Path) -> dict[str, Any] | None:
+    """As transformers does: the one file, else the index's shards, else no model."""
+    if (folder / "model.safetensors").exists():
+        return dict(safetensors.load_file(folder / "model.safetensors"))
+    if not (folder / "model.safetensors.index.json").exists():
+        return None
+    where = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    return {name: safetensors.load_file(folder / file)[name] for name, file in where.items()}
+
+
+@pytest.mark.parametrize(("before", "after"), [(130, 150), (130, "5GB"), ("5GB", 130), (130, 130), ("5GB", "5GB")])
+def test_a_reader_finds_the_old_model_or_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: Any, after: Any
+) -> None:
+    """After each step of an export over another; where the names are the same, none for a moment, but never parts."""
+    lite = Lite(accelerator="cpu")
+    old, new = (dict(MLP().state_dict()) for _ in range(2))
+    found: list[str] = []
+
+    def look() -> None:
+        model = read(tmp_path)
+        found.append("none" if model is None else "old" if equal_weights(model, old) else "new")
+        assert model is None or equal_weights(model, old) or equal_weights(model, new), "a mix of both"
+
+    def looking(real: Any) -> Any:
+        def call(*args: Any) -> None:
+            real(*args)
+            look()
+
+        return call
+
+    for weights, size in ((old, before), (new, after)):
+        model = MLP()
+        model.load_state_dict(weights)
+        lite.export(model, tmp_path, max_shard_size=size)
+        for method in ("rename", "remove", "flush"):
+            monkeypatch.setattr(Storage, method, looking(getattr(Storage, method)))
+    assert found[0] == "old" and found[-1] == "new" and found == sorted(found, key=["old", "none", "new"].index)
+    assert ("none" in found) == (before == after == 130)
+
+
+def equal_weights(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    return equal(dict(sorted(a.items())), dict(sorted(b.items())))
+
+
+@pytest.mark.parametrize("size", [130, 150, "5GB"])
+def test_a_failed_export_leaves_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: Any) -> None:
+    """The disk is full at the last of the new files."""
+    lite = Lite(accelerator="cpu")
+    lite.export(MLP(), tmp_path, max_shard_size=130)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    real, count = Storage.flush, {130: 4, 150: 3, "5GB": 1}[size]
+
+    def full(self: Storage, path: str) -> None:
+        nonlocal count
+        count -= 1
+        if count == 0:
+            raise OSError(28, "No space left on device")
+        real(self, path)
+
+    monkeypatch.setattr(Storage, "flush", full)
+    with pytest.raises(CheckpointError, match="No space left"):
+        lite.export(MLP(), tmp_path, max_shard_size=size)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
 def test_the_extra_is_asked_for_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

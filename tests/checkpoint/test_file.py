@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import traceback
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import _save_state_dict
 
 from lite import CheckpointError, ConfigError, Lite
 from tests.checkpoint.parts import Evil, equal, flip, resume, train_and_save
@@ -110,21 +113,29 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
     """With and without verification; nothing runs until the user says so, and that is logged."""
     lite = Lite(accelerator="cpu")
     path, mark = tmp_path / "evil.ckpt", tmp_path / "mark"
-    torch.save({"e": Evil(mark)}, path)
-    for verify in (True, False):
-        with pytest.raises(CheckpointError, match=r"evil\.ckpt.*more than plain data"):
-            lite.load(path, verify=verify)
+    for zipped in (True, False):
+        torch.save({"e": Evil(mark)}, path, _use_new_zipfile_serialization=zipped)
+        for verify in (True, False):
+            with pytest.raises(CheckpointError, match=r"evil\.ckpt.*more than plain data.*asks for io\.open") as caught:
+                lite.load(path, verify=verify)
+            told = "".join(traceback.format_exception(caught.value))
+            assert "Re-running" not in told and "safe_globals" not in told  # torch's advice, to run it
+            assert "weights_only" not in str(caught.value)
     assert not mark.exists()
 
 
 def test_loading_code_needs_the_users_word_and_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """weights_only=False reads objects that only code can rebuild."""
+    """weights_only=False reads objects that only code can rebuild, from a file and from a directory."""
     torch.save({"path": Path("x")}, tmp_path / "a.ckpt")
+    _save_state_dict({"path": Path("x")}, FileSystemWriter(tmp_path / "a"), no_dist=True)
     lite = Lite(accelerator="cpu")
-    with pytest.raises(CheckpointError):
-        lite.load(tmp_path / "a.ckpt")
-    assert lite.load(tmp_path / "a.ckpt", weights_only=False) == {"path": Path("x")}
-    assert "code in it is run" in caplog.text
+    for path in (tmp_path / "a.ckpt", tmp_path / "a"):
+        with pytest.raises(CheckpointError):
+            lite.load(path)
+        caplog.clear()
+        assert lite.load(path, weights_only=False) == {"path": Path("x")}
+        told = [record.getMessage() for record in caplog.records if record.name == "lite"]
+        assert told == [f"loading path={str(path)!r} with weights_only=False: code in it is run"]
 
 
 def test_a_folder_is_no_file(tmp_path: Path) -> None:

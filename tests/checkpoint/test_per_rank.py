@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from lite import CheckpointError, Lite
+from lite import CheckpointError, Lite, UsageError
 from tests.support.processes import run_distributed
 
 
@@ -110,3 +111,69 @@ def test_loaders_that_differ_between_ranks_keep_each_ranks_position(tmp_path: Pa
     assert run_distributed(go_on, path) == rest
     with pytest.raises(CheckpointError, match="'whole' was saved by 2 processes"):
         go_on(path)
+
+
+def normalised(lite: Lite) -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    return lite.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))  # type: ignore[no-any-return]
+
+
+def evaluate(model: nn.Module) -> list[float]:
+    model.eval()
+    with torch.no_grad():
+        return model(torch.arange(8.0).view(4, 2)).flatten().tolist()  # type: ignore[no-any-return]
+
+
+def train_and_evaluate(folder: str, suffix: str) -> list[float]:
+    lite = Lite(accelerator="cpu")
+    model, optimizer = normalised(lite)
+    for number in range(3):
+        torch.manual_seed(10 * lite.global_rank + number)
+        lite.backward(model(torch.randn(4, 2)).square().mean())
+        optimizer.step()
+    mine = torch.full((2,), float(lite.global_rank))
+    lite.save(f"{folder}/bn{suffix}", {"model": model, "optimizer": optimizer, "mine": [mine, {"too": mine.clone()}]})
+    return evaluate(model)
+
+
+def load_and_evaluate(folder: str, suffix: str) -> list[float]:
+    lite = Lite(accelerator="cpu")
+    model, optimizer = normalised(lite)
+    rest = lite.load(f"{folder}/bn{suffix}", {"model": model, "optimizer": optimizer})
+    assert rest["mine"][0].tolist() == rest["mine"][1]["too"].tolist() == [0, 0]  # what is the user's is rank 0's
+    return evaluate(model)
+
+
+def odd_buffers(folder: str) -> list[Any]:
+    lite = Lite(accelerator="cpu")
+    model = nn.Linear(1, 1)
+    model.register_buffer("small", torch.full((2,), float(lite.global_rank + 1)).to(torch.float8_e4m3fn))
+    model.register_buffer("twin", model.small)
+    model.register_buffer("lazy", None if lite.global_rank else torch.ones(1))
+    model.register_buffer("sparse", torch.eye(2).to_sparse())
+    lite.save(f"{folder}/odd.ckpt", {"model": model})
+    with pytest.raises(UsageError, match=r"lite\.save needs all ranks"), lite.rank_zero_first():
+        lite.save(f"{folder}/odd.ckpt", {"model": model})
+    if lite.global_rank == 0:
+        model.lazy = None
+    model.small, model.twin = (torch.zeros(2).to(torch.float8_e4m3fn) for _ in range(2))
+    with pytest.warns(UserWarning, match=r"unexpected: model\.lazy"):
+        lite.load(f"{folder}/odd.ckpt", {"model": model}, strict=False)
+    return (model.small.float() + model.twin.float()).tolist()  # type: ignore[no-any-return]
+
+
+def test_buffers_of_every_kind_and_missing_ones_are_no_trouble(tmp_path: Path) -> None:
+    """Of 8 bits, sparse, or there on one rank alone."""
+    assert run_distributed(odd_buffers, str(tmp_path)) == [[2, 2], [4, 4]]
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ""])
+def test_every_rank_evaluates_with_its_buffers_after_a_resume(tmp_path: Path, suffix: str) -> None:
+    """A BatchNorm's statistics are the rank's own until the next forward that trains; one process gets rank 0's."""
+    two = run_distributed(train_and_evaluate, str(tmp_path), suffix)
+    assert two[0] != two[1]
+    assert run_distributed(load_and_evaluate, str(tmp_path), suffix) == two
+    assert load_and_evaluate(str(tmp_path), suffix) == two[0]
+    keys = torch.load(tmp_path / "bn.ckpt", weights_only=True)["model"].keys() if suffix else ()
+    assert list(keys) == (list(normalised(Lite(accelerator="cpu"))[0].state_dict()) if suffix else [])

@@ -9,7 +9,7 @@ import datetime
 import enum
 import sys
 import types
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,6 +43,21 @@ class Config:
     where: Path
 
 
+@dataclass(frozen=True)
+class Fixed:
+    lr: float
+
+
+@dataclass
+class Best:
+    loss: float = 1.0
+    seen: int = field(default=0, init=False)
+
+
+class Name(str):
+    """A user's subclass of strings."""
+
+
 class Tagged(torch.Tensor):
     """A user's subclass of tensors."""
 
@@ -54,6 +69,7 @@ PLAIN = {
     "enum": (Colour.RED, "red"),
     "int enum": (Level.HIGH, 2),
     "dataclass": (Config(0.1, Path("y")), {"lr": 0.1, "where": "y"}),
+    "frozen": (Fixed(0.5), {"lr": 0.5}),
     "set": ({1, 2}, {1, 2}),
     "named tuple": (Point(Path("z"), 1), ("z", 1)),
     "ordered": (collections.OrderedDict(a=1), collections.OrderedDict(a=1)),
@@ -65,7 +81,7 @@ PLAIN = {
     "date": (datetime.datetime(2024, 1, 2, 3), "2024-01-02T03:00:00"),
     "seconds": (datetime.timedelta(minutes=1), 60.0),
     "int keys": ({np.int64(1): "a"}, {1: "a"}),
-    "str subclass": (type("Name", (str,), {})("n"), "n"),
+    "str subclass": (Name("n"), "n"),
     "bytes": (b"ab", b"ab"),
     "complex": (1 + 2j, 1 + 2j),
 }
@@ -79,6 +95,42 @@ def test_everything_plain_is_stored_as_plain_values(tmp_path: Path, suffix: str)
     content = lite.load(tmp_path / f"a{suffix}")
     for name, (_, expected) in PLAIN.items():
         assert content[name] == expected and type(content[name]) is type(expected), name
+
+
+def test_plain_values_come_back_as_what_they_were(tmp_path: Path) -> None:
+    """Where the script says what that is; what can be changed in place is, for those who hold it by another name."""
+    values = {name: value for name, (value, _) in PLAIN.items()}
+    weight = nn.Parameter(torch.ones(2))
+    values["best"] = Best()
+    values["best"].seen = 7
+    values["expanded"] = torch.ones(1).expand(3)
+    values.update(array=np.arange(3), weight=weight, history=[torch.zeros(2), 1], nested={"a": [1, {"b": weight}]})
+    lite = Lite(accelerator="cpu")
+    expected = copy.deepcopy(values)
+    lite.save(tmp_path / "a.ckpt", values)
+    with torch.no_grad():
+        weight.zero_()
+    values["array"][:] = 7
+    values["history"][0] += 1
+    values["nested"]["a"][0] = 9
+    values["default"]["b"].append(1)
+    values["deque"].append(5)
+    values["set"].add(3)
+    values["best"].seen = 0
+    held = dict(values)
+    lite.load(tmp_path / "a.ckpt", values)
+    kept = {"best", "dataclass", "array", "weight", "history", "nested"}
+    kept |= {"default", "deque", "set", "namespace", "ordered", "counter"}
+    assert {name for name in kept if values[name] is not held[name]} == set()
+    for name, value in expected.items():
+        assert type(values[name]) is type(value), name
+        assert name in ("array", "weight", "history", "nested", "expanded") or values[name] == value, name
+    assert values["array"].tolist() == [0, 1, 2] and weight.tolist() == [1, 1] and weight.requires_grad
+    assert values["nested"]["a"][1]["b"] is weight and values["nested"]["a"][0] == 1
+    assert values["history"][0].tolist() == [0, 0] and values["deque"].maxlen == 2
+    lite.save(tmp_path / "b.ckpt", {"weight": torch.ones(3)})
+    with pytest.raises(CheckpointError, match=r"weight is a Parameter of shape \(2,\).* has shape \(3,\)"):
+        lite.load(tmp_path / "b.ckpt", {"weight": weight})
 
 
 def test_arrays_and_tensors_are_stored_as_tensors(tmp_path: Path) -> None:
@@ -218,6 +270,50 @@ def test_what_does_not_fit_is_named(tmp_path: Path, suffix: str) -> None:
         lite.load(path, {"epoch": MLP()})
     with pytest.raises(CheckpointError, match="'model' does not fit SGD"):
         lite.load(path, {"model": torch.optim.SGD(MLP().parameters(), lr=0.1)})
+
+
+OPTIMIZERS: dict[str, Any] = {
+    "Adadelta": {}, "Adafactor": {}, "Adagrad": {}, "Adam": {"amsgrad": True}, "AdamW": {}, "Adamax": {}, "ASGD": {},
+    "LBFGS": {}, "NAdam": {}, "RAdam": {}, "RMSprop": {"momentum": 0.9, "centered": True}, "Rprop": {},
+    "SGD": {"momentum": 0.9},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_moments_of_another_shape_are_refused(tmp_path: Path, kind: str) -> None:
+    """By the optimizer's name, the parameter's position and both shapes, also with strict=False; the right ones fit."""
+    lite = Lite(accelerator="cpu")
+
+    def make(width: int, *, swapped: bool = False) -> Any:
+        sizes = [(3,), (2, width)]
+        parameters = [nn.Parameter(torch.ones(size)) for size in (reversed(sizes) if swapped else sizes)]
+        optimizer = getattr(torch.optim, kind)(parameters, lr=0.1, **OPTIMIZERS[kind])
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        return optimizer
+
+    optimizer = make(4)
+    optimizer.step(lambda: torch.tensor(1.0)) if kind == "LBFGS" else optimizer.step()
+    lite.save(tmp_path / "a.ckpt", {"opt": optimizer})
+    lite.load(tmp_path / "a.ckpt", {"opt": make(4)})
+    if kind == "LBFGS":  # its vectors are of all parameters together
+        return
+    with pytest.raises(CheckpointError, match=r"'opt' does not fit .*parameter 0 .*\[3\].* here has \[2, 4\]"):
+        lite.load(tmp_path / "a.ckpt", {"opt": make(4, swapped=True)})
+    stored = r"\[1, 4\]" if kind == "Adafactor" else r"\[2, 4\]"  # which keeps rows and columns alone
+    with pytest.raises(CheckpointError, match=rf"'opt' does not fit .*parameter 1 .*{stored}.* here has \[2, 5\]"):
+        lite.load(tmp_path / "a.ckpt", {"opt": make(5)}, strict=False)
+    if kind == "Adam":
+        other = make(5)
+        other.__class__ = LowRank
+        lite.load(tmp_path / "a.ckpt", {"opt": other})
+
+
+class LowRank(torch.optim.Adam):
+    """An optimizer whose moments have shapes of its own."""
+
+    def step(self, closure: Any = None) -> Any:
+        raise NotImplementedError
 
 
 def test_a_loose_load_reports_what_did_not_fit(tmp_path: Path) -> None:

@@ -57,6 +57,16 @@ def test_damage_at_a_url_is_found(name: str) -> None:
         lite.load("memory://b.ckpt")
 
 
+def test_a_url_may_hold_torchs_old_format(tmp_path: Path) -> None:
+    """That of before zip archives, as on a disk."""
+    torch.save({"w": torch.ones(3)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    fsspec.filesystem("memory").pipe_file("/old.pt", (tmp_path / "old.pt").read_bytes())
+    lite = Lite(accelerator="cpu")
+    for path in (tmp_path / "old.pt", "memory://old.pt"):
+        for verify in (True, False):
+            assert lite.load(path, verify=verify)["w"].tolist() == [1, 1, 1]
+
+
 @pytest.mark.parametrize("name", ["a.ckpt", "a"])
 @pytest.mark.parametrize("room", [0, 300, 2000])
 def test_a_full_disk_leaves_the_old_checkpoint(monkeypatch: pytest.MonkeyPatch, name: str, room: int) -> None:

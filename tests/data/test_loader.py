@@ -257,3 +257,30 @@ def test_evaluation_counts_every_sample_once(n: int) -> None:
         assert (total == n) == (n != 9)
         del messages
     assert any("gather_for_metrics" in m for m in results[1][2]) == (n == 9)
+
+
+def gather_late(n: int) -> list[str]:
+    lite = Lite(accelerator="cpu")
+    loader = lite.setup_dataloaders(DataLoader(list(range(n)), batch_size=4))
+    messages = []
+    with torch.no_grad():
+        for ahead in (True, False):
+            before = None
+            try:
+                for batch in loader:
+                    if not ahead:
+                        lite.gather_for_metrics(torch.stack([batch, batch], 1).flatten())
+                    elif before is not None:
+                        lite.gather_for_metrics(before)
+                    before = batch
+            except UsageError as error:
+                messages.append(str(error))
+    return messages
+
+
+@pytest.mark.parametrize("n", [11, 13])
+def test_rows_that_are_not_the_current_batchs_samples_are_refused(n: int) -> None:
+    """On all ranks, instead of losing samples: a loop that looks one batch ahead, flattened rows."""
+    for ahead, flat in run_distributed(gather_late, n):
+        assert "4 rows" in ahead and "before the loop takes the next one" in ahead
+        assert "no flattened one" in flat

@@ -162,6 +162,20 @@ class ByEpoch(Counting):
         return iter([(i + self.epoch) % 9 for i in range(9)])
 
 
+class Seeded(ByEpoch):
+    """By a name of its own, beside another number about epochs."""
+
+    def __init__(self) -> None:
+        self.num_epochs = 10
+        self.base = self.seed = 7
+
+    def set_epoch(self, epoch: int) -> None:
+        self.seed = self.base + epoch
+
+    def __iter__(self) -> Iterator[int]:
+        return iter([(i * self.seed) % 9 for i in range(9)])
+
+
 def shuffled(**options: Any) -> DataLoader[Any]:
     return DataLoader(Augmented(), batch_size=4, shuffle=True, **options)
 
@@ -183,6 +197,7 @@ LOADERS: dict[str, Callable[[], DataLoader[Any]]] = {
     "own generator": lambda: DataLoader(Augmented(50), batch_size=9, sampler=OwnGenerator(1, hidden=False)),
     "stateful sampler": lambda: DataLoader(Augmented(), batch_size=2, sampler=Counting()),
     "epoch sampler": lambda: DataLoader(Augmented(), batch_size=2, sampler=ByEpoch()),
+    "seeded epochs": lambda: DataLoader(Augmented(), batch_size=2, sampler=Seeded()),
     "generated": lambda: Generated(Augmented(), batch_size=4, shuffle=True),
 }
 
@@ -356,12 +371,63 @@ def test_another_global_batch_keeps_the_samples_and_says_so() -> None:
     assert sorted(seen + rest) == list(range(10))
 
 
+class Drawn:
+    """A sampler that draws each item as it is asked for."""
+
+    def __init__(self, draw: Callable[[], int]) -> None:
+        self.draw = draw
+
+    def __len__(self) -> int:
+        return 12
+
+    def __iter__(self) -> Iterator[int]:
+        for _ in range(12):
+            yield self.draw()
+
+
+DRAWS: list[Callable[[], int]] = [
+    lambda: random.randrange(1000),
+    lambda: int(torch.randint(1000, (1,))),
+    lambda: int(np.random.randint(1000)),
+]
+
+
+@pytest.mark.parametrize("draw", DRAWS, ids=["python", "torch", "numpy"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_sampler_that_draws_item_by_item_is_the_raw_loops_and_repeats_nothing(
+    draw: Callable[[], int], workers: int
+) -> None:
+    """While nobody else draws, its order and what it leaves behind are the raw loader's. Otherwise epochs differ."""
+
+    def make() -> DataLoader[Any]:
+        return DataLoader(range(1000), batch_size=2, sampler=Drawn(draw), num_workers=workers)
+
+    seed(5)
+    raw = make()
+    expected = [[b.tolist() for b in raw] for _ in range(3)]
+    after = RandomState.capture()
+    seed(5)
+    loader = prepare(make())
+    assert [[b.tolist() for b in loader] for _ in range(3)] == expected
+    assert after.same_globals(RandomState.capture())
+    loader, epochs = prepare(make()), []
+    for _ in range(4):
+        epochs.append([])
+        for batch in loader:
+            epochs[-1].extend(batch.tolist())
+            torch.rand(1), random.random(), np.random.rand()
+    runs = {tuple(epoch[i : i + 3]) for epoch in epochs for i in range(10)}
+    assert len(runs) == 40  # no stretch of 3 items of 1000 comes twice
+
+
 def test_a_state_that_does_not_fit_is_refused() -> None:
-    """Another dataset; a sampler that would yield other samples than before."""
+    """Another dataset; another sampler, or one that would yield other samples than before."""
     loader = prepare(DataLoader(range(10), batch_size=2))
     next(iter(loader))
     with pytest.raises(CheckpointError, match="10 samples, but this one has 11"):
         prepare(DataLoader(range(11), batch_size=2)).load_state_dict(loader.state_dict())
+    with pytest.raises(CheckpointError, match="by SequentialSampler, but this loader's is by RandomSampler"):
+        prepare(DataLoader(range(10), batch_size=2, shuffle=True)).load_state_dict(loader.state_dict())
     loader = prepare(DataLoader(range(50), batch_size=2, sampler=OwnGenerator(0, hidden=True)))
     next(iter(loader))
     other = prepare(DataLoader(range(50), batch_size=2, sampler=OwnGenerator(1, hidden=True)))
@@ -468,19 +534,20 @@ def test_a_stream_without_workers_and_state_is_read_again_from_the_epochs_random
 @pytest.mark.parametrize("workers", [0, 1, 2])
 @pytest.mark.parametrize("kind", [Stream, StatefulStream])
 def test_a_strided_stream_goes_on_with_any_number_of_processes(kind: type, workers: int) -> None:
-    """One stream over all ranks: 2 -> 1 -> 2 processes in mid-epoch."""
+    """One stream over all ranks: 2 -> 1 -> 2 processes in mid-epoch; with workers, what the dataset draws too."""
 
-    def stretch(world: int, state: Any, batches: int | None) -> tuple[list[list[int]], Any]:
+    def stretch(world: int, state: Any, batches: int | None) -> tuple[list[list[Any]], Any]:
         parts, states = [], []
         for rank in range(world):
             cell = BatchWeight()
             raw = DataLoader(Whole(kind()), batch_size=8 // world, num_workers=workers)
             loader = prepare(raw, rank, world, iterable_shard="stride", weight=cell)
+            seed(2)
             if state is not None:
                 loader.load_state_dict(state)
             mine = []
             for batch in loader:
-                rows = [int(i) for i in batch[:, 0].tolist()]
+                rows = [(int(i), noise if workers else 0.0) for i, noise in batch.tolist()]
                 mine.append(rows[: len(rows) if cell.num_real is None else cell.num_real])
                 if len(mine) == batches:
                     break
@@ -494,8 +561,52 @@ def test_a_strided_stream_goes_on_with_any_number_of_processes(kind: type, worke
         head, state = stretch(2, None, 1)
         middle, state = stretch(1, state, 1)
         tail, _ = stretch(2, state, None)
-    assert [i for group in whole for i in group] == list(range(21))
+    assert [i for group in whole for i, _ in group] == list(range(21))
+    assert len({noise for group in whole for _, noise in group}) == (21 if workers else 1)
     assert head + middle + tail == whole
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_a_strided_streams_workers_draw_anew_in_each_epoch(persistent: bool) -> None:
+    """Persistent ones are started anew, since they keep what they were told."""
+    raw = DataLoader(Whole(Stream()), batch_size=4, num_workers=1, persistent_workers=persistent)
+    loader = prepare(raw, iterable_shard="stride")
+    epochs = [tuple(b[:, 1].sum().item() for b in loader) for _ in range(3)]
+    assert len(set(epochs)) == 3
+
+
+class Shuffling(IterableDataset):
+    """One stream for all, in an order of each epoch's."""
+
+    def __iter__(self) -> Iterator[int]:
+        return (i for i in torch.randperm(21).tolist())
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_strided_stream_that_shuffles_goes_on_in_its_order(workers: int) -> None:
+    """Read again from the state that the epoch began from, whatever was drawn since."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        for cut in (1, 3, 8, 12):
+            log: list[Any] = []
+            saved: Any = None
+            rng = RandomState.capture()
+            for resumed in (False, True):
+                seed(99 if resumed else 3)
+                raw = DataLoader(Shuffling(), batch_size=3, num_workers=workers)
+                loader = prepare(raw, iterable_shard="stride")
+                if resumed:
+                    loader.load_state_dict(saved)
+                    rng.restore()
+                    del log[cut:]
+                while len(log) < 18:
+                    for batch in loader:
+                        log.append([*batch.tolist(), torch.rand(1).item()])
+                        if len(log) == cut:
+                            saved, rng = through_a_file(loader.state_dict()), RandomState.capture()
+                if not resumed:
+                    whole = list(log)
+            assert log == whole, cut
 
 
 class Whole(IterableDataset):
@@ -513,7 +624,7 @@ class Whole(IterableDataset):
         while position < self.n:
             position += 1
             self.next = position
-            yield torch.tensor([float(position - 1), 0.0])
+            yield torch.tensor([float(position - 1), random.random() + np.random.rand() + torch.rand(()).item()])
         self.next = 0
 
 

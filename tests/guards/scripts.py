@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from lite import DDPStrategy, Lite
+from lite import DDPStrategy, Lite, PeerError
 
 
 class Samples(Dataset[Any]):
@@ -57,6 +58,8 @@ def train(what: str) -> None:
                 raise ValueError("boom before")
             if bad and what == "exit":
                 sys.exit(3)
+            if bad and what == "raise":
+                raise SystemExit(3)
             if bad and what == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             if bad and what == "early":
@@ -128,5 +131,24 @@ def stop_on_sigterm() -> None:
     lite.barrier()
 
 
+def save_meanwhile(path: str) -> None:
+    """Rank 1 fails while rank 0 writes in the background, in a loop that nothing ends."""
+    from lite.checkpoint.storage import Storage
+    from lite.guards import failure
+
+    failure._GRACE_S = failure._CLEANUP_S = 0.2
+    real = Storage.replace
+    Storage.replace = lambda *args: time.sleep(4) or real(*args)  # type: ignore[assignment,func-returns-value]
+    lite = Lite(accelerator="cpu")
+    lite.save(path, {"w": torch.ones(3)}, async_save=True)
+    if lite.global_rank == 1:
+        raise ValueError("boom during a save")
+    while True:
+        with suppress(PeerError):
+            time.sleep(100)
+
+
 if __name__ == "__main__":
+    if sys.argv[1] == "save":
+        save_meanwhile(sys.argv[2])
     {"lives": lives, "sigterm": stop_on_sigterm}.get(sys.argv[1], lambda: train(sys.argv[1]))()

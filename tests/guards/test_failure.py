@@ -46,11 +46,24 @@ def test_a_rank_that_sleeps_is_woken() -> None:
     assert "rank 0 cleans up" in zero.stdout
 
 
+def test_a_background_save_is_finished_before_the_process_is_ended(tmp_path: Path) -> None:
+    """Its whole checkpoint would be lost with it."""
+    zero, _ = run_ranks(SCRIPT, "save", str(tmp_path / "a.ckpt"))
+    assert zero.returncode == 1 and "lite ends this process" in zero.stderr, zero.stderr
+    assert "lite waits up to 300 s for a checkpoint" in zero.stderr
+    assert Lite(accelerator="cpu").load(tmp_path / "a.ckpt")["w"].tolist() == [1, 1, 1]
+    assert [file.name for file in tmp_path.iterdir()] == ["a.ckpt"]
+
+
 def test_an_exit_code_is_a_failure_and_an_early_end_is_told_apart() -> None:
-    """sys.exit(3), SIGKILL, and a script that simply ends: three different messages."""
-    zero, one = run_one_and_two("exit")
+    """sys.exit(3), SystemExit(3), SIGKILL, and a script that simply ends: their own messages."""
+    for what in ("exit", "raise"):
+        zero, one = run_one_and_two(what)
+        assert one.returncode == 3
+        assert "PeerError: another rank ended, so this one can't go on: rank 1 called sys.exit(3)." in zero.stderr
+    zero, one = run_ranks("-m", "tests.guards.scripts", "raise")  # where Python tells nobody of the code
     assert one.returncode == 3
-    assert "PeerError: another rank ended, so this one can't go on: rank 1 called sys.exit(3)." in zero.stderr
+    assert "PeerError: rank 1 had ended already, by raising SystemExit, while" in zero.stderr
     zero, one = run_one_and_two("kill")
     assert one.returncode == -signal.SIGKILL
     assert "PeerError: another rank vanished without a word" in zero.stderr
@@ -96,18 +109,19 @@ def hooks() -> tuple[bool, bool, bool]:
     earlier = Lite(accelerator="cpu")._watch
     assert earlier is not None
     earlier.close(linger=False)
-    before = sys.excepthook, sys.exit
+    before = sys.excepthook, sys.exit, vars(sys.stderr).get("flush")
     lite = Lite(accelerator="cpu")
     assert lite._watch is not None
     changed = sys.excepthook is not before[0] and sys.exit is not before[1]
     same = Lite(accelerator="cpu")._watch is lite._watch
     thread = lite._watch._thread
     lite._watch.close()
-    return changed, same, (sys.excepthook, sys.exit) == before and not thread.is_alive()
+    after = sys.excepthook, sys.exit, vars(sys.stderr).get("flush")
+    return changed, same, after == before and not thread.is_alive()
 
 
 def test_hooks_are_put_back() -> None:
-    """One watch for all Lites of a process; when it closes, excepthook and sys.exit are as they were."""
+    """One watch for all Lites of a process; when it closes, excepthook, sys.exit and stderr are as they were."""
     assert run_distributed(hooks) == [(True, True, True)] * 2
 
 

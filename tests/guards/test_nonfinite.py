@@ -52,6 +52,21 @@ def test_numbers_and_tensors_of_any_shape(bad: object) -> None:
         lite.nan_guard(every=0)
 
 
+@pytest.mark.parametrize("wrong", ["loss", None, [1.0], {"a": 1.0}, (torch.ones(1),)], ids=repr)
+def test_what_is_no_number_is_refused_by_name(wrong: object) -> None:
+    """Its argument's name or place, its value, and how to give it; nothing of that call counts."""
+    guard = Lite(accelerator="cpu").nan_guard(every=2)
+    with pytest.raises(ConfigError, match=r"nan_guard got argument 1=.*, a \w+; give it tensors or numbers"):
+        guard(NAN, wrong)
+    with pytest.raises(ConfigError, match=r"nan_guard got loss=.*, a \w+; give it tensors or numbers"):
+        guard(loss=wrong)
+    assert guard.count == 0
+    guard.check()
+    assert guard(10**400, complex(1, 2)) == (10**400, complex(1, 2))
+    with pytest.raises(NonFiniteError):
+        guard(complex(1, NAN))
+
+
 def one_is_bad() -> str:
     lite = Lite(accelerator="cpu")
     guard = lite.nan_guard(every=5)

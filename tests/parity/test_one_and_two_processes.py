@@ -67,6 +67,57 @@ def test_one_process_equals_raw_bit_for_bit(shuffle: bool, clip: float | None) -
     assert all(torch.equal(weights[key], raw_weights[key]) for key in raw_weights)
 
 
+def summed(num_samples: int, steps: int) -> list[torch.Tensor]:
+    """Gradients of an epoch's losses that are sums; a batch that keeps a rank in step has no sample of its own."""
+    lite = Lite(accelerator="cpu", precision="64-true")
+    loader = DataLoader(regression(num_samples, torch.float64), batch_size=8 // lite.world_size)
+    loader = lite.setup_dataloaders(loader)
+    model = lite.setup(MLP(torch.float64))
+    window = lite.accumulate(model, steps=steps)
+    for x, y in loader:
+        with window():
+            lite.backward((model(x) - y).pow(2).sum(), weight=lite.world_size)
+            lite.backward(model(x).pow(4).mean())  # which the batch weighs
+    return [p.grad.clone() for p in model.parameters()]
+
+
+def search() -> torch.Tensor:
+    """Strong Wolfe decides by the loss, a sum here, whose gradient must be its own."""
+    lite = Lite(accelerator="cpu", precision="64-true")
+    loader = DataLoader(regression(16, torch.float64), batch_size=16 // lite.world_size)
+    loader = lite.setup_dataloaders(loader)
+    model = MLP(torch.float64)
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=10, line_search_fn="strong_wolfe")
+    lite.setup(model, optimizer)
+    for x, y in loader:
+
+        def closure(x=x, y=y):
+            optimizer.zero_grad()
+            loss = (model(x) - y).pow(2).sum()
+            lite.backward(loss, weight=lite.world_size)
+            return loss
+
+        optimizer.step(closure)
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_a_line_search_sees_the_loss_as_it_was_weighed() -> None:
+    """LBFGS on a sum over two ranks is LBFGS on one."""
+    expected = search()
+    for weights in run_distributed(search):
+        torch.testing.assert_close(weights, expected, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("num_samples", [13, 9])
+def test_sums_have_the_weight_that_they_are_given(num_samples: int, steps: int) -> None:
+    """In the ragged batch, of 5 samples or 1, no loss is counted twice or weighed as a mean."""
+    expected = summed(num_samples, steps)
+    for grads in run_distributed(summed, num_samples, steps):
+        for grad, wanted in zip(grads, expected, strict=True):
+            torch.testing.assert_close(grad, wanted, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize("num_samples", [16, 13, 9])
 def test_two_processes_equal_one_with_the_doubled_batch(num_samples: int, shuffle: bool) -> None:

@@ -352,3 +352,54 @@ def test_unknown_options_are_refused_at_once() -> None:
     with pytest.raises(ConfigError, match="bucket_cap_mb='a'"):
         DDPStrategy(bucket_cap_mb="a")  # type: ignore[arg-type]
     DDPStrategy(broadcast_buffers=False)
+
+
+class TwoHeads(nn.Module):
+    """Its second head is left out on request."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(2, 1), nn.Linear(2, 1)
+
+    def forward(self, x: torch.Tensor, both: bool = True) -> torch.Tensor:
+        return self.first(x) + self.second(x) if both else self.first(x)
+
+
+def half_synchronised() -> list[str]:
+    lite = Lite(accelerator="cpu")
+    messages = []
+    x = torch.full((1, 2), lite.global_rank + 1.0)
+    model = TwoHeads()
+    model, optimizer = lite.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    lite.backward(model(x).mean())
+    optimizer.step()
+    optimizer.zero_grad()
+    with pytest.raises(UsageError) as caught:
+        lite.backward(model(x, both=False).mean())
+    messages.append(str(caught.value))
+    lite.teardown()
+    model = nn.Linear(2, 1)
+    model, optimizer = lite.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    window = lite.accumulate(model, steps=3)
+    with window():
+        lite.backward(model(x).mean())
+    with pytest.raises(UsageError) as caught:
+        optimizer.step()
+    messages.append(str(caught.value))
+    with window(last=True):
+        lite.backward(model(x).mean())
+    optimizer.step()
+    with pytest.raises(UsageError) as caught:
+        lite.backward(model(x).mean(), create_graph=True)
+    messages.append(str(caught.value))
+    return [*messages, str(model.weight.tolist())]
+
+
+def test_gradients_that_are_this_ranks_alone_are_not_stepped() -> None:
+    """Parameters that a backward left out, a step within a window, a graph of the gradients: each refused at once."""
+    first, second = run_distributed(half_synchronised)
+    assert first == second
+    unused, early, graph, _ = first
+    assert "some parameters (second.weight, second.bias) got no gradient" in unused
+    assert "after 1 of 3 micro-batches" in early and "window(last=True)" in early
+    assert "torch.autograd.grad(create_graph=True)" in graph

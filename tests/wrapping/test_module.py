@@ -256,16 +256,15 @@ def test_gradients_that_would_stay_unsynchronised_are_refused() -> None:
 def unused_parameters() -> str:
     lite = Lite(accelerator="cpu")
     model = lite.setup(VAE())
-    lite.backward(model.decode(torch.ones(2, 2)).sum())
     try:
-        model(torch.ones(2, 4))
+        lite.backward(model.decode(torch.ones(2, 2)).sum())
     except UsageError as error:
         return str(error)
     return "not refused"
 
 
 def test_unused_parameters_are_named_with_the_remedy() -> None:
-    """DDP's error at the next forward becomes one that names parameters and the strategy to use."""
+    """At the end of the backward that left them out, with their names and the strategy to use."""
     for message in run_distributed(unused_parameters):
         assert "encoder.weight" in message
         assert "ddp_find_unused_parameters_true" in message

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from lite.errors import ConfigError, UsageError
+from lite.gradients import put_back_gradients, waiting_gradients
 from lite.trainer.hooks import accepted, overrides
 from lite.trainer.manual import in_hands
 from lite.trainer.module import LightningModule, detached
@@ -357,6 +358,8 @@ class ReferenceWindow:
         rescale: Whether a partial window becomes the mean over what it really held.
     """
 
+    state_is_per_rank = True
+
     def __init__(self, lite: Any, module: nn.Module, steps: int, *, rescale: bool = False) -> None:
         self.steps, self.count, self.ready = steps, 0, False
         self._lite, self._module, self._rescale = lite, module, rescale
@@ -389,13 +392,22 @@ class ReferenceWindow:
                 parameter.grad.copy_(self._lite.all_reduce(parameter.grad, "mean"))
         self._finish()
 
+    @property
+    def is_open(self) -> bool:
+        """Whether gradients wait for more batches."""
+        return self.count > 0 and not self.ready
+
     def state_dict(self) -> dict[str, Any]:
-        """The open window."""
-        return {"count": 0 if self.ready else self.count}
+        """The open window with its gradients so far; each rank has its own."""
+        if not self.is_open:
+            return {}
+        return {"count": self.count, "gradients": waiting_gradients(self._module.parameters())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on within that window."""
-        self.count, self.ready = state["count"], False
+        self.count, self.ready = state.get("count", 0), False
+        if self.count:
+            put_back_gradients(self._module.parameters(), state["gradients"])
 
 
 # ---- manual optimisation

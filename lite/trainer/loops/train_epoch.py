@@ -134,7 +134,7 @@ class TrainEpochLoop:
     def _end_of_batches(self, trainer: Any) -> None:
         """The last batch of the epoch is done: an open window steps, and so do schedulers by the epoch."""
         window, progress = self.window, trainer.fit_loop.progress
-        if window is not None and not window.ready and window.count:
+        if window is not None and window.is_open:
             window.flush()
             if trainer.optimizers:
                 trainer.optimizers[0].step()
@@ -156,6 +156,7 @@ class TrainEpochLoop:
         num_batches, module = trainer.fit_loop.data.num_batches, trainer.module
         self._always, self._ragged = False, lambda batch_idx: False
         self.window = None
+        state, self._window_state = self._window_state, None
         if steps == 1 or not module.automatic_optimization:
             return
         own_backward = overrides(module, "backward", LightningModule)
@@ -169,14 +170,13 @@ class TrainEpochLoop:
             elif not _even(trainer.fit_loop.data):
                 last = (int(num_batches) - 1) // steps * steps
                 self._ragged = lambda batch_idx: batch_idx >= last
-        if self._window_state is not None:
-            self.window.load_state_dict(self._window_state)
-            self._window_state = None
+        if state is not None:
+            self.window.load_state_dict(state)
 
     @property
     def window_is_open(self) -> bool:
         """Whether gradients wait for more batches."""
-        return self.window is not None and not self.window.ready and self.window.count > 0
+        return self.window is not None and bool(self.window.is_open)
 
     # ---- what is not due at each batch
 
@@ -228,12 +228,15 @@ class TrainEpochLoop:
     # ---- state
 
     def state_dict(self) -> dict[str, Any]:
-        """The open window; the cursor is the fit loop's."""
-        return {"window": self.window.state_dict() if self.window_is_open else None}
+        """Nothing: the cursor is the fit loop's, and an open window is an entry of its own in the checkpoint."""
+        return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on within that window."""
-        self._window_state = state["window"]
+        """Nothing is to be taken up."""
+
+    def go_on_within(self, window: dict[str, Any] | None) -> None:
+        """The next epoch (or what is left of it) begins within that window of accumulation."""
+        self._window_state = window
 
 
 def _paced(trainer: Any) -> bool:

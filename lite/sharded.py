@@ -1,0 +1,103 @@
+"""Tensors of which each rank holds a part (torch's DTensor): asked about, cut from whole ones, and put together again.
+
+Nothing of DTensor is imported before there is one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_map
+
+from lite.state import like
+
+
+def is_sharded(value: Any) -> bool:
+    """Whether it is a DTensor, one that every rank holds whole included."""
+    return isinstance(value, Tensor) and hasattr(value, "device_mesh")
+
+
+def whole(value: Tensor) -> Tensor:
+    """The tensor with all ranks' parts. Collective over the ranks that have a part; plain tensors are returned."""
+    if not is_sharded(value):
+        return value
+    with torch.no_grad():
+        full: Tensor = value.full_tensor()  # type: ignore[attr-defined]
+    return full
+
+
+def local(value: Tensor) -> Tensor:
+    """This rank's part, which shares its memory with the DTensor; plain tensors are returned."""
+    if not is_sharded(value):
+        return value
+    with torch.no_grad():
+        part: Tensor = value.to_local()  # type: ignore[attr-defined]
+    return part
+
+
+def cut(value: Any, model: Tensor) -> Tensor:
+    """A tensor that is sharded as `model` is, with the values of `value`. Without communication.
+
+    Args:
+        value: A whole tensor that every rank has, or one that is read from a checkpoint when it is asked for.
+        model: A DTensor of the same shape.
+    """
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    mesh, placements = model.device_mesh, model.placements  # type: ignore[attr-defined]
+    device = local(model).device
+    read = getattr(value, "read_part", None)
+    if read is not None:
+        part = read(*_box(model)).to(device)
+        return DTensor.from_local(part, mesh, placements, run_check=False, shape=model.shape, stride=model.stride())
+    with torch.no_grad():
+        parts = distribute_tensor(value.detach(), mesh, placements, src_data_rank=None)
+        # A copy of the part alone: a view would keep all of the whole tensor.
+        part = parts.to_local().to(device, copy=True)
+    return DTensor.from_local(part, mesh, placements, run_check=False, shape=model.shape, stride=model.stride())
+
+
+def _box(model: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Offsets and sizes of this rank's part in the whole tensor."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    sizes, offsets = compute_local_shape_and_global_offset(model.shape, model.device_mesh, model.placements)  # type: ignore[attr-defined]
+    return tuple(offsets), tuple(sizes)
+
+
+def gather(content: Any, *, keep: bool) -> Any:
+    """Nested data with every DTensor put together, on the CPU. Collective: the same nesting on all ranks.
+
+    One tensor at a time is whole on the ranks that don't keep any.
+
+    Args:
+        content: Nested dicts, lists and tuples.
+        keep: Whether this rank wants the result; others get the nesting with None where a DTensor was.
+    """
+    if is_sharded(content):
+        full = whole(content)
+        return full.cpu() if keep else None
+    if isinstance(content, Mapping):
+        return like(content, {key: gather(item, keep=keep) for key, item in content.items()})
+    if isinstance(content, (list, tuple)):
+        items = [gather(item, keep=keep) for item in content]
+        return items if isinstance(content, list) else tuple(items)
+    return content
+
+
+def whole_tensors(data: Any) -> Any:
+    """Nested data with every DTensor put together. Collective over the ranks that have parts."""
+    return tree_map(lambda leaf: whole(leaf) if is_sharded(leaf) else leaf, data)
+
+
+def holds_parts(target: Any) -> bool:
+    """Whether it is a module or an optimizer of which a tensor is sharded."""
+    if isinstance(target, nn.Module):
+        return any(is_sharded(t) for t in (*target.parameters(), *target.buffers()))
+    if isinstance(target, Optimizer):
+        return any(is_sharded(p) for group in target.param_groups for p in group["params"])
+    return False

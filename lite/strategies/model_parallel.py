@@ -1,0 +1,173 @@
+"""Tensor parallelism by torch's DTensor, alone or together with sharded or replicated data parallelism."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import nn
+
+from lite.errors import ConfigError
+from lite.strategies import parallel_plan
+from lite.strategies.fsdp import place, policies, shard_over_data
+from lite.strategies.meshes import make_mesh, settle_sizes
+from lite.strategies.sharded import ShardedStrategy
+
+
+class ModelParallelStrategy(ShardedStrategy):
+    """Layers are split over `tensor_parallel` neighbouring ranks; such groups of ranks share the data between them.
+
+    Loaders split batches over the data axis alone: all ranks of a group get the same samples. `lite.all_reduce` and
+    `lite.gather_for_metrics` count each group once. Weights and buffers become rank 0's; tied weights stay tied.
+    Call the model, and methods of it that compute, on all ranks.
+
+    Args:
+        parallelize: What is split how: a dict of layer names (with `*`) and styles of
+            `torch.distributed.tensor.parallel`, as `parallelize_module` takes it; or a function of (model, mesh) that
+            splits the model in place, where `mesh["tensor"]` is what it splits over.
+        tensor_parallel: Over how many ranks layers are split; None is all that `data_parallel` leaves.
+        data_parallel: How many such groups there are; None is all that `tensor_parallel` leaves.
+        sharded: Whether the groups hold parts of the weights, as FSDP does; False gives each a whole model, as DDP
+            does.
+        loss_parallel: Whether a loss may be computed from logits that stay split over the classes
+            (`ColwiseParallel(use_local_output=False)`), as in torch's `loss_parallel`; until the job ends.
+        auto_wrap: What is sharded over data by itself, as for FSDPStrategy.
+        reshard_after_forward: As for FSDPStrategy.
+        mixed_precision: As for FSDPStrategy.
+        activation_checkpointing: As for FSDPStrategy.
+        state_dict_type: As for FSDPStrategy.
+        compile_blocks: As for FSDPStrategy.
+        broadcast_buffers: As for FSDPStrategy.
+        process_group_backend: "gloo", "nccl", ...; None chooses by device.
+        timeout: How long a collective may wait for the other ranks; None is torch's default.
+        start_method: How `Lite.launch` starts processes: "spawn", "fork" or "forkserver".
+
+    Raises:
+        ConfigError: An argument is wrong, or contradicts another one.
+
+    Source: https://pytorch.org/docs/stable/distributed.tensor.parallel.html, https://arxiv.org/abs/1909.08053
+    """
+
+    name = "model_parallel"
+
+    def __init__(
+        self,
+        parallelize: Mapping[str, Any] | Callable[[nn.Module, Any], Any],
+        *,
+        tensor_parallel: int | None = None,
+        data_parallel: int | None = None,
+        sharded: bool = True,
+        loss_parallel: bool = False,
+        auto_wrap: Any = None,
+        reshard_after_forward: bool | int | None = None,
+        mixed_precision: Any = None,
+        activation_checkpointing: Any = None,
+        state_dict_type: str = "sharded",
+        compile_blocks: bool = False,
+        broadcast_buffers: bool = True,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = None,
+        start_method: str = "spawn",
+    ) -> None:
+        super().__init__(
+            auto_wrap=auto_wrap,
+            mixed_precision=mixed_precision,
+            activation_checkpointing=activation_checkpointing,
+            compile_blocks=compile_blocks,
+            broadcast_buffers=broadcast_buffers,
+            state_dict_type=state_dict_type,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+            start_method=start_method,
+        )
+        if isinstance(parallelize, Mapping):
+            parallel_plan.check_plan(parallelize)
+        elif not callable(parallelize):
+            raise ConfigError(
+                f"parallelize={parallelize!r} must be a dict of layer names and parallel styles, or a function of "
+                "(model, mesh)."
+            )
+        for axis, size in {"tensor_parallel": tensor_parallel, "data_parallel": data_parallel}.items():
+            settle_sizes({axis: size}, size if isinstance(size, int) else 1)
+        self._plan = dict(parallelize) if isinstance(parallelize, Mapping) else None
+        self._function = parallelize if callable(parallelize) else None
+        self._asked = {"tensor_parallel": tensor_parallel, "data_parallel": data_parallel}
+        self._sharded = sharded
+        self._reshard = reshard_after_forward
+        self._loss_parallel = loss_parallel
+        self._contexts = ExitStack()
+        self._mesh: Any = None
+        self._tensor = self._data = 1
+
+    @property
+    def shards_over_data(self) -> bool:
+        return self._data > 1
+
+    def check_world_size(self, world_size: int) -> None:
+        sizes = settle_sizes(self._asked, world_size)
+        self._tensor, self._data = sizes["tensor_parallel"], sizes["data_parallel"]
+
+    def data_shards(self, world_size: int, rank: int) -> tuple[int, int]:
+        return self._data, rank // self._tensor
+
+    def data_group(self) -> Any:
+        return self._mesh["data"].get_group() if self._mesh is not None else None
+
+    def lay_out(self, device: torch.device, num_nodes: int) -> None:
+        self.check_world_size(self._world_size)
+        self._mesh = make_mesh(device.type, {"data": self._data, "tensor": self._tensor})
+        if self._loss_parallel:
+            from torch.distributed.tensor.parallel import loss_parallel
+
+            self._contexts.enter_context(loss_parallel())
+
+    def check_module(self, module: nn.Module) -> None:
+        super().check_module(module)
+        if self._world_size > 1 and self._plan is not None:
+            layers = parallel_plan.column_layers(module, self._plan)
+            parallel_plan.check_heads(module, layers, self._tensor)
+
+    def check_new_optimizer(self, optimizer: Any) -> None:
+        from lite.strategies.repointing import check_kernels
+
+        super().check_new_optimizer(optimizer)
+        if self._tensor > 1:
+            check_kernels(optimizer, "ModelParallelStrategy")
+
+    def shard(self, module: nn.Module, device: torch.device, blocks: dict[str, nn.Module]) -> str:
+        from torch.distributed.tensor.parallel import parallelize_module
+
+        place(module, device)
+        tied = parallel_plan.shared_names(module)
+        if self._plan is not None:
+            parallelize_module(module, self._mesh["tensor"], self._plan)
+        else:
+            assert self._function is not None
+            if self._function(module, self._mesh) not in (None, module):
+                raise ConfigError(
+                    f"parallelize={self._function!r} returned another model; let it change the one that it is given."
+                )
+            parallel_plan.check_heads(module, parallel_plan.column_layers(module, None), self._tensor)
+        parallel_plan.tie_again(module, tied)
+        how = f"layers split over {self._tensor} ranks"
+        if self._data == 1:
+            return how
+        policy = policies(self._precision, self._mixed_precision)
+        wrapped = shard_over_data(
+            module,
+            device,
+            blocks,
+            self._mesh["data"],
+            policy,
+            reshard=self._reshard,
+            placed=True,
+            replicated=not self._sharded,
+        )
+        return f"{how}; {'fully_shard' if self._sharded else 'replicate'} around {wrapped}, over {self._data} groups"
+
+    def close(self) -> None:
+        self._contexts.close()
+        super().close()

@@ -1,0 +1,281 @@
+"""What stands around one model whose parameters are sharded: its calls, its buffers, its gradients, and the way back.
+
+fully_shard's hooks stand on the module itself; here is what they leave open. Relies on `_pre_forward`, `_post_forward`
+and `_pre_backward` of the state that fully_shard keeps for a module, as they are in torch 2.13.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.optim import Optimizer
+from torch.utils.weak import WeakIdKeyDictionary
+
+from lite.errors import UsageError
+from lite.precision.base import Precision
+from lite.sharded import cut, is_sharded, whole
+from lite.strategies import provenance
+from lite.strategies.base import Engine
+from lite.strategies.repointing import loading_into_shards, repoint
+from lite.strategies.restoring import Original
+
+_MIXED = "got mixed torch.Tensor and DTensor"
+
+
+class ShardedEngine(Engine):
+    """Sharded parameters under one model.
+
+    Args:
+        module: The model, sharded already.
+        original: What it was before.
+        precision: What methods other than forward compute in.
+        buffers: Whether each forward that trains starts with rank 0's buffers.
+        full_state: Whether `state_dict()` puts tensors together.
+        undo: What else is to be taken back.
+
+    Attributes:
+        names: The parameters, id to name.
+        holds_back: A backward within `no_sync` has left gradients that no step may use yet.
+        closed: The model has been given back.
+    """
+
+    through_call = True
+
+    def __init__(
+        self,
+        module: nn.Module,
+        original: Original,
+        precision: Precision,
+        *,
+        buffers: bool,
+        full_state: bool,
+        undo: Iterable[Callable[[], None]] = (),
+    ) -> None:
+        self._module = weakref.ref(module)
+        self._original = original
+        self._precision = precision
+        self._undo = list(undo)
+        current = dict(module.named_parameters(remove_duplicate=False))
+        self._former = WeakIdKeyDictionary()
+        for old, name in original.names.items():  # type: ignore[no-untyped-call]
+            if current[name] is not old:
+                self._former[old] = current[name]
+        self.names = {id(p): name for name, p in current.items()}
+        self._kept = list(current.values())  # so that no id is given to another one
+        self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._sync = True
+        self.holds_back = self.closed = False
+        self._buffers = [
+            (part, name)
+            for part in module.modules()
+            for name, buffer in part._buffers.items()
+            if buffer is not None and name not in part._non_persistent_buffers_set and not is_sharded(buffer)
+        ]
+        self.syncs_buffers = buffers and bool(self._buffers)
+        self._mark = provenance.Mark(frozenset({weakref.ref(self)}), ())
+        for part in module.modules():
+            handle = part.register_load_state_dict_pre_hook(_cut_for_loading)  # type: ignore[no-untyped-call]
+            self._undo.append(handle.remove)
+        if full_state:
+            self._undo.append(module.register_state_dict_post_hook(_put_together).remove)  # type: ignore[no-untyped-call]
+
+    @property
+    def module(self) -> nn.Module:
+        """The model."""
+        module = self._module()
+        assert module is not None
+        return module
+
+    @property
+    def _state(self) -> Any:
+        """What fully_shard keeps for the whole model, or None where nothing is sharded over data."""
+        return self.module._get_fsdp_state() if hasattr(self.module, "_get_fsdp_state") else None  # type: ignore[operator]
+
+    # ---- forward and methods
+
+    def forward(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if torch._C._current_graph_task_id() != -1:  # activation checkpointing runs it again
+            return run(*args, **kwargs)
+        if not torch.is_grad_enabled():
+            outputs = run(*args, **kwargs)
+            self._reshard()
+            return outputs
+        if self.syncs_buffers and self.module.training:
+            self._take_buffers()
+        outputs = run(*args, **kwargs)
+        provenance.tag(outputs, self._mark, [])
+        return outputs
+
+    def method(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        state = self._state
+        if torch._C._current_graph_task_id() != -1:
+            return run(*args, **kwargs)
+        if self.syncs_buffers and self.module.training and torch.is_grad_enabled() and _has_tensors((args, kwargs)):
+            self._take_buffers()
+        outputs = self._unsharded(state, run, args, kwargs) if state is not None else run(*args, **kwargs)
+        if torch.is_grad_enabled():
+            provenance.tag(outputs, self._mark, [])
+        else:
+            self._reshard()
+        return outputs
+
+    def _unsharded(self, state: Any, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a method with the model's own parameters put together: at once where it is given tensors, else when the
+        first of its layers runs, so that a method that computes nothing communicates nothing."""
+        entered = False
+
+        def enter(*unused: Any) -> None:
+            nonlocal entered
+            if not entered:
+                entered = True
+                state._pre_forward(self.module, (), {})
+
+        outputs = None
+        with ExitStack() as stack:
+            if _has_tensors((args, kwargs)):
+                enter()
+            else:
+                for owner in self._owners(state):
+                    stack.callback(owner.register_forward_pre_hook(enter, prepend=True).remove)
+            if self._precision.compute_dtype is not None:
+                stack.enter_context(self._precision.autocast())
+            try:
+                outputs = run(*args, **kwargs)
+            except RuntimeError as error:
+                if _MIXED in str(error):
+                    raise UsageError(_past_hooks(self.module)) from error
+                raise
+            finally:
+                if entered:
+                    outputs = state._post_forward(self.module, (), outputs)
+        return outputs
+
+    def _owners(self, state: Any) -> list[nn.Module]:
+        """The layers, other than the model itself, whose parameters are put together with the model's own."""
+        infos = [p._module_info for group in state._fsdp_param_groups for p in group.fsdp_params]
+        owners = {id(m): m for info in infos for m in (info.module, *info.shared_modules)}
+        return [m for m in owners.values() if m is not self.module]
+
+    def _reshard(self) -> None:
+        # fully_shard leaves the root's own parameters whole, for a backward that won't come.
+        state = self._state
+        if state is not None:
+            for group in state._fsdp_param_groups:
+                group.reshard()
+
+    def _take_buffers(self) -> None:
+        for part, name in self._buffers:
+            buffer = part._buffers[name]
+            assert buffer is not None
+            sent = buffer.detach().contiguous()
+            dist.broadcast(sent.view(-1).view(torch.uint8), src=0)
+            if sent.data_ptr() != buffer.data_ptr():
+                buffer.detach().copy_(sent)
+
+    # ---- backward
+
+    def begin_backward(self, loss: Tensor) -> None:
+        """The loss is about to be differentiated: its backward will reach the model, whatever became of its outputs."""
+        self.holds_back = not self._sync
+        state = self._state
+        if state is not None:
+            loss.register_hook(state._pre_backward)  # type: ignore[no-untyped-call]
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        return self._no_sync() if self._state is not None else nullcontext()
+
+    @contextmanager
+    def _no_sync(self) -> Iterator[None]:
+        before = self._sync
+        self._set_sync(False)
+        try:
+            yield
+        finally:
+            self._set_sync(before)
+
+    def _set_sync(self, value: bool) -> None:
+        self._sync = value
+        self.module.set_requires_gradient_sync(value)  # type: ignore[operator]
+
+    # ---- optimizers and the way back
+
+    def successor(self, parameter: Tensor) -> nn.Parameter | None:
+        """What took the place of a parameter that the model had before it was sharded."""
+        found: nn.Parameter | None = self._former.get(parameter)  # type: ignore[no-untyped-call]
+        return found
+
+    def adopt(self, optimizer: Optimizer) -> None:
+        """Let the optimizer hold the sharded parameters, load into them, and follow them back."""
+        repoint(optimizer, self.successor)
+        if optimizer not in self._optimizers:
+            self._optimizers.add(optimizer)
+            self._undo.append(optimizer.register_load_state_dict_pre_hook(loading_into_shards).remove)
+
+    def close(self) -> None:
+        """Give the model back with plain, whole parameters on every rank. Collective: call on all ranks."""
+        if self.closed:
+            return
+        self.closed = True
+        if not dist.is_initialized():
+            warnings.warn(
+                f"{type(self.module).__name__} stays sharded: its processes have left their group, so its parts can't "
+                "be put together any more; call lite.teardown() before the group ends.",
+                stacklevel=2,
+            )
+            return
+        for undo in self._undo:
+            undo()
+        successors = self._original.restore()
+        for optimizer in self._optimizers:
+            repoint(optimizer, lambda parameter: successors.get(id(parameter)))
+        self._kept = []
+
+
+def _has_tensors(data: Any, depth: int = 4) -> bool:
+    if isinstance(data, Tensor):
+        return True
+    if depth == 0:
+        return False
+    if isinstance(data, Mapping):
+        return any(_has_tensors(item, depth - 1) for item in data.values())
+    return isinstance(data, (list, tuple)) and any(_has_tensors(item, depth - 1) for item in data)
+
+
+def _past_hooks(module: nn.Module) -> str:
+    return (
+        f"a method of {type(module).__name__} used sharded parameters past the module that holds them: a layer's own "
+        "weight, or a method of a wrapped layer other than its forward. Call layers by their forward, give the method "
+        "the tensors that it works on, or keep that layer's class out of auto_wrap."
+    )
+
+
+def _cut_for_loading(module: nn.Module, state_dict: dict[str, Any], prefix: str, *unused: Any) -> None:
+    """A hook of `load_state_dict`: this rank's part of each whole tensor that is loaded into a sharded one."""
+    if isinstance(module, FSDPModule):
+        module.reshard()
+    for name, target in (*module._parameters.items(), *module._buffers.items()):
+        key = f"{prefix}{name}"
+        if target is None or key not in state_dict:
+            continue
+        value = state_dict[key]
+        if is_sharded(target) and not is_sharded(value) and tuple(getattr(value, "shape", ())) == tuple(target.shape):
+            state_dict[key] = cut(value, target)
+        elif hasattr(value, "read_part"):
+            # Of another shape: torch says so.
+            state_dict[key] = value.read() if not is_sharded(target) else torch.empty(value.shape, device="meta")
+
+
+def _put_together(module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
+    if prefix:
+        return
+    for key, value in state_dict.items():
+        if is_sharded(value):
+            state_dict[key] = whole(value).cpu()

@@ -1,0 +1,200 @@
+"""Law 1 as a table: every strategy, by all that a training loop does, equals a raw loop with the global batch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
+from torch.utils.data import DataLoader
+
+from lite import DDPStrategy, FSDPStrategy, Lite, ModelParallelStrategy, Strategy
+from lite.sharded import whole
+from tests.support.models import TinyGPT, next_token_loss, sentences
+from tests.support.processes import run_distributed
+
+GLOBAL_BATCH = 4
+PLAN = {
+    "tokens": RowwiseParallel(input_layouts=Replicate()),
+    **{f"blocks.*.{name}": ColwiseParallel() for name in ("q", "k", "v", "up")},
+    **{f"blocks.*.{name}": RowwiseParallel() for name in ("out", "down")},
+    "head": ColwiseParallel(output_layouts=Replicate()),
+}
+# Sequences are split between the layers.
+SEQUENCE_PLAN = {
+    "tokens": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
+    "blocks.*.norm1": SequenceParallel(),
+    "blocks.*.norm2": SequenceParallel(),
+    **{f"blocks.*.{name}": ColwiseParallel(input_layouts=Shard(1)) for name in ("q", "k", "v", "up")},
+    **{f"blocks.*.{name}": RowwiseParallel(output_layouts=Shard(1)) for name in ("out", "down")},
+    "norm": SequenceParallel(),
+    "head": ColwiseParallel(input_layouts=Shard(1), use_local_output=False),
+}
+
+
+def split(model: nn.Module, mesh: Any) -> None:
+    parallelize_module(model, mesh["tensor"], PLAN)
+
+
+# Name: processes, parts that data are split into, what makes the strategy.
+STRATEGIES: dict[str, tuple[int, int, Callable[[], Strategy | str]]] = {
+    "single": (1, 1, lambda: "single"),
+    "ddp": (2, 2, DDPStrategy),
+    "fsdp": (2, 2, lambda: "fsdp"),
+    "fsdp on one": (1, 1, lambda: "fsdp"),
+    "fsdp grad": (2, 2, lambda: FSDPStrategy(sharding="grad", activation_checkpointing="selective")),
+    "fsdp on four": (4, 4, FSDPStrategy),
+    "tp": (2, 1, lambda: ModelParallelStrategy(PLAN)),
+    "tp sequence and loss": (2, 1, lambda: ModelParallelStrategy(SEQUENCE_PLAN, loss_parallel=True)),
+    "fsdp x tp": (4, 2, lambda: ModelParallelStrategy(split, tensor_parallel=2)),
+    "ddp x tp": (4, 2, lambda: ModelParallelStrategy(PLAN, data_parallel=2, sharded=False)),
+    "fsdp hybrid": (4, 4, lambda: FSDPStrategy(sharding="hybrid", replicate_axis=2)),
+}
+LOOPS = ("plain", "ragged", "accumulate", "no sync", "norm", "value", "scheduler", "frozen", "tied", "method")
+
+
+def make_model(loop: str) -> TinyGPT:
+    torch.manual_seed(3)
+    model = TinyGPT(torch.float64, tied=loop == "tied")
+    if loop == "frozen":
+        model.tokens.requires_grad_(False)
+        model.blocks[0].norm1.requires_grad_(False)
+        model.blocks[1].requires_grad_(False)
+    return model
+
+
+def data(loop: str) -> Any:
+    return sentences(13 if loop == "ragged" else 16)
+
+
+def train_raw(loop: str) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """What the strategies are compared with: no lite in it."""
+    model = make_model(loop)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, gamma=0.5) if loop == "scheduler" else None
+    window = 2 if loop in ("accumulate", "no sync") else 1
+    losses = []
+    for _ in range(2):
+        for i, (tokens,) in enumerate(DataLoader(data(loop), batch_size=GLOBAL_BATCH)):
+            loss = next_token_loss(model(tokens[:, :-1]), tokens)
+            (loss / window).backward()
+            losses.append(loss.item())
+            if (i + 1) % window:
+                continue
+            if loop == "norm":
+                nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            if loop == "value":
+                nn.utils.clip_grad_value_(model.parameters(), 0.01)
+            optimizer.step()
+            optimizer.zero_grad()
+            if scheduler is not None:
+                scheduler.step()
+    return losses, {k: v.clone() for k, v in model.state_dict().items()}
+
+
+def train(name: str, loop: str) -> tuple[list[float], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    _, parts, make = STRATEGIES[name]
+    lite = Lite(accelerator="cpu", strategy=make(), precision="64-true")
+    loader = lite.setup_dataloaders(DataLoader(data(loop), batch_size=GLOBAL_BATCH // parts))
+    model = make_model(loop)
+    # Made before setup, of the raw parameters.
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, gamma=0.5)
+    lite.setup(model, optimizer, *([scheduler] if loop == "scheduler" else []))
+    assert isinstance(model, TinyGPT)
+    window = lite.accumulate(model, steps=2)
+    losses = []
+    for _ in range(2):
+        for i, (tokens,) in enumerate(loader):
+            ready = True
+            sync = lite.no_backward_sync(model, enabled=i % 2 == 0) if loop == "no sync" else nullcontext()
+            with window() if loop == "accumulate" else sync:
+                loss = model.loss(tokens) if loop == "method" else next_token_loss(model(tokens[:, :-1]), tokens)
+                lite.backward(loss / 2 if loop == "no sync" else loss)
+            ready = window.ready if loop == "accumulate" else loop != "no sync" or i % 2 == 1
+            mine = loss.detach() * lite._weight.value  # of a ragged batch, what the mean over ranks counts
+            losses.append(lite.all_reduce(mine).item())
+            if not ready:
+                continue
+            if loop == "norm":
+                lite.clip_gradients(model, optimizer, max_norm=0.1)
+            if loop == "value":
+                lite.clip_gradients(model, optimizer, clip_val=0.01)
+            optimizer.step()
+            optimizer.zero_grad()
+            if loop == "scheduler":
+                scheduler.step()
+    sharded = {k: whole(v).clone() for k, v in model.state_dict().items()}
+    lite.teardown()
+    assert type(model) is TinyGPT
+    assert all(type(p) is nn.Parameter for p in model.parameters())
+    assert {id(p) for g in optimizer.param_groups for p in g["params"]} <= {id(p) for p in model.parameters()}
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    return losses, sharded, {k: v.clone() for k, v in model.state_dict().items()}
+
+
+def train_all(name: str) -> dict[str, Any]:
+    return {loop: train(name, loop) for loop in LOOPS}
+
+
+@functools.cache
+def trained(name: str) -> list[dict[str, Any]]:
+    """What each rank has of each loop, from one job: to start one takes longer than to train."""
+    world_size = STRATEGIES[name][0]
+    return [train_all(name)] if world_size == 1 else run_distributed(train_all, name, world_size=world_size)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_losses_and_weights_are_those_of_a_raw_loop(name: str, loop: str) -> None:
+    """In float64, to 1e-10: sums over ranks round otherwise than sums over a batch, and AdamW divides by them."""
+    losses, weights = train_raw(loop)
+    for mine, sharded, torn_down in [result[loop] for result in trained(name)]:
+        assert mine == pytest.approx(losses, abs=1e-10)
+        assert list(sharded) == list(torn_down) == list(weights)
+        for key, wanted in weights.items():
+            torch.testing.assert_close(sharded[key], wanted, rtol=0, atol=1e-10)
+            assert torch.equal(sharded[key], torn_down[key])
+
+
+def overflow(name: str) -> list[Any]:
+    """Three steps under a loss scale; in the second one rank's loss is infinite."""
+    _, parts, make = STRATEGIES[name]
+    lite = Lite(accelerator="cpu", strategy=make(), precision="16-mixed")
+    torch.manual_seed(3)
+    model = TinyGPT()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+    lite.setup(model, optimizer)
+    lite.precision.load_state_dict({**lite.precision.state_dict(), "scale": 1024.0})
+    told: list[Any] = []
+    for step in range(3):
+        (tokens,) = sentences(4)[:]
+        before = [whole(p).clone() for p in model.parameters()]
+        optimizer.zero_grad()
+        loss = next_token_loss(model(tokens[:, :-1]), tokens)
+        last = lite.strategy.data_shards(lite.world_size, lite.global_rank)[1] == parts - 1
+        lite.backward(loss * (torch.inf if step == 1 and last else 1.0))
+        if step == 2:
+            lite.clip_gradients(model, optimizer, max_norm=0.5)
+        optimizer.step()
+        unchanged = all(torch.equal(whole(p), b) for p, b in zip(model.parameters(), before, strict=True))
+        told.append((lite.step_was_skipped(optimizer), unchanged, lite.precision.state_dict()["scale"]))
+    return [*told, [whole(p).sum().item() for p in model.parameters()]]
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_an_inf_on_one_rank_skips_the_step_on_all(name: str) -> None:
+    """Their scales stay equal, and so do their weights; the steps before and after are taken."""
+    world_size = STRATEGIES[name][0]
+    results = [overflow(name)] if world_size == 1 else run_distributed(overflow, name, world_size=world_size)
+    first, second, third, _ = results[0]
+    assert first == (False, False, 1024.0)
+    assert second == (True, True, 512.0)
+    assert third == (False, False, 512.0)
+    assert all(result == results[0] for result in results)

@@ -1,0 +1,415 @@
+"""FSDP: still the user's model and optimizer; its traps are handled, or refused with what to do."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lite import ConfigError, FSDPStrategy, Lite, UsageError
+from lite.sharded import is_sharded, local, whole
+from lite.strategies.blocks import choose_blocks, find_blocks
+from tests.support.models import MLP, Block, TinyGPT, next_token_loss, sentences
+from tests.support.processes import run_distributed
+
+
+def told(call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except (ConfigError, UsageError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing was raised"
+
+
+def start(strategy: Any = "fsdp", precision: str = "32-true") -> Lite:
+    torch.manual_seed(3)
+    return Lite(accelerator="cpu", strategy=strategy, precision=precision)
+
+
+def step(lite: Lite, model: TinyGPT, optimizer: torch.optim.Optimizer) -> None:
+    (tokens,) = sentences(2 * lite.world_size)[2 * lite.global_rank : 2 * lite.global_rank + 2]
+    optimizer.zero_grad()
+    lite.backward(next_token_loss(model(tokens[:, :-1]), tokens))
+    optimizer.step()
+
+
+# ---- still your model
+
+
+def law_two() -> dict[str, Any]:
+    lite = start()
+    records: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("lite").addHandler(handler)
+    logging.getLogger("lite").setLevel(logging.INFO)
+    raw = TinyGPT()
+    keys, names = list(raw.state_dict()), [n for n, _ in raw.named_parameters()]
+    blocks, first = raw.blocks, raw.blocks[0]
+    model = lite.setup(raw)
+    model.note = 5
+    wanted = copy.deepcopy({k: whole(v) for k, v in model.state_dict().items()})
+    with torch.no_grad():
+        model(sentences(2)[:][0])
+    # torch's fully_shard leaves the root's own parameters whole after that
+    sharded = [is_sharded(p) for p in model.parameters()]
+    facts = {
+        "isinstance": isinstance(model, TinyGPT) and isinstance(model.blocks[0], Block),
+        "same objects": model is raw and model.blocks is blocks and model.blocks[0] is first,
+        "keys": list(model.state_dict()) == keys,
+        "names": [n for n, _ in model.named_parameters()] == names,
+        "all sharded": all(sharded),
+        "bytes": sum(local(p).nbytes for p in model.parameters()),
+        "loaded": str(model.load_state_dict(wanted)),
+        "copy": told_any(lambda: copy.deepcopy(model)),
+        "log": list(records),
+        "explain": lite.explain().splitlines()[-1],
+    }
+    # A plain model's weights go in, and come out.
+    other = TinyGPT()
+    model.load_state_dict(other.state_dict())
+    facts["loaded weights"] = all(torch.equal(whole(v), other.state_dict()[k]) for k, v in model.state_dict().items())
+    wrong = {**other.state_dict(), "head.weight": torch.ones(3, 3)}
+    facts["wrong"] = told_any(lambda: model.load_state_dict(wrong))
+    lite.teardown()
+    facts["torn down"] = type(model) is TinyGPT and type(model.blocks[0]) is Block and model.note == 5
+    facts["raw"] = all(torch.equal(v, other.state_dict()[k]) for k, v in model.state_dict().items())
+    copy.deepcopy(model)(sentences(2)[:][0]).sum().backward()
+    lite.setup(model)  # and again
+    lite.backward(model(sentences(2)[:][0]).sum())
+    facts["twice"] = all(is_sharded(p.grad) for p in model.parameters())
+    return facts
+
+
+def told_any(call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except Exception as error:
+        return str(error)
+    return "nothing was raised"
+
+
+def test_what_comes_back_is_the_users_model() -> None:
+    """Class, parts, attributes, keys; sharded between steps; loads plain weights; plain after teardown, and again."""
+    results = run_distributed(law_two)
+    for facts in results:
+        for law in ("isinstance", "same objects", "keys", "names", "all sharded", "loaded weights", "raw", "twice"):
+            assert facts[law], law
+        assert facts["torn down"]
+        assert facts["loaded"] == "<All keys matched successfully>"
+        assert "size mismatch for head.weight" in facts["wrong"]
+        assert "deepcopy" in facts["copy"]
+        assert "2 Block (blocks.0 to blocks.1) and TinyGPT itself, over 2 ranks" in facts["explain"]
+    total = sum(p.nbytes for p in TinyGPT().parameters())
+    assert sum(facts["bytes"] for facts in results) == total
+    assert [len(facts["log"]) for facts in results] == [1, 0]
+
+
+def methods() -> dict[str, Any]:
+    lite = start(precision="64-true")
+    torch.manual_seed(3)
+    raw = TinyGPT(torch.float64)
+    model = lite.setup(TinyGPT(torch.float64))
+    model.load_state_dict(raw.state_dict())
+    (tokens,) = sentences(4)[2 * lite.global_rank : 2 * lite.global_rank + 2]
+    facts: dict[str, Any] = {"count": model.count() == raw.count()}  # says nothing to the other rank
+    if lite.global_rank == 0:
+        model.count()
+    for name, args in (("loss", (tokens,)), ("embed", (tokens,)), ("bare", ()), ("forward", (tokens,))):
+        model.zero_grad()
+        raw.zero_grad()
+        output = getattr(model, name)(*args)
+        lite.backward(output.pow(2).mean())
+        everything = (sentences(4)[:][0],) if args else ()
+        getattr(raw, name)(*everything).pow(2).mean().backward() if name != "loss" else None
+        grads = {k: whole(p.grad) for k, p in model.named_parameters() if p.grad is not None}
+        facts[name] = (output.detach(), grads)
+        if name != "loss":
+            for key, p in raw.named_parameters():
+                if p.grad is not None:
+                    torch.testing.assert_close(grads[key], p.grad, rtol=0, atol=1e-12)
+    return facts
+
+
+def test_methods_of_the_model_work() -> None:
+    """With and without tensors among their arguments; one that computes nothing may be called on one rank."""
+    first, second = run_distributed(methods)
+    assert first["count"]
+    for name in ("loss", "embed", "bare", "forward"):
+        assert first[name][1].keys() == second[name][1].keys() != set()
+
+
+def state_dict_types(folder: Path) -> list[Any]:
+    lite = start(FSDPStrategy(state_dict_type="full"))
+    model = lite.setup(TinyGPT())
+    full = model.state_dict()
+    lite.save(folder / "full", {"model": model})
+    lite.save(folder / "full.ckpt", {"model": model})
+    model.load_state_dict(full)
+    return [all(not is_sharded(v) for v in full.values()), full["head.weight"]]
+
+
+def test_a_full_state_dict_is_whole_on_every_rank(tmp_path: Path) -> None:
+    """And saves and loads as any other."""
+    results = run_distributed(state_dict_types, tmp_path)
+    assert all(plain for plain, _ in results)
+    for path in (tmp_path / "full", tmp_path / "full.ckpt"):
+        model = TinyGPT()
+        Lite(accelerator="cpu").load(path, {"model": model})
+        assert all(torch.equal(model.head.weight, weight) for _, weight in results)
+
+
+# ---- optimizers
+
+
+def optimizers() -> dict[str, Any]:
+    facts: dict[str, Any] = {}
+    lite = start()
+    model = TinyGPT()
+    stepped = torch.optim.AdamW(model.parameters(), lr=0.01)
+    next_token_loss(model(sentences(2)[:][0][:, :-1]), sentences(2)[:][0]).backward()
+    stepped.step()  # before setup: its state moves along
+    stepped.zero_grad()
+    moments = [s["exp_avg"].clone() for s in stepped.state.values()]
+    lite.setup(model, stepped)
+    facts["moments"] = all(
+        is_sharded(s["exp_avg"]) and torch.equal(whole(s["exp_avg"]), m)
+        for s, m in zip(stepped.state.values(), moments, strict=True)
+    )
+    step(lite, model, stepped)
+    facts["steps"] = {float(s["step"]) for s in stepped.state.values()}
+    lite.teardown()
+    facts["back"] = all(type(s["exp_avg"]) is torch.Tensor for s in stepped.state.values()) and {
+        id(p) for p in stepped.state
+    } == {id(p) for p in model.parameters()}
+    # one that was made before, and is set up later
+    late = torch.optim.SGD(model.parameters(), lr=0.1)
+    lite.setup_module(model)
+    lite.setup_optimizers(late)
+    before = whole(model.head.weight).clone()
+    step(lite, model, late)
+    facts["late"] = not torch.equal(whole(model.head.weight), before)
+    strange = torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1)
+    facts["strange"] = told(lambda: lite.setup_optimizers(strange))
+    late.add_param_group({"params": [nn.Parameter(torch.ones(3))]})
+    lite.backward(model(sentences(2)[:][0]).sum())
+    facts["added"] = told(late.step)
+    lite.teardown()
+    model = TinyGPT()
+    facts["lbfgs"] = told(lambda: lite.setup(model, torch.optim.LBFGS(model.parameters())))
+    facts["untouched"] = type(model) is TinyGPT
+    return facts
+
+
+def test_optimizers_follow_the_parameters() -> None:
+    """Made before setup, stepped before it, set up later; back with plain state at teardown; misfits are refused."""
+    for facts in run_distributed(optimizers):
+        assert facts["moments"]
+        assert facts["steps"] == {2.0}
+        assert facts["back"]
+        assert facts["late"]
+        assert facts["untouched"]
+        assert "belong to no model that is set up" in facts["strange"]
+        assert "came into being after lite.setup" in facts["added"]
+        assert "use an optimizer that works element by element" in facts["lbfgs"]
+
+
+# ---- buffers, scalars, frozen weights
+
+
+class WithBatchNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x)
+
+
+def buffers(broadcast: bool) -> list[Any]:
+    lite = start(FSDPStrategy(broadcast_buffers=broadcast))
+    model = lite.setup(WithBatchNorm())
+    for number in range(3):
+        model(torch.full((4, 4), float(number + lite.global_rank)) + torch.arange(4.0)[:, None])
+    with torch.no_grad():
+        model(torch.ones(4, 4))
+    model.eval()
+    model(torch.ones(4, 4))
+    model.train()
+    model(torch.ones(4, 4))
+    return [model.layers[1].running_mean.tolist()]
+
+
+def test_batch_norms_statistics_are_rank_0s() -> None:
+    """As under DDP; broadcast_buffers=False leaves each rank its own."""
+    first, second = run_distributed(buffers, True)
+    assert first == second
+    first, second = run_distributed(buffers, False)
+    assert first != second
+
+
+def unfreezing() -> list[Any]:
+    lite = start()
+    model = TinyGPT()
+    model.blocks[0].requires_grad_(False)
+    model, optimizer = lite.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    seen = []
+    for frozen in (True, False, True):
+        model.blocks[0].requires_grad_(not frozen)
+        before = [whole(p).clone() for p in model.blocks[0].parameters()]
+        step(lite, model, optimizer)
+        seen.append(all(torch.equal(whole(p), b) for p, b in zip(model.blocks[0].parameters(), before, strict=True)))
+    return [seen, [whole(p).sum().item() for p in model.parameters()]]
+
+
+def test_freezing_and_unfreezing_after_setup() -> None:
+    """What is frozen stays; what is not moves, alike on all ranks."""
+    first, second = run_distributed(unfreezing)
+    assert first == second
+    assert first[0] == [True, False, True]
+
+
+# ---- misuse
+
+
+def misuse() -> dict[str, str]:
+    facts: dict[str, str] = {}
+    lite = start()
+    model: nn.Module = MLP()
+    model.scale = nn.Parameter(torch.ones(()))
+    facts["scalar"] = told(lambda: lite.setup(model))
+    model = MLP()
+    model.body[0].double()  # type: ignore[index, operator]
+    facts["dtypes"] = told(lambda: lite.setup(model))
+    model = TinyGPT(tied=True)
+    facts["list"] = told(lambda: lite.setup(model.blocks))
+    model = lite.setup(TinyGPT())
+    tokens = sentences(2)[:][0]
+    (model_loss := model(tokens).sum())
+    facts["stray"] = told(lambda: lite.backward(model_loss * nn.Parameter(torch.ones(()))))
+    with lite.no_backward_sync(model):
+        lite.backward(model(tokens).sum())
+    facts["early clip"] = told(lambda: lite.clip_gradients(model, max_norm=1.0))
+    facts["detached"] = told(lambda: lite.backward(model(tokens).sum().detach()))
+    facts["autocast"] = told(lambda: autocast(model, tokens))
+    facts["convert"] = told(model.double)
+    loss = model(tokens).sum()
+    lite.teardown()
+    facts["after teardown"] = told(lambda: lite.backward(loss))
+    lite = start(FSDPStrategy(auto_wrap={nn.LSTM}))
+    facts["no match"] = told(lambda: lite.setup(TinyGPT()))
+    lite = start(FSDPStrategy(auto_wrap={nn.Linear}))
+    facts["tied"] = told(lambda: lite.setup(TinyGPT(tied=True)))
+    lite = start(FSDPStrategy(auto_wrap="Block"))
+    facts["choice"] = told(lambda: lite.setup(TinyGPT()))
+    lite = start(FSDPStrategy(activation_checkpointing="all"))
+    facts["activation"] = told(lambda: lite.setup(TinyGPT()))
+    for key, strategy in {
+        "hybrid": FSDPStrategy(sharding="hybrid"),
+        "replicas": FSDPStrategy(sharding="hybrid", replicate_axis=3),
+        "all replicas": FSDPStrategy(sharding="hybrid", replicate_axis=2),
+    }.items():
+        facts[key] = told(lambda strategy=strategy: start(strategy))
+    return facts
+
+
+def autocast(model: nn.Module, tokens: torch.Tensor) -> None:
+    with torch.autocast("cpu"):
+        model(tokens)
+
+
+def test_misuse_is_refused_with_the_remedy() -> None:
+    """Before anything is changed, where that can be."""
+    parts = {
+        "scalar": "parameter 'scale' of this MLP is a scalar",
+        "dtypes": "trains parameters of several dtypes, 'body.0.weight' (torch.float64)",
+        "list": "ModuleList has no forward",
+        "stray": "of no model that is set up",
+        "early clip": "clip after the last backward of the window",
+        "detached": "needs no gradient",
+        "autocast": "inside torch.autocast",
+        "convert": "from torch.float32 to torch.float64",
+        "after teardown": "call backward before teardown",
+        "no match": "auto_wrap={LSTM} matches nothing in TinyGPT, which is made of Block,",
+        "tied": "also used outside of it (tied weights)",
+        "choice": "auto_wrap='Block' is not known",
+        "activation": "activation_checkpointing='all' is not known",
+        "hybrid": "sharding='hybrid' on one machine needs replicate_axis=",
+        "replicas": "replicate_axis=3 but the job has 2 processes",
+        "all replicas": "leaves one rank for each replica",
+    }
+    for facts in run_distributed(misuse):
+        assert {k: v for k, v in facts.items() if parts[k] not in v} == {}
+        assert facts.keys() == parts.keys()
+
+
+def test_arguments_are_checked_before_any_process_starts() -> None:
+    """What is wrong, and what to write instead."""
+    for arguments, message in (
+        ({"sharding": "ful"}, "did you mean 'full'"),
+        ({"replicate_axis": 2}, "which has no replicas"),
+        ({"sharding": "hybrid", "replicate_axis": 0}, "replicate_axis=0 must be a whole number"),
+        ({"sharding": "grad", "reshard_after_forward": True}, "keeps weights whole"),
+        ({"state_dict_type": "local"}, "state_dict_type='local' is not known"),
+        ({"timeout": 3}, "timeout=3 is not a timedelta"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            FSDPStrategy(**arguments)  # type: ignore[arg-type]
+        assert message.lower() in str(caught.value).lower()
+
+
+# ---- what is wrapped
+
+
+def test_the_repeated_layers_are_found() -> None:
+    """Blocks in lists, ResNet-like stages, encoder and decoder; not single layers, not what shares weights."""
+    transformer = nn.Transformer(8, 2, num_encoder_layers=2, num_decoder_layers=3, dim_feedforward=8, batch_first=True)
+    assert list(find_blocks(transformer)) == [
+        *(f"encoder.layers.{i}" for i in range(2)),
+        *(f"decoder.layers.{i}" for i in range(3)),
+    ]
+    assert list(find_blocks(TinyGPT())) == ["blocks.0", "blocks.1"]
+    assert find_blocks(MLP()) == {}
+    model = TinyGPT()
+    model.blocks[1].up.weight = model.blocks[0].up.weight
+    assert find_blocks(model) == {}
+    assert list(choose_blocks(TinyGPT(), {Block}, "auto_wrap")) == ["blocks.0", "blocks.1"]
+    assert list(choose_blocks(TinyGPT(), lambda m: isinstance(m, nn.Embedding), "auto_wrap")) == ["tokens"]
+
+
+# ---- precision
+
+
+def precision(name: str) -> dict[str, Any]:
+    lite = start(precision=name)
+    model = TinyGPT()
+    model, optimizer = lite.setup(model, torch.optim.AdamW(model.parameters(), lr=0.01))
+    seen: list[torch.dtype] = []
+    model.blocks[0].up.register_forward_hook(lambda module, args, output: seen.append(module.weight.dtype))
+    (tokens,) = sentences(2)[:]
+    output = model(tokens[:, :-1])
+    lite.backward(next_token_loss(output, tokens))
+    grads = {p.grad.dtype for p in model.parameters()}
+    optimizer.step()
+    method = model.loss(tokens)
+    states = {s["exp_avg"].dtype for s in optimizer.state.values()}
+    params = {p.dtype for p in model.parameters()}
+    return {"computed": seen[0], "output": output.dtype, "loss": method.dtype, "state": grads | states | params}
+
+
+@pytest.mark.parametrize("name", ["32-true", "64-true", "bf16-mixed", "16-mixed", "bf16-true"])
+def test_precision_strings(name: str) -> None:
+    """Mixed precision computes in 16 bits over float32 parameters, gradients and state."""
+    half = torch.bfloat16 if "bf16" in name else torch.float16
+    computed = torch.float64 if "64" in name else torch.float32 if "32" in name else half
+    kept = torch.float32 if "mixed" in name else computed
+    for facts in run_distributed(precision, name):
+        assert facts["computed"] == computed
+        assert facts["state"] == {kept}
+        assert facts["output"] == facts["loss"] == (torch.float64 if "64" in name else torch.float32)
