@@ -72,7 +72,7 @@ def dump(trainer: Any, weights_only: bool = False) -> dict[str, Any]:
         checkpoint["precision"] = trainer.lite.precision.state_dict()
         checkpoint["lite"] = _exact_state(trainer)
         if fit.epoch_loop.window_is_open and not any(map(is_sharded, module.parameters())):
-            checkpoint["window"] = fit.epoch_loop.window  # with its gradients; Lite warns where it can't be kept
+            checkpoint["windows"] = fit.epoch_loop.windows  # with its gradients; Lite warns where it can't be kept
     if module.hparams:
         checkpoint["hparams_name"] = module._hparams_name or "kwargs"
         checkpoint["hyper_parameters"] = storable(module.hparams, type(module).__name__)
@@ -176,10 +176,9 @@ def restore_training(trainer: Any, checkpoint: dict[str, Any], parts: set[str], 
     fit.moment = _moment(ranks, trainer.world_size, trainer.global_rank)
     fit.val_loop.loader_state = mine["validation"]
     restore_torchmetrics(module, mine["torchmetrics"])
-    if "window" in checkpoint:
-        fit.epoch_loop.go_on_within(
-            _window(parts_of_ranks(checkpoint["window"]), trainer.world_size, trainer.global_rank)
-        )
+    if "windows" in checkpoint:
+        parts_of_windows = parts_of_ranks(checkpoint["windows"])
+        fit.epoch_loop.windows.load_state_dict(_windows(parts_of_windows, trainer.world_size, trainer.global_rank))
     trainer.resume_position(mine["position"] if mine["position"] is not None else exact["position"])
 
 
@@ -199,14 +198,18 @@ def _restore_list(key: str, checkpoint: dict[str, Any], objects: list[Any], path
         restore_object(target, state, key, strict=True)
 
 
-def _window(ranks: list[dict[str, Any]], world_size: int, rank: int) -> dict[str, Any]:
-    """This rank's part of an open window; on another number of ranks each has all the ranks' mean."""
+def _windows(ranks: list[dict[str, Any]], world_size: int, rank: int) -> dict[str, Any]:
+    """This rank's part of the open windows; on another number of ranks each has the mean of all parts."""
     if len(ranks) == world_size:
         return ranks[rank]
-    mean = dict(ranks[0])
+    return {name: _mean([states[name] for states in ranks if name in states]) for name in ranks[0]}
+
+
+def _mean(states: list[dict[str, Any]]) -> dict[str, Any]:
+    mean = dict(states[0])
     if "total" in mean:
-        mean["total"] = sum(state["total"] for state in ranks) / len(ranks)
-    columns = zip(*[state["gradients"] for state in ranks], strict=True)
+        mean["total"] = sum(state["total"] for state in states) / len(states)
+    columns = zip(*[state["gradients"] for state in states], strict=True)
     mean["gradients"] = [None if column[0] is None else torch.stack(column).mean(0) for column in columns]
     return mean
 

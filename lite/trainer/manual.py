@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lite.errors import ConfigError, UsageError
+from lite.gradients import Accumulation
 
 _MAKING: dict[type, type] = {}
 
@@ -82,6 +83,15 @@ def in_hands(optimizer: Optimizer, **parts: Any) -> Any:
 def raw_optimizer(optimizer: Any) -> Optimizer:
     """The optimizer itself."""
     return optimizer._optimizer if isinstance(optimizer, ManualOptimizer) else optimizer
+
+
+def clip_by(lite: Any, module: Any, optimizer: Optimizer, value: float, algorithm: str | None) -> Tensor:
+    """Clip the gradients of an optimizer's parameters by norm or value; returns their norm before."""
+    if algorithm not in (None, "norm", "value"):
+        raise ConfigError(f"gradient_clip_algorithm={algorithm!r} is not known; use 'norm' or 'value'.")
+    amount = {"clip_val": float(value)} if algorithm == "value" else {"max_norm": float(value)}
+    norm: Tensor = lite.clip_gradients(module, optimizer, nonfinite="ignore", **amount)
+    return norm
 
 
 class Optimisation:
@@ -165,12 +175,27 @@ class Optimisation:
         value = given if given is not None else set_before
         if value is None or not value > 0:
             return None
-        algorithm = gradient_clip_algorithm or trainer.gradient_clip_algorithm or "norm"
-        if algorithm not in ("norm", "value"):
-            raise ConfigError(f"gradient_clip_algorithm={algorithm!r} is not known; use 'norm' or 'value'.")
-        amount = {"max_norm": float(value)} if algorithm == "norm" else {"clip_val": float(value)}
-        norm: Tensor = trainer.lite.clip_gradients(self, raw_optimizer(optimizer), nonfinite="ignore", **amount)
-        return norm
+        algorithm = gradient_clip_algorithm or trainer.gradient_clip_algorithm
+        return clip_by(trainer.lite, self, raw_optimizer(optimizer), value, algorithm)
+
+    def accumulate(self, optimizer: Any, steps: int) -> Accumulation:
+        """The window of an optimizer in manual optimisation, in which `steps` batches make one step.
+
+        It is the same one until the epoch's end, where a partial one counts what it has, and a checkpoint keeps it.
+
+        Example:
+            window = self.accumulate(optimizer, steps=4)
+            if not window.is_open:
+                optimizer.zero_grad()
+            with window(last=self.trainer.is_last_batch):
+                self.manual_backward(self.loss(batch))
+            if window.ready:
+                self.clip_gradients(optimizer, 1.0)
+                optimizer.step()
+        """
+        trainer = self._require_trainer("accumulate")
+        found: Accumulation = trainer.fit_loop.epoch_loop.window_of(trainer, raw_optimizer(optimizer), steps)
+        return found
 
     def toggle_optimizer(self, optimizer: Any) -> None:
         """From now on only this optimizer's parameters want gradients, those that wanted them before."""

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 from lite.errors import ConfigError, choose
+from lite.trainer.declared import KEYS
 
 _FORMS = (
     "return an optimizer, a list of optimizers, two lists (optimizers, schedulers), a dict {'optimizer': ..., "
@@ -44,6 +45,13 @@ class SchedulerConfig:
 _KEYS = [field.name for field in fields(SchedulerConfig)]
 
 
+def as_plain(returned: Any) -> Any:
+    """What `configure_optimizers` returned, with the items of a generator."""
+    if not isinstance(returned, (Optimizer, Mapping, list, tuple, str)) and isinstance(returned, Iterable):
+        return list(returned)
+    return returned
+
+
 def read_optimizers(returned: Any) -> tuple[list[Optimizer], list[SchedulerConfig]]:
     """The optimizers and schedulers in what `configure_optimizers` returned.
 
@@ -58,8 +66,6 @@ def read_optimizers(returned: Any) -> tuple[list[Optimizer], list[SchedulerConfi
         )
         return [], []
     schedulers: list[SchedulerConfig] = []
-    if not isinstance(returned, (Optimizer, Mapping, list, tuple, str)) and isinstance(returned, Iterable):
-        returned = list(returned)
     if isinstance(returned, Optimizer):
         optimizers = [returned]
     elif isinstance(returned, Mapping):
@@ -99,9 +105,10 @@ def _read_dicts(given: Sequence[Mapping[str, Any]]) -> tuple[list[Optimizer], li
         if "frequency" in one:
             raise ConfigError(
                 "configure_optimizers returned a 'frequency' beside an optimizer, which switched between optimizers "
-                "in older versions; set self.automatic_optimization = False and step them in training_step."
+                "in older versions; give each a step function of its own, {'optimizer': ..., 'step': self.critic_step, "
+                "'every_n_batches': 1}, or set self.automatic_optimization = False and step them in training_step."
             )
-        unknown = set(one) - {"optimizer", "lr_scheduler", "monitor"}
+        unknown = set(one) - {"optimizer", "lr_scheduler", "monitor"} - KEYS
         if unknown:
             warnings.warn(f"configure_optimizers: {sorted(unknown)} in the dict means nothing there.", stacklevel=6)
         optimizers.append(one["optimizer"])

@@ -22,17 +22,19 @@ from lite.seed import RandomState
 from lite.trainer import arguments, checkpointing, evaluation
 from lite.trainer.arguments import share, whole
 from lite.trainer.data import eval_data, find_loaders, find_move, has_loaders, train_data
+from lite.trainer.declared import Declared, read_declared
 from lite.trainer.defaults import assemble_callbacks, assemble_loggers
 from lite.trainer.events import Event
 from lite.trainer.foreign import foreign_globals
 from lite.trainer.hooks import Hooks, overrides
 from lite.trainer.loops import EvaluationLoop, FitLoop, PredictLoop
+from lite.trainer.loops.calling import step_caller
 from lite.trainer.loops.evaluate import no_gradients
-from lite.trainer.loops.step import manual_optimizers, step_caller
+from lite.trainer.loops.manual_step import manual_optimizers
 from lite.trainer.manual import ManualOptimizer
 from lite.trainer.metrics import Metrics
 from lite.trainer.module import LightningModule
-from lite.trainer.optimizers import SchedulerConfig, as_lr_schedulers, read_optimizers
+from lite.trainer.optimizers import SchedulerConfig, as_lr_schedulers, as_plain, read_optimizers
 from lite.trainer.profiling import make_profiler
 from lite.trainer.run import check_module, in_order, merge_callbacks, newest_checkpoint, running
 from lite.trainer.state import RunningStage, TrainerFn, TrainerState, TrainerStatus
@@ -229,6 +231,7 @@ class Trainer(View):
         self.metrics = Metrics(self.lite.world_size, self.lite.global_rank, enabled=not barebones)
         self.optimizers: list[Any] = []
         self.lr_scheduler_configs: list[SchedulerConfig] = []
+        self.declared: list[Declared] = []
         self.ckpt_path: str | None = None
         self._in_hands: list[Any] = []
         self._given: dict[str, Any] = {}
@@ -555,9 +558,10 @@ class Trainer(View):
 
     def _check_fit(self, model: Any, datamodule: Any) -> None:
         name = type(model).__name__
-        if not overrides(model, "training_step", LightningModule):
+        if overrides(model, "training_step", LightningModule):
+            step_caller(model.training_step)
+        elif not (model.automatic_optimization and overrides(model, "configure_optimizers", LightningModule)):
             raise ConfigError(f"{name} has no training_step; define training_step(self, batch, batch_idx) to fit.")
-        step_caller(model.training_step)
         if not overrides(model, "configure_optimizers", LightningModule):
             raise ConfigError(f"{name} has no configure_optimizers; define it, and return an optimizer (or None).")
         if not has_loaders("train_dataloader", self._given["train"], model, datamodule):
@@ -636,19 +640,30 @@ class Trainer(View):
         """Let Lite prepare module, optimizers and schedulers."""
         if self.sync_batchnorm and self.world_size > 1:
             nn.SyncBatchNorm.convert_sync_batchnorm(self.module)  # type: ignore[no-untyped-call]
-        self.optimizers, self.lr_scheduler_configs, self._in_hands = [], [], []
+        self.optimizers, self.lr_scheduler_configs, self.declared, self._in_hands = [], [], [], []
         if not train:
             self.lite.setup(self.module)
             return
-        self.optimizers, self.lr_scheduler_configs = read_optimizers(self.module.configure_optimizers())
-        if len(self.optimizers) > 1 and self.module.automatic_optimization:
-            raise ConfigError(
-                f"configure_optimizers returned {len(self.optimizers)} optimizers, and automatic optimisation steps "
-                "one; set self.automatic_optimization = False, and for each optimizer of self.optimizers() call "
-                "zero_grad(), self.manual_backward(loss) and step() in training_step."
-            )
+        returned = as_plain(self.module.configure_optimizers())
+        self.optimizers, self.lr_scheduler_configs = read_optimizers(returned)
+        if self.module.automatic_optimization:
+            self.declared = read_declared(returned, self.module)
+            self._check_steps()
         schedulers = as_lr_schedulers(self.lr_scheduler_configs)
         self.lite.setup(self.module, *self.optimizers, schedulers=schedulers)
+
+    def _check_steps(self) -> None:
+        """Every optimizer must have a step function, or the one optimizer has `training_step`."""
+        name = type(self.module).__name__
+        if not self.declared and not overrides(self.module, "training_step", LightningModule):
+            raise ConfigError(f"{name} has no training_step; define training_step(self, batch, batch_idx) to fit.")
+        if len(self.optimizers) > 1 and not self.declared:
+            raise ConfigError(
+                f"configure_optimizers returned {len(self.optimizers)} optimizers, and training_step has one loss; "
+                "give each a step function of its own, [{'optimizer': ..., 'step': self.critic_step}, ...], or set "
+                "self.automatic_optimization = False, and for each optimizer of self.optimizers() call "
+                "zero_grad(), self.manual_backward(loss) and step() in training_step."
+            )
 
     def _check_sanity(self) -> None:
         """Run some validation batches before training, so that a mistake in it shows at once; nothing remains of it."""

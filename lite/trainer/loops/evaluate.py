@@ -19,7 +19,7 @@ from torch import nn
 from lite.errors import ConfigError
 from lite.trainer.data import INFINITE, StageData
 from lite.trainer.hooks import overrides
-from lite.trainer.loops.step import signature_of
+from lite.trainer.loops.calling import signature_of
 from lite.trainer.module import LightningModule
 from lite.trainer.old import OldHooks, find_old_hooks
 

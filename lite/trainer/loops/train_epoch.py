@@ -15,14 +15,17 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from lite import collectives
+from lite.errors import ConfigError
 from lite.trainer.combined import CombinedLoader
 from lite.trainer.data import INFINITE, StageData, length
 from lite.trainer.events import Event
 from lite.trainer.hooks import overrides
-from lite.trainer.loops.step import ReferenceWindow, compose_step, hook_outputs
+from lite.trainer.loops.calling import hook_outputs
+from lite.trainer.loops.step import compose_step
 from lite.trainer.module import LightningModule
 from lite.trainer.old import OldHooks, find_old_hooks
 from lite.trainer.schedules import step_schedulers
+from lite.trainer.windows import ReferenceWindow, Windows
 
 _VOTE_EVERY = 50
 
@@ -32,6 +35,9 @@ class TrainEpochLoop:
 
     Attributes:
         window: The window of accumulation, or None where every batch is a step.
+        windows: The run's windows: that one, or those of several optimizers.
+        always_weighs: Whether every batch of a window is weighed by its size.
+        flushes: What ends open windows where an epoch's end comes unannounced.
         output: What `training_step` returned for the newest batch.
     """
 
@@ -39,7 +45,10 @@ class TrainEpochLoop:
         self.window: Any = None
         self.output: Any = None
         self.old: OldHooks | None = None
-        self._window_state: dict[str, Any] | None = None
+        self.windows = Windows()
+        self.always_weighs = False
+        self.flushes: list[Callable[[], None]] = []
+        self._steps: dict[int, int] = {}  # of optimizers with a step function each, by their position
         self._look_at: float = 0
         self._validated_at_s = time.monotonic()
         self._stepped = 0
@@ -53,12 +62,13 @@ class TrainEpochLoop:
         count = progress.batch
         self._make_window(trainer)
         self.old = old = find_old_hooks(trainer.module, "train")
-        step = compose_step(trainer, self.window, lambda batch_idx: batch_idx + 1 >= num_batches)
+        step = compose_step(trainer, self.window, num_batches)
         on_start, on_end = hooks.on_train_batch_start, hooks.on_train_batch_end
         in_start = metrics.place("train", "on_train_batch_start")
         in_end = metrics.place("train", "on_train_batch_end")
         training, at, begin_batch = metrics.place("train", "training_step"), metrics.at, metrics.begin_batch
         by_step = [c for c in trainer.lr_scheduler_configs if c.interval == "step"] if _paced(trainer) else []
+        by_step = [] if trainer.declared else by_step
         move, driven = data.move, "batch" in fit.events
         stop_polled = fit.stop_poll if trainer.world_size > 1 else None  # alone, the signal itself lets the loop look
         event = Event("batch", trainer)
@@ -140,6 +150,8 @@ class TrainEpochLoop:
                 trainer.optimizers[0].step()
                 progress.updates += 1
                 progress.stepped += 1
+        for flush in self.flushes:
+            flush()
         configs = [c for c in trainer.lr_scheduler_configs if c.interval == "epoch" and not c.reduce_on_plateau]
         if configs and _paced(trainer):
             step_schedulers(trainer, configs, progress.epoch + 1)
@@ -149,34 +161,52 @@ class TrainEpochLoop:
     @property
     def sizes_vary(self) -> tuple[bool, Callable[[int], bool]]:
         """Whether every batch of a window is weighed by its size, and whether that one is."""
-        return self._always, self._ragged
+        return self.always_weighs, self._ragged
 
     def _make_window(self, trainer: Any) -> None:
         steps = trainer.accumulate_grad_batches
         num_batches, module = trainer.fit_loop.data.num_batches, trainer.module
-        self._always, self._ragged = False, lambda batch_idx: False
-        self.window = None
-        state, self._window_state = self._window_state, None
-        if steps == 1 or not module.automatic_optimization:
+        self.always_weighs, self._ragged = False, lambda batch_idx: False
+        self.window, self.flushes = None, []
+        self.windows.clear()
+        if trainer.declared:
+            self.always_weighs = not _even(trainer.fit_loop.data)
+        if steps == 1 or trainer.declared or not module.automatic_optimization:
             return
         own_backward = overrides(module, "backward", LightningModule)
+        window: Any
         if trainer.accumulation == "reference" or own_backward:
             rescale = trainer.accumulation != "reference"
-            self.window = ReferenceWindow(trainer.lite, module, steps, rescale=rescale)
+            window = ReferenceWindow(trainer.lite, module, steps, rescale=rescale)
         else:
-            self.window = trainer.lite.accumulate(module, steps=steps)
+            window = trainer.lite.accumulate(module, steps=steps)
             if num_batches == INFINITE:
-                self._always = True
+                self.always_weighs = True
             elif not _even(trainer.fit_loop.data):
                 last = (int(num_batches) - 1) // steps * steps
                 self._ragged = lambda batch_idx: batch_idx >= last
-        if state is not None:
-            self.window.load_state_dict(state)
+        self.window = self.windows.add("window", window)
+
+    def window_of(self, trainer: Any, optimizer: Any, steps: int) -> Any:
+        """The window of one optimizer in manual optimisation; the same one throughout an epoch."""
+        number = next((i for i, one in enumerate(trainer.optimizers) if one is optimizer), None)
+        if number is None:
+            raise ConfigError("accumulate got an optimizer that configure_optimizers did not return.")
+        name = str(number)
+        window = self.windows.named.get(name)
+        if window is None or window.steps != steps:
+            window = self.windows.add(name, trainer.lite.accumulate(trainer.module, steps=steps, optimizer=optimizer))
+        return window
 
     @property
     def window_is_open(self) -> bool:
         """Whether gradients wait for more batches."""
-        return self.window is not None and bool(self.window.is_open)
+        return self.windows.is_open
+
+    def count_step(self, index: int) -> int:
+        """Count a step of the optimizer at that position, where each has its own; returns the count."""
+        self._steps[index] = count = self._steps.get(index, 0) + 1
+        return count
 
     # ---- what is not due at each batch
 
@@ -228,15 +258,12 @@ class TrainEpochLoop:
     # ---- state
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: the cursor is the fit loop's, and an open window is an entry of its own in the checkpoint."""
-        return {}
+        """The steps of each optimizer; the cursor is the fit loop's, and open windows are an entry of their own."""
+        return {"steps": dict(self._steps)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing is to be taken up."""
-
-    def go_on_within(self, window: dict[str, Any] | None) -> None:
-        """The next epoch (or what is left of it) begins within that window of accumulation."""
-        self._window_state = window
+        """Go on counting."""
+        self._steps = dict(state.get("steps", {}))
 
 
 def _paced(trainer: Any) -> bool:
