@@ -10,41 +10,42 @@ class Event:
 
     Attributes:
         kind: "batch" (a training batch is done, with all that was due after it) or "epoch" (an epoch is).
+        trainer: The Trainer, to look at or to save with.
     """
 
-    __slots__ = ("_trainer", "kind")
+    __slots__ = ("kind", "trainer")
 
     def __init__(self, kind: str, trainer: Any) -> None:
         self.kind = kind
-        self._trainer = trainer
+        self.trainer = trainer
 
     @property
     def epoch(self) -> int:
         """The epoch that is under way, or has just ended."""
-        epoch: int = self._trainer.fit_loop.progress.epoch
+        epoch: int = self.trainer.fit_loop.progress.epoch
         return epoch - (self.kind == "epoch")
 
     @property
     def batch_idx(self) -> int:
         """The number in its epoch of the batch that is done."""
-        batch: int = self._trainer.fit_loop.progress.batch
+        batch: int = self.trainer.fit_loop.progress.batch
         return batch - 1
 
     @property
     def global_step(self) -> int:
         """Optimizer steps so far."""
-        steps: int = self._trainer.global_step
+        steps: int = self.trainer.global_step
         return steps
 
     @property
     def outputs(self) -> Any:
         """What `training_step` returned for the batch."""
-        return self._trainer.fit_loop.epoch_loop.output
+        return self.trainer.fit_loop.epoch_loop.output
 
     @property
     def metrics(self) -> dict[str, Any]:
         """`trainer.callback_metrics`."""
-        found: dict[str, Any] = self._trainer.callback_metrics
+        found: dict[str, Any] = self.trainer.callback_metrics
         return found
 
     def __repr__(self) -> str:

@@ -386,6 +386,8 @@ class Trainer(View):
         datamodule: Any = None,
         return_predictions: bool | None = None,
         ckpt_path: str | os.PathLike[str] | None = None,
+        *,
+        gather: bool = False,
     ) -> list[Any] | None:
         """What `predict_step` gives for each batch of this rank, in order; with several loaders a list of such lists.
 
@@ -395,8 +397,12 @@ class Trainer(View):
             datamodule: As for `validate`.
             return_predictions: False keeps nothing and returns None.
             ckpt_path: As for `validate`.
+            gather: Give every rank the outputs of all, put together batch by batch in the dataset's order, as one
+                process with the global batch has them. They must be tensors with a row per sample, lists of as many
+                objects, or dicts and tuples of these.
         """
         keep = return_predictions is not False
+        self.predict_loop.gather = gather
         self.predict_loop.keep = keep or any(getattr(c, "wants_predictions", False) for c in self.callbacks)
         self._evaluate(self.predict_loop, TrainerFn.PREDICTING, model, dataloaders, ckpt_path, False, datamodule)
         found: list[Any] = self.predict_loop.predictions

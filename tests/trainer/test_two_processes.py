@@ -45,6 +45,7 @@ def whole_run(batch_size: int, accumulate: int) -> dict[str, Any]:
     validated = run.validate(module, numbers(1, batch_size), verbose=False)
     validated[0].pop("rank0", None)
     predictions = run.predict(module, numbers(11, batch_size))
+    together = run.predict(module, numbers(11, batch_size), gather=True)
     steps = (run.global_step, run.fit_loop.progress.batches, run.clocks()["samples"])
     return {
         "weights": weights(module),
@@ -52,6 +53,7 @@ def whole_run(batch_size: int, accumulate: int) -> dict[str, Any]:
         "test": test,
         "validated": validated,
         "predictions": [p.tolist() for p in predictions],
+        "together": [p.tolist() for p in together],
         "steps": steps,
     }
 
@@ -68,11 +70,59 @@ def test_behaviour_44_two_processes_give_what_one_gives(accumulate: int) -> None
         assert rank["test"][0] == pytest.approx(one["test"][0], rel=1e-12)
         assert rank["validated"][0] == pytest.approx(one["validated"][0], rel=1e-12)
         assert rank["steps"] == one["steps"]
+        assert [len(batch) for batch in rank["together"]] == [4, 4, 3]
+        for found, expected in zip(rank["together"], one["together"], strict=True):
+            assert found == pytest.approx(expected, rel=1e-12)
     assert one["metrics"]["rows"] == 11
     together = [row for a, b in zip(first["predictions"], second["predictions"], strict=False) for row in a + b]
     left = [p for side in (first, second) for p in side["predictions"][len(second["predictions"]) :]]
     together += [row for part in left for row in part]
     assert together == pytest.approx([row for p in one["predictions"] for row in p], rel=1e-12)
+
+
+class Exact(Tiny):
+    """Weights and rows are multiples of 1/64, so that no sum is rounded, in whatever order it is added up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net[1] = nn.Identity()
+        self.round_weights()
+
+    def round_weights(self) -> None:
+        for parameter in self.parameters():
+            parameter.data = parameter.data.mul(64).round().div(64)
+
+    def loss(self, batch: Tensor) -> Tensor:
+        return super().loss(batch.mul(8).round().div(8))
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        loss = self.loss(batch)
+        self.log("rows", float(len(batch)), on_step=False, on_epoch=True, sync_dist=True, reduce_fx="sum")
+        self.log("loss", loss, on_step=False, on_epoch=True, sync_dist=True)
+        return loss
+
+    def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return super().predict_step(batch.mul(8).round().div(8), batch_idx)
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.round_weights()
+
+
+def exact_run(batch_size: int) -> list[Any]:
+    """Every rank's part of a batch has 4, 2, 1 or no rows, by which a mean is exact too."""
+    module = Exact()
+    run = trainer(max_epochs=2, strategy="ddp")
+    run.fit(module, numbers(10, batch_size), numbers(5, batch_size))
+    found: list[Any] = [weights(module), {k: float(v) for k, v in run.callback_metrics.items()}]
+    found += [run.validate(module, numbers(10, batch_size), verbose=False)]
+    found += [run.test(module, numbers(9, batch_size), verbose=False)]
+    return [*found, [p.tolist() for p in run.predict(module, numbers(9, batch_size), gather=True)]]
+
+
+def test_a_run_at_two_processes_gives_one_processs_metrics_exactly() -> None:
+    """fit, validate, test and predict, where rounding does not depend on the order: equal to the last bit."""
+    one = exact_run(4)
+    assert run_distributed(exact_run, 2) == [one, one]
 
 
 class Writer(BasePredictionWriter):

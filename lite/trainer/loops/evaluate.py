@@ -234,7 +234,8 @@ def unchanged_metrics(module: nn.Module) -> Iterator[None]:
     before = [(m, m._copy_state_dict(), m._update_count, m._computed) for m in found]
     yield
     for metric, state, count, computed in before:
-        metric._restore_cache(state)
+        for name, value in state.items():
+            setattr(metric, name, value)
         metric._update_count, metric._computed = count, computed
 
 

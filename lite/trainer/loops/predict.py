@@ -17,6 +17,8 @@ class PredictLoop(EvaluationLoop):
     """Predicts on the loaders of one stage.
 
     Attributes:
+        keep: Whether outputs are kept.
+        gather: Whether every rank gets all ranks' outputs, in the dataset's order.
         predictions: For each loader what its batches gave on this rank, in order.
         batch_indices: For each loader the dataset indices of its batches; [] where they are unknown.
     """
@@ -26,6 +28,7 @@ class PredictLoop(EvaluationLoop):
         self.predictions: list[list[Any]] = []
         self.batch_indices: list[list[list[int]]] = []
         self.keep = True
+        self.gather = False
 
     def run(
         self,
@@ -56,7 +59,9 @@ class PredictLoop(EvaluationLoop):
         return self.predictions if self.keep else []
 
     def take(self, outputs: Any, index: int, trainer: Any) -> None:
-        if trainer.metrics.filler:
+        if self.gather and trainer.world_size > 1:
+            outputs = trainer.lite.gather_for_metrics(outputs)
+        elif trainer.metrics.filler:
             return
         if self.keep:
             self.predictions[index].append(_on_cpu(outputs))
