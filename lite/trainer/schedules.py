@@ -25,16 +25,8 @@ def step_schedulers(trainer: Any, configs: Sequence[SchedulerConfig], number: in
             continue
         metric = None
         if config.reduce_on_plateau:
-            found = trainer.callback_metrics
-            metric = found.get(config.monitor)
+            metric = monitored_metric(trainer, config)
             if metric is None:
-                text = (
-                    f"the scheduler {type(config.scheduler).__name__} monitors {config.monitor!r}, which nobody has "
-                    f"logged; logged were {', '.join(map(repr, found)) or 'no metrics'}."
-                )
-                if config.strict:
-                    raise ConfigError(f"{text} Log it, monitor another, or set 'strict': False.")
-                warnings.warn(f"{text} It does not step.", stacklevel=4)
                 continue
         if own:
             module.lr_scheduler_step(config.scheduler, metric)
@@ -42,3 +34,22 @@ def step_schedulers(trainer: Any, configs: Sequence[SchedulerConfig], number: in
             config.scheduler.step()
         else:
             config.scheduler.step(metric)
+
+
+def monitored_metric(trainer: Any, config: SchedulerConfig) -> Any:
+    """The metric that a scheduler follows; None, with a warning, where it is missing and need not be there.
+
+    Raises:
+        ConfigError: It is missing.
+    """
+    found = trainer.callback_metrics
+    metric = found.get(config.monitor)
+    if metric is None:
+        text = (
+            f"the scheduler {type(config.scheduler).__name__} monitors {config.monitor!r}, which nobody has "
+            f"logged; logged were {', '.join(map(repr, found)) or 'no metrics'}."
+        )
+        if config.strict:
+            raise ConfigError(f"{text} Log it, monitor another, or set 'strict': False.")
+        warnings.warn(f"{text} It does not step.", stacklevel=5)
+    return metric

@@ -35,6 +35,7 @@ from lite.trainer.manual import ManualOptimizer
 from lite.trainer.metrics import Metrics
 from lite.trainer.module import LightningModule
 from lite.trainer.optimizers import SchedulerConfig, as_lr_schedulers, as_plain, read_optimizers
+from lite.trainer.planning import Planned, check_reachable, plan
 from lite.trainer.profiling import make_profiler
 from lite.trainer.run import check_module, in_order, merge_callbacks, newest_checkpoint, running
 from lite.trainer.state import RunningStage, TrainerFn, TrainerState, TrainerStatus
@@ -336,6 +337,7 @@ class Trainer(View):
             self.load_data(self.fit_loop, "train")
             self.load_data(self.fit_loop, "val")
             self._warn_of_nothing_to_do()
+            check_reachable(self)
             self.state.stage = RunningStage.TRAINING
             with self._interrupts():
                 yield from self.fit_loop.run(self)
@@ -346,6 +348,44 @@ class Trainer(View):
                 self.hooks.call("on_fit_end")
         if self.fit_loop.stopped_by_signal:
             self._exit_for_signal()
+
+    def plan(
+        self,
+        model: Any,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        datamodule: Any = None,
+        *,
+        limit: int = 10_000,
+    ) -> list[Planned]:
+        """What `fit` with these arguments is going to do, without training. Collective: call on all ranks.
+
+        Data are prepared and set up as for `fit`, and `configure_optimizers` is asked; no step of the module runs. What
+        depends on metrics and time (early stopping, max_time, saves by time, schedulers that follow a metric) is not
+        foreseen.
+
+        Args:
+            model: As for `fit`; so are the loaders.
+            train_dataloaders: See above.
+            val_dataloaders: See above.
+            datamodule: See above.
+            limit: Events at most.
+
+        Raises:
+            ConfigError: A setting is wrong, or can never come true.
+            UsageError: The module's optimizers step by its own hand.
+        """
+        train_dataloaders, datamodule = _or_datamodule(train_dataloaders, datamodule)
+        check_module(model, "plan")
+        self._launch()
+        self._given = {"train": train_dataloaders, "val": val_dataloaders}
+        self._check_fit(model, datamodule)
+        with running(self, TrainerFn.FITTING, model, datamodule):
+            self._set_up(train=True)
+            self.load_data(self.fit_loop, "train")
+            self.load_data(self.fit_loop, "val")
+            check_reachable(self)
+            return plan(self, limit)
 
     def validate(
         self,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar
@@ -93,8 +95,10 @@ class ModelCheckpoint(Checkpoint):
         self.current_score: Tensor | None = None
         self.kth_value = torch.tensor(math.inf if mode == "min" else -math.inf)
         self._last_step_saved = -1
+        self._looked_at_step: int | None = None
         self._last_saved = ""
         self._saved_at_s = time.monotonic()
+        self._note: Callable[[ModelCheckpoint], None] | None = None
 
     @property
     def state_key(self) -> str:
@@ -109,9 +113,21 @@ class ModelCheckpoint(Checkpoint):
         return f"{type(self).__qualname__}{settings!r}"
 
     @property
-    def every_n_epochs(self) -> int | None:
-        """Epochs between two saves."""
+    def every_n_epochs(self) -> int:
+        """Epochs between two saves, 0 where they don't count."""
         return self._every_n_epochs
+
+    @property
+    def every_n_train_steps(self) -> int:
+        """Optimizer steps between two saves, 0 where they don't count."""
+        return self._every_n_train_steps
+
+    def noting(self, note: Callable[[ModelCheckpoint], None]) -> ModelCheckpoint:
+        """One that says when it is due as this one does, and calls `note` instead of saving."""
+        twin = copy.copy(self)
+        twin._last_step_saved, twin._looked_at_step = -1, None
+        twin._note = note
+        return twin
 
     # ---- when
 
@@ -120,13 +136,16 @@ class ModelCheckpoint(Checkpoint):
             folder = os.path.join(trainer.log_dir if trainer.loggers else trainer.default_root_dir, "checkpoints")
             self.dirpath = collectives.broadcast(folder)
         self._saved_at_s = time.monotonic()
-        self._last_step_saved = -1
+        self._last_step_saved, self._looked_at_step = -1, None
 
     def after_batch(self, trainer: Any, *, validated: bool) -> None:
         if self._is_off(trainer):
             return
         steps, epoch = self._every_n_train_steps, trainer.current_epoch
-        due = bool(steps) and trainer.global_step % steps == 0
+        # Several optimizers may step over a multiple within one batch.
+        before = trainer.global_step - 1 if self._looked_at_step is None else self._looked_at_step
+        self._looked_at_step = trainer.global_step
+        due = bool(steps) and trainer.global_step // steps > before // steps
         if self._train_time_interval is not None:
             struck = time.monotonic() - self._saved_at_s >= self._train_time_interval.total_seconds()
             due = due or collectives.any_rank(struck and trainer.is_global_zero)
@@ -172,6 +191,10 @@ class ModelCheckpoint(Checkpoint):
     # ---- what
 
     def _save(self, trainer: Any) -> None:
+        if self._note is not None:
+            self._note(self)
+            self._last_step_saved = trainer.global_step
+            return
         metrics = {**trainer.callback_metrics, **_counters(trainer)}
         if self.monitor is not None and self.save_top_k:
             if not self._has_monitor(trainer, metrics):
@@ -189,6 +212,17 @@ class ModelCheckpoint(Checkpoint):
             return True
         if trainer.enable_validation and trainer.fit_loop.progress.validated < 0:
             return False  # the first validation is still to come
+        self.require_monitor(metrics)
+        return True
+
+    def require_monitor(self, metrics: dict[str, Any]) -> None:
+        """Refuse a metric that nobody has logged.
+
+        Raises:
+            ConfigError: It is not among these.
+        """
+        if self.monitor in metrics:
+            return
         logged = [name for name in metrics if name not in ("epoch", "step")]
         raise ConfigError(
             f"ModelCheckpoint(monitor={self.monitor!r}): nobody has logged it; logged were "

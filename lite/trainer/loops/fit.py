@@ -22,6 +22,7 @@ from lite.trainer.data import INFINITE, StageData
 from lite.trainer.events import Event
 from lite.trainer.loops.evaluate import EvaluationLoop
 from lite.trainer.loops.train_epoch import TrainEpochLoop, discard
+from lite.trainer.planning import check_monitored
 from lite.trainer.progress import Progress
 from lite.trainer.schedules import step_schedulers
 from lite.trainer.validation import ValidationSchedule
@@ -67,6 +68,7 @@ class FitLoop:
         self.stop_poll: Callable[[], bool] | None = None
         self.moment: RandomState | None = None
         self.metrics_before: dict[str, Any] | None = None  # an epoch that is cut off may be gone on with
+        self._monitors_checked = False
         self._ending: bool | None = None  # the epoch's end is being saved, of a complete epoch or one that was cut off
 
     def run(self, trainer: Any) -> Iterator[Event]:
@@ -123,6 +125,8 @@ class FitLoop:
         trainer.write_row(row)
         for hook in hooks.monitors:
             hook()
+        if complete and not self._monitors_checked:
+            self._monitors_checked = check_monitored(trainer)
         if trainer.module.automatic_optimization:
             configs = [c for c in trainer.lr_scheduler_configs if c.interval == "epoch" and c.reduce_on_plateau]
             step_schedulers(trainer, configs, progress.epoch + 1)
@@ -294,6 +298,7 @@ class FitLoop:
         """A call of `fit` begins."""
         self.wants_stop = self.wish = self.stopped_by_signal = self.interrupted = False
         self.moment = self.metrics_before = None
+        self._monitors_checked = False
         self.val_loop = EvaluationLoop("validate") if not self.val_loop.restoring else self.val_loop
         if self.progress.within:  # of a fit before this one, that was cut off
             self.progress.epoch, self.progress.batch, self.progress.within = self.progress.epoch + 1, 0, False

@@ -251,8 +251,9 @@ class TrainEpochLoop:
         if fit.max_steps >= 0:
             steps = min(steps, fit.max_steps - progress.updates)
         if steps < INFINITE:
-            # An optimizer of one's own may step several times per batch.
-            look = min(look, count + (steps if trainer.module.automatic_optimization else 1))
+            # Several optimizers, and a hand of one's own, may step several times per batch.
+            one = trainer.module.automatic_optimization and not trainer.declared
+            look = min(look, count + (steps if one else 1))
         return max(look, count + 1)
 
     # ---- state
