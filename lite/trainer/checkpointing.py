@@ -21,6 +21,7 @@ from lite.sharded import is_sharded
 from lite.state import module_state, restore_object
 from lite.trainer.foreign import progress_of_foreign
 from lite.trainer.hparams import storable
+from lite.trainer.loops.train_epoch import discard
 
 PARTS = {
     "model": "state_dict",
@@ -95,18 +96,22 @@ def _exact_state(trainer: Any) -> dict[str, Any]:
     """What only an exact resume needs: positions in the data, and of every rank its random states and sums."""
     fit, metrics = trainer.fit_loop, trainer.metrics
     loader = fit.data.loaders[0] if fit.data.loaders else None
-    has_state = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
-    position = loader.state_dict() if has_state else None  # type: ignore[union-attr]
+    position = loader.state_dict() if _has_position(loader) else None  # type: ignore[union-attr]
     per_rank = bool(getattr(loader, "state_is_per_rank", False))
     mine: dict[str, Any] = {
         "random": RandomState.capture(cuda=True).state_dict(),
         "metrics": fit.metrics_before if fit.metrics_before is not None else metrics.state_dict(),
         "position": position if per_rank else None,
         "validation": fit.val_loop.state_dict()["position"],
+        "val_loaders": [loader.state_dict() if _has_position(loader) else None for loader in fit.val_data.loaders],
         "torchmetrics": torchmetrics_state(trainer.module),
     }
     ranks = collectives.all_gather_objects(mine)
     return {"ranks": ranks, "position": None if per_rank else position}
+
+
+def _has_position(loader: Any) -> bool:
+    return hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
 
 
 # ---- restoring
@@ -175,6 +180,7 @@ def restore_training(trainer: Any, checkpoint: dict[str, Any], parts: set[str], 
         )
     fit.moment = _moment(ranks, trainer.world_size, trainer.global_rank)
     fit.val_loop.loader_state = mine["validation"]
+    _restore_val_loaders(fit, mine["val_loaders"])
     restore_torchmetrics(module, mine["torchmetrics"])
     if "windows" in checkpoint:
         parts_of_windows = parts_of_ranks(checkpoint["windows"])
@@ -196,6 +202,15 @@ def _restore_list(key: str, checkpoint: dict[str, Any], objects: list[Any], path
         )
     for target, state in zip(objects, saved, strict=True):
         restore_object(target, state, key, strict=True)
+
+
+def _restore_val_loaders(fit: Any, states: list[Any]) -> None:
+    """Passes over validation's loaders are counted: random numbers in their workers follow from that."""
+    running = fit.val_loop.loader if fit.val_loop.restoring and fit.val_loop.batch else None
+    for index, (loader, state) in enumerate(zip(fit.val_data.loaders, states, strict=False)):
+        if state is not None and _has_position(loader) and index != running:
+            loader.load_state_dict(state)
+            discard(loader)  # one that was left before its end, by a limit
 
 
 def _windows(ranks: list[dict[str, Any]], world_size: int, rank: int) -> dict[str, Any]:
