@@ -122,6 +122,38 @@ def _train_with(
     return train, loader
 
 
+def evaluate_raw(make: Callable[[], nn.Module], loader: DataLoader[Any]) -> Callable[[], Any]:
+    """A plain loop that computes each batch's loss."""
+    model = make().eval()
+
+    def evaluate() -> None:
+        with torch.inference_mode():
+            for x, y in loader:
+                F.cross_entropy(model(x), y)
+
+    return evaluate
+
+
+def evaluate_trainer(make: Callable[[], nn.Module], loader: DataLoader[Any], logs: bool) -> Callable[[], Any]:
+    """lite's Trainer.validate, whose beginning and end are among the batches; with one epoch mean, or none."""
+    from lite.trainer import LightningModule, Trainer
+
+    class Module(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = make()
+
+        def validation_step(self, batch: Batch, batch_idx: int) -> None:
+            x, y = batch
+            loss = F.cross_entropy(self.model(x), y)
+            if logs:
+                self.log("val_loss", loss)
+
+    off = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    run, module = Trainer(accelerator="cpu", max_epochs=1, logger=False, **off), Module()
+    return lambda: run.validate(module, loader, verbose=False)
+
+
 def fabric(make: Callable[[], nn.Module], precision: str, loader: DataLoader[Any] | None) -> tuple[Train, Any]:
     """Lightning Fabric."""
     from lightning.fabric import Fabric

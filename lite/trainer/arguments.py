@@ -12,6 +12,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 from lite.errors import ConfigError, choose
+from lite.trainer.validation import ValidationSchedule
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -158,7 +159,7 @@ def clipping(value: Any, algorithm: Any) -> None:
 def epochs_and_steps(
     max_epochs: int | None, min_epochs: int | None, max_steps: int, min_steps: int | None, *, timed: bool
 ) -> tuple[int, int, int, int]:
-    """max_epochs, min_epochs, max_steps, min_steps as numbers; -1 is no limit."""
+    """min_epochs, max_epochs, min_steps, max_steps as numbers; -1 is no limit."""
     if max_epochs is None:
         if max_steps == -1 and not timed:
             warnings.warn(
@@ -171,4 +172,31 @@ def epochs_and_steps(
     whole("max_steps", max_steps, -1)
     if min_epochs is None:
         min_epochs = 1 if min_steps is not None else 0
-    return max_epochs, whole("min_epochs", min_epochs, 0), max_steps, whole("min_steps", min_steps or 0, 0)
+    return whole("min_epochs", min_epochs, 0), max_epochs, whole("min_steps", min_steps or 0, 0), max_steps
+
+
+def validation_schedule(interval: Any, every_n_epochs: int | None) -> ValidationSchedule:
+    """When validation is due, by val_check_interval and check_val_every_n_epoch."""
+    if every_n_epochs is not None:
+        whole("check_val_every_n_epoch", every_n_epochs, 1)
+    if isinstance(interval, (str, timedelta, Mapping)):
+        return ValidationSchedule(1.0, every_n_epochs, seconds("val_check_interval", interval))
+    value = share("val_check_interval", interval)
+    if every_n_epochs is None and isinstance(value, float):
+        raise ConfigError(
+            f"val_check_interval={value!r} with check_val_every_n_epoch=None must be a number of batches, or a time."
+        )
+    return ValidationSchedule(value, every_n_epochs)
+
+
+def has_timer(callbacks: Any) -> bool:
+    """Whether a Timer is among the callbacks."""
+    several = callbacks if isinstance(callbacks, (list, tuple)) else [callbacks]
+    return any(type(callback).__name__ == "Timer" for callback in several)
+
+
+def barebones(**costs: Any) -> None:
+    """Refuse what costs time beside barebones=True."""
+    for name, value in costs.items():
+        if value not in (None, False, 0):
+            raise ConfigError(f"Trainer(barebones=True, {name}={value!r}) contradict each other; leave one out.")

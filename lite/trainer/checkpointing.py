@@ -209,7 +209,10 @@ def _restore_val_loaders(fit: Any, states: list[Any]) -> None:
     running = fit.val_loop.loader if fit.val_loop.restoring and fit.val_loop.batch else None
     for index, (loader, state) in enumerate(zip(fit.val_data.loaders, states, strict=False)):
         if state is not None and _has_position(loader) and index != running:
-            loader.load_state_dict(state)
+            try:
+                loader.load_state_dict(state)
+            except CheckpointError:  # validation on other data than before is nobody's mistake
+                continue
             discard(loader)  # one that was left before its end, by a limit
 
 

@@ -114,7 +114,10 @@ class Entry:
 
     def add(self, value: Any, batch_size: Any) -> None:
         """Take a value; it is not waited for."""
-        self.value = self._taken(value)
+        if value.__class__ is Tensor and value.requires_grad and value.numel() == 1:  # the commonest case, written out
+            self.value = value.detach()
+        else:
+            self.value = self._taken(value)
         self.fresh = self.unwritten = True
 
     def _taken(self, value: Any) -> Any:

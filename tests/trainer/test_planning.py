@@ -101,16 +101,18 @@ def test_behaviour_49_an_endless_run_is_planned_up_to_a_limit() -> None:
 )
 def test_behaviour_49_what_can_never_come_true_is_refused(options: dict[str, Any], module: Any, said: str) -> None:
     """As soon as the run's length is known: before its first batch."""
-    run = trainer(**{"max_epochs": 3, "enable_checkpointing": True, **options})
+    run = trainer(**{"max_epochs": 3, "enable_checkpointing": "callbacks" in options, **options})
     before = weights(module)
     with pytest.raises(ConfigError, match=said):
         run.fit(module, numbers(), numbers())
     assert weights(module) == before
 
 
-def test_behaviour_49_a_monitor_that_nobody_logs_is_an_error_after_the_first_validation() -> None:
+def test_behaviour_49_a_monitor_that_nobody_logs_is_an_error_after_the_first_validation(
+    tmp_path: Path,
+) -> None:
     """At the epoch's end, not only when a save is due, in a later epoch."""
-    saver = ModelCheckpoint(monitor="nothing", every_n_epochs=3)
+    saver = ModelCheckpoint(tmp_path, monitor="nothing", every_n_epochs=3)
     run = trainer(max_epochs=3, callbacks=[saver], enable_checkpointing=True)
     with pytest.raises(ConfigError, match=r"monitor='nothing'.*'val', 'loss'"):
         run.fit(Tiny(), numbers(), numbers())
@@ -123,6 +125,6 @@ def test_behaviour_49_a_monitor_that_nobody_logs_is_an_error_after_the_first_val
         def validation_step(self, batch: Tensor, batch_idx: int) -> None:
             self.log("val", 1.0)
 
-    trainer(callbacks=[ModelCheckpoint(monitor="late")], enable_checkpointing=True, logger=False).fit(
-        Late(), numbers(), numbers()
-    )
+    saver = ModelCheckpoint(tmp_path, monitor="late")
+    trainer(callbacks=[saver], enable_checkpointing=True).fit(Late(), numbers(), numbers())
+    assert saver.best_model_score == 1.0

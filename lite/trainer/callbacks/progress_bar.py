@@ -12,6 +12,7 @@ from lite.trainer.data import INFINITE
 
 _EVERY_S = 0.1
 _LINE_EVERY_S = 10.0
+_LONGEST_STRIDE = 64
 
 
 class ProgressBar(Callback):
@@ -22,6 +23,13 @@ class ProgressBar(Callback):
 
     def enable(self) -> None:
         """Show again."""
+
+    def next_look(self) -> float:
+        """Training batches until it wants to look again, by `after_batch`; between two looks it costs nothing."""
+        return INFINITE
+
+    def after_batch(self, trainer: Any, count: int) -> None:
+        """So many batches of the epoch are done."""
 
     def get_metrics(self, trainer: Any, pl_module: Any) -> dict[str, Any]:
         """What is shown: the run's number, and what was logged with prog_bar=True."""
@@ -46,6 +54,7 @@ class TQDMProgressBar(ProgressBar):
         self._bars: dict[str, Any] = {}
         self._due_s = 0.0
         self._done = 0
+        self._stride = 1  # batches between two looks, which follows their rate
 
     def disable(self) -> None:
         self._enabled = False
@@ -62,12 +71,21 @@ class TQDMProgressBar(ProgressBar):
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         self._begin(trainer, "train", f"Epoch {trainer.current_epoch}", trainer.num_training_batches)
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if not self._enabled or time.monotonic() < self._due_s:
+    def next_look(self) -> float:
+        return self._stride if self._enabled else INFINITE
+
+    def after_batch(self, trainer: Any, count: int) -> None:
+        now = time.monotonic()
+        if not self._enabled:
             return
         if "train" not in self._bars:  # a run that goes on in the middle of an epoch
             self._begin(trainer, "train", f"Epoch {trainer.current_epoch}", trainer.num_training_batches)
-        self._show(trainer, "train", batch_idx + 1)
+        if now < self._due_s:
+            self._stride = min(2 * self._stride, _LONGEST_STRIDE)
+            return
+        if now > self._due_s + _EVERY_S:
+            self._stride = max(self._stride // 2, 1)
+        self._show(trainer, "train", count)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         self._end(trainer, "train", trainer.fit_loop.progress.batch)

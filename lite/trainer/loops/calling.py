@@ -80,4 +80,6 @@ def pick_loss(output: Any) -> Tensor | None:
 
 def hook_outputs(output: Any) -> Any:
     """What `on_train_batch_end` gets: a dict with the loss as training_step returned it, without its graph."""
+    if output.__class__ is Tensor:
+        return {"loss": output.detach()}
     return detached(output if isinstance(output, Mapping) or output is None else {"loss": output})

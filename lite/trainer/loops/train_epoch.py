@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from lite import collectives
 from lite.errors import ConfigError
+from lite.trainer.callbacks.progress_bar import ProgressBar
 from lite.trainer.combined import CombinedLoader
 from lite.trainer.data import INFINITE, StageData, length
 from lite.trainer.events import Event
@@ -52,6 +53,7 @@ class TrainEpochLoop:
         self._look_at: float = 0
         self._validated_at_s = time.monotonic()
         self._stepped = 0
+        self._bars: list[ProgressBar] = []
         self._iterator: Iterator[Any] | None = None
 
     def run(self, trainer: Any) -> Iterator[Event]:
@@ -73,6 +75,7 @@ class TrainEpochLoop:
         stop_polled = fit.stop_poll if trainer.world_size > 1 else None  # alone, the signal itself lets the loop look
         event = Event("batch", trainer)
         self._stepped = stepped = progress.stepped
+        self._bars = [callback for callback in trainer.callbacks if isinstance(callback, ProgressBar)]
         batches = self._open(trainer, data, count)
         fit.finish_validation(trainer)  # one that was interrupted; it goes on under the random state of that moment
         fit.restore_moment()
@@ -231,6 +234,8 @@ class TrainEpochLoop:
         ends: bool = fit.is_over(trainer)
         for callback in trainer.checkpoint_callbacks:
             callback.after_batch(trainer, validated=validated)
+        for bar in self._bars:
+            bar.after_batch(trainer, count)
         self._look_at = self._next_look(trainer, count)
         return ends
 
@@ -243,6 +248,8 @@ class TrainEpochLoop:
         fit, every = trainer.fit_loop, trainer.log_every_n_steps
         progress = fit.progress
         look: float = min(fit.data.num_batches, fit.next_validation(trainer, count))
+        for bar in self._bars:
+            look = min(look, count + bar.next_look())
         if trainer.world_size > 1:
             every = every or _VOTE_EVERY
         if every:
