@@ -291,3 +291,21 @@ def test_values_of_a_sanity_check_are_forgotten(tmp_path: Path) -> None:
     trainer(num_sanity_val_steps=2, callbacks=[looks], logger=logger).fit(Tiny(), datamodule=TinyData())
     assert "val" in looks.found
     assert len(read_rows(logger)) == 1
+
+
+def test_behaviour_42_one_cursor_and_every_row_has_the_clocks(tmp_path: Path) -> None:
+    """Batches, optimizer updates, samples, seconds: of a run that accumulates, in training's and validation's rows."""
+    logger = CSVLogger(tmp_path)
+    run = trainer(max_epochs=2, logger=logger, log_every_n_steps=1, accumulate_grad_batches=2)
+    cursor = []
+    for event in run.steps(Tiny(), numbers(10), numbers(4), events=("batch",)):
+        progress = run.fit_loop.progress
+        cursor.append((event.epoch, event.batch_idx, progress.epoch, progress.batch, progress.batches))
+    assert cursor == [(e, b, e, b + 1, 3 * e + b + 1) for e in range(2) for b in range(3)]
+    logger.flush()
+    rows = list(csv.DictReader(logger.path.read_text().splitlines()))
+    found = [(row["epoch"], row["batches"], row["updates"], row["samples"]) for row in rows if row["loss"]]
+    assert found == [("0", "2", "1", "8"), ("0", "3", "2", "10"), ("1", "5", "3", "18"), ("1", "6", "4", "20")]
+    assert [row["batches"] for row in rows if row["val"]] == ["3", "6"]
+    seconds = [float(row["seconds"]) for row in rows]
+    assert seconds == sorted(seconds) and seconds[0] > 0

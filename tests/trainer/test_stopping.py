@@ -1,4 +1,4 @@
-"""Behaviours 24 to 27, 47 and 48: what ends a run, and how."""
+"""Behaviours 23 to 27, 39 and 48: what ends a run, and how."""
 
 from __future__ import annotations
 
@@ -266,6 +266,21 @@ def test_behaviour_48_a_run_can_be_driven_by_hand(tmp_path: Path) -> None:
     trainer(max_epochs=2).fit(again, datamodule=TinyData(), ckpt_path=tmp_path / "two.ckpt")
     trainer(max_epochs=2).fit(whole, datamodule=TinyData())
     assert weights(again) == weights(whole)
+
+
+def test_behaviour_23_limits_are_shares_of_each_loader() -> None:
+    """At least one batch, or an error that says which share would be."""
+
+    class Both(Tiny):
+        def validation_step(self, batch: Tensor, batch_idx: int, dataloader_idx: int = 0) -> None:
+            super().validation_step(batch, batch_idx)
+
+    run = trainer(limit_val_batches=0.5, limit_train_batches=0.5)
+    run.fit(Both(), numbers(20), [numbers(24, 2), numbers(8)])
+    assert (run.num_training_batches, run.num_val_batches) == (2, [6, 1])
+    assert run.callback_metrics.keys() >= {"val/dataloader_idx_0", "val/dataloader_idx_1"}
+    with pytest.raises(ConfigError, match=r"limit_val_batches=0.4 of 2 batches is none; give at least 0.5"):
+        trainer(limit_val_batches=0.4).fit(Both(), numbers(), [numbers(24, 2), numbers(8)])
 
 
 def test_limits_and_quick_runs() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +214,29 @@ def test_behaviours_22_25_35_41_51_ranks_agree(tmp_path: Path) -> None:
     assert first["resumed"] and second["resumed"]
     assert first["early"] == second["early"]
     assert first["early"][:2] == (2, 1)
+
+
+class Unsynchronised(Tiny):
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.log("own", float(self.global_rank))
+        self.log("shared", float(self.global_rank), sync_dist=True)
+
+
+def own_and_shared() -> tuple[dict[str, float], list[str]]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = trainer(**STRATEGY).validate(Unsynchronised(), numbers(3, 1), verbose=False)
+    return found[0], [str(warning.message) for warning in caught]
+
+
+def test_behaviour_4_values_are_a_ranks_own_unless_they_are_synchronised() -> None:
+    """With a word on it in validation; a mean over ranks is weighed by their samples, here two of rank 0 and one."""
+    for rank, (found, said) in enumerate(run_distributed(own_and_shared)):
+        assert found == {"own": float(rank), "shared": pytest.approx(1 / 3, rel=1e-7)}
+        assert [text for text in said if "sync_dist" in text] == [
+            "log('own') in validation_step without sync_dist=True gives each of the 2 ranks the value of its own "
+            "samples."
+        ]
 
 
 class Gan(LightningModule):
