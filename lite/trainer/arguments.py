@@ -23,8 +23,6 @@ _REFUSED = {
     "amp_backend": "precision='16-mixed', which is torch's own",
     "amp_level": "precision='16-mixed', which is torch's own",
     "auto_select_gpus": "devices=N with CUDA_VISIBLE_DEVICES",
-    "auto_lr_find": "a learning-rate finder of your own as a callback",
-    "auto_scale_batch_size": "a batch-size finder of your own as a callback",
     "checkpoint_callback": "enable_checkpointing=...",
     "weights_summary": "callbacks=[ModelSummary(max_depth=...)]",
     "progress_bar_refresh_rate": "callbacks=[TQDMProgressBar(refresh_rate=...)]",

@@ -27,7 +27,7 @@ from lite.trainer.metrics import Metrics
 from lite.trainer.optimizers import SchedulerConfig
 from lite.trainer.planning import Planned, check_reachable, plan
 from lite.trainer.preparing import Preparing
-from lite.trainer.profiling import make_profiler
+from lite.trainer.profilers import make_profiler
 from lite.trainer.run import check_module, in_order, running
 from lite.trainer.serving import Serving
 from lite.trainer.sources import or_datamodule
@@ -85,9 +85,11 @@ class Trainer(Preparing, Checkpoints, Interruption, Serving):
         sync_batchnorm: Whether batch norms use all ranks' statistics.
         use_distributed_sampler: As for `Lite.setup_dataloaders`.
         multiple_trainloader_mode: How several training loaders are drawn from; see CombinedLoader.
-        profiler: "simple", or an object with `profile(name)`.
+        profiler: "simple", "advanced", "pytorch", or an object with `profile(name)`.
         reload_dataloaders_every_n_epochs: Ask for the loaders anew every n epochs; 0 for never.
         barebones: Switch off whatever costs time besides training.
+        auto_lr_find: Whether `tune` looks for a learning rate; or the attribute that it is put into.
+        auto_scale_batch_size: Whether `tune` looks for a batch size; or how, "power" or "binsearch".
     """
 
     @arguments.settled
@@ -137,6 +139,8 @@ class Trainer(Preparing, Checkpoints, Interruption, Serving):
         profiler: Any = None,
         reload_dataloaders_every_n_epochs: int = 0,
         barebones: bool = False,
+        auto_lr_find: bool | str = False,
+        auto_scale_batch_size: bool | str = False,
     ) -> None:
         if barebones:
             arguments.barebones(
@@ -188,15 +192,16 @@ class Trainer(Preparing, Checkpoints, Interruption, Serving):
         )
         self.num_nodes = num_nodes
         self.profiler = make_profiler(profiler)
+        self.auto_lr_find, self.auto_scale_batch_size = auto_lr_find, auto_scale_batch_size
         self.fit_loop = FitLoop(
             *limits, schedule=arguments.validation_schedule(val_check_interval, check_val_every_n_epoch)
         )
         self.validate_loop, self.test_loop = EvaluationLoop("validate"), EvaluationLoop("test")
         self.predict_loop = PredictLoop()
         if lite is not None:
-            if logger not in (None, True):
+            if logger not in (None, True, False):
                 raise ConfigError("Trainer(lite=..., logger=...): the Lite object has the loggers; pass them to Lite.")
-            self.loggers = list(lite.loggers)
+            self.loggers = [] if logger is False else list(lite.loggers)
         else:
             self.loggers = assemble_loggers(logger, self.default_root_dir)
         settings = {"accelerator": accelerator, "strategy": strategy, "devices": devices, "num_nodes": num_nodes}
@@ -438,6 +443,62 @@ class Trainer(Preparing, Checkpoints, Interruption, Serving):
             self.predict_loop.predictions = []
             return None
         return found[0] if len(found) == 1 else found
+
+    def tune(
+        self,
+        model: Any,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        datamodule: Any = None,
+        scale_batch_size_kwargs: Mapping[str, Any] | None = None,
+        lr_find_kwargs: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Find what `auto_scale_batch_size` and `auto_lr_find` ask for, in this order. Collective: call on all ranks.
+
+        Args:
+            model: As for `fit`; its weights stay.
+            train_dataloaders: As for `fit`.
+            val_dataloaders: Not used.
+            datamodule: As for `fit`.
+            scale_batch_size_kwargs: Further arguments of `Tuner.scale_batch_size`.
+            lr_find_kwargs: Further arguments of `Tuner.lr_find`.
+
+        Returns:
+            {"scale_batch_size": the size, "lr_find": an LRFinder}, as far as asked for.
+        """
+        from lite.trainer.tuner import Tuner
+
+        if not self.auto_scale_batch_size and not self.auto_lr_find:
+            raise ConfigError(
+                "tune has nothing to look for; set Trainer(auto_lr_find=True) or Trainer(auto_scale_batch_size=True)."
+            )
+        train_dataloaders, datamodule = or_datamodule(train_dataloaders, datamodule)
+        check_module(model, "tune")
+        self._launch()
+        tuner = Tuner(self)
+        found: dict[str, Any] = {}
+        if self.auto_scale_batch_size:
+            mode = {"mode": self.auto_scale_batch_size} if isinstance(self.auto_scale_batch_size, str) else {}
+            options = {**mode, **(scale_batch_size_kwargs or {})}
+            found["scale_batch_size"] = tuner.scale_batch_size(model, train_dataloaders, datamodule, **options)
+        if self.auto_lr_find:
+            name = {"attr_name": self.auto_lr_find} if isinstance(self.auto_lr_find, str) else {}
+            options = {**name, **(lr_find_kwargs or {})}
+            found["lr_find"] = tuner.lr_find(model, train_dataloaders, datamodule, **options)
+        return found
+
+    def trial(self, **options: Any) -> Trainer:
+        """A Trainer for a short fit with this one's Lite and optimisation, of which nothing is written or shown."""
+        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        alike = {
+            "limit_train_batches": self.limit_train_batches,
+            "gradient_clip_val": self.gradient_clip_val,
+            "gradient_clip_algorithm": self.gradient_clip_algorithm,
+            "use_distributed_sampler": self.use_distributed_sampler,
+            "multiple_trainloader_mode": self.multiple_trainloader_mode,
+        }
+        off = {"enable_model_summary": False, "limit_val_batches": 0, "num_sanity_val_steps": 0}
+        return Trainer(lite=self.lite, max_epochs=-1, **{**quiet, **alike, **off, **options})
 
     def print(self, *args: Any, **kwargs: Any) -> None:
         """`print` on rank 0."""

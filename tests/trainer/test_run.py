@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from lite.trainer.callbacks import (
     Timer,
     TQDMProgressBar,
 )
+from lite.trainer.profilers import PyTorchProfiler
 from tests.trainer.modules import QUIET, Tiny, TinyData, numbers, trainer, weights
 
 
@@ -228,15 +231,45 @@ def test_hyperparameters_are_logged_once(tmp_path: Path) -> None:
     assert '"lr": 0.25' in (tmp_path / "version_0" / "hyperparameters.json").read_text()
 
 
-def test_a_profiler_counts_hooks_and_barebones_logs_nothing(capsys: Any) -> None:
-    """profiler="simple" prints a table; log is ignored with a warning."""
+class Hooked(Tiny):
+    def on_train_epoch_end(self) -> None:
+        pass
 
-    class Hooked(Tiny):
-        def on_train_epoch_end(self) -> None:
-            pass
 
-    trainer(profiler="simple", max_epochs=2).fit(Hooked(), datamodule=TinyData())
-    assert "[Hooked].on_train_epoch_end" in capsys.readouterr().out
+class OwnProfiler:
+    """Another package's."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def profile(self, name: str) -> Any:
+        self.names.append(name)
+        return contextlib.nullcontext()
+
+
+def test_profilers_see_hooks_and_steps(tmp_path: Path, capsys: Any) -> None:
+    """By name, by class, or another package's; each tells of a hook and of the steps, and training is the same."""
+    module = Hooked()
+    trainer(max_epochs=2).fit(module, datamodule=TinyData())
+    expected = weights(module)
+    own = OwnProfiler()
+    for profiler in ("simple", "advanced", PyTorchProfiler(tmp_path / "traces"), own):
+        module = Hooked()
+        trainer(profiler=profiler, max_epochs=2).fit(module, datamodule=TinyData())
+        assert weights(module) == expected
+        out = capsys.readouterr().out
+        told = "\n".join(own.names) if profiler is own else out
+        for name in ("on_train_epoch_end", "training_step", "validation_step"):
+            assert f"[Hooked].{name}" in told or (isinstance(profiler, PyTorchProfiler) and name != "training_step")
+        assert profiler != "simple" or re.search(r"\[Hooked\]\.training_step +6 ", told)
+    trace = (tmp_path / "traces" / "trace-0.json").read_text()
+    assert "[Hooked].training_step" in trace and "aten::linear" in trace
+    with pytest.raises(ConfigError, match="'simple', 'advanced', 'pytorch'"):
+        trainer(profiler="smple")
+
+
+def test_barebones_logs_nothing() -> None:
+    """log is ignored with a warning."""
     with pytest.warns(UserWarning, match="barebones"):
         run = Trainer(accelerator="cpu", max_epochs=1, barebones=True)
         run.fit(Tiny(), numbers(), numbers())

@@ -116,6 +116,8 @@ class EvaluationLoop:
         if self.stage != "predict" and not overrides(trainer.module, name, LightningModule):
             raise ConfigError(f"{type(trainer.module).__name__} has no {name}; define it to {self.stage}.")
         step, old = eval_step_caller(getattr(trainer.module, name), index, len(data.loaders)), self._old
+        if trainer.wrap_hook is not None:
+            step = trainer.wrap_hook(name, trainer.module, step)
         if old is not None:
             step = old.around(step)
         stage, place = self.stage, metrics.place

@@ -119,6 +119,8 @@ def _plain_step(trainer: Any, optimizer: Optimizer) -> Step:
 
 def _training_call(trainer: Any) -> Callable[[Any, int], Any]:
     call, old = step_caller(trainer.module.training_step), trainer.fit_loop.epoch_loop.old
+    if trainer.wrap_hook is not None:
+        call = trainer.wrap_hook("training_step", trainer.module, call)
     return call if old is None else old.around(call)
 
 
