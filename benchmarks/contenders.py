@@ -6,9 +6,11 @@ Every contender gets its own model and optimizer from the same seed, and does th
 from __future__ import annotations
 
 import importlib.util
+import io
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 from typing import Any
 
 import torch
@@ -50,6 +52,108 @@ def lite(make: Callable[[], nn.Module], precision: str, loader: DataLoader[Any] 
     return _loop(model, optimizer, lite.backward), lite.setup_dataloaders(loader) if loader is not None else None
 
 
+def trainer(make: Callable[[], nn.Module], precision: str, loader: DataLoader[Any] | None) -> tuple[Train, Any]:
+    """lite's Trainer, bare: nothing but training; with a loader it trains epoch by epoch."""
+    off = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return _train_with(make, precision, loader, 0, **off)
+
+
+def trainer_defaults(
+    make: Callable[[], nn.Module], precision: str, loader: DataLoader[Any] | None
+) -> tuple[Train, Any]:
+    """lite's Trainer with progress bar, CSV logger and one log per step."""
+    return _train_with(make, precision, loader, 1, logger=_csv(), enable_checkpointing=False)
+
+
+def trainer_20_logs(make: Callable[[], nn.Module], precision: str, loader: DataLoader[Any] | None) -> tuple[Train, Any]:
+    """lite's bare Trainer with twenty logs per step."""
+    off = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return _train_with(make, precision, loader, 20, **off)
+
+
+def _csv() -> Any:
+    from lite.loggers import CSVLogger
+
+    return CSVLogger(tempfile.mkdtemp())
+
+
+def _train_with(
+    make: Callable[[], nn.Module], precision: str, loader: DataLoader[Any] | None, logs: int, **options: Any
+) -> tuple[Train, Any]:
+    """One fit that is driven from outside, so that its beginning and end are not among the steps."""
+    from lite.trainer import LightningModule, Trainer
+
+    names = [f"metric {i}" for i in range(logs)]
+
+    class Module(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = make()
+
+        def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+            x, y = batch
+            loss = F.cross_entropy(self.model(x), y)
+            for name in names:
+                self.log(name, loss, prog_bar=True)
+            return loss
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.01)
+
+    class Fed:
+        """Batches that the benchmark hands in."""
+
+        def __init__(self) -> None:
+            self.batches: Any = ()
+
+        def __iter__(self) -> Iterator[Batch]:
+            return iter(self.batches)
+
+    fed = Fed()
+    run = Trainer(accelerator="cpu", precision=precision, max_epochs=-1, **options)
+    source: Any = fed if loader is None else loader
+    events = run.steps(Module(), source, events=("epoch",))
+
+    def train(batches: Any) -> None:
+        fed.batches = batches
+        with redirect_stdout(io.StringIO()):
+            next(events)
+
+    return train, loader
+
+
+def evaluate_raw(make: Callable[[], nn.Module], loader: DataLoader[Any]) -> Callable[[], Any]:
+    """A plain loop that computes each batch's loss."""
+    model = make().eval()
+
+    def evaluate() -> None:
+        with torch.inference_mode():
+            for x, y in loader:
+                F.cross_entropy(model(x), y)
+
+    return evaluate
+
+
+def evaluate_trainer(make: Callable[[], nn.Module], loader: DataLoader[Any], logs: bool) -> Callable[[], Any]:
+    """lite's Trainer.validate, whose beginning and end are among the batches; with one epoch mean, or none."""
+    from lite.trainer import LightningModule, Trainer
+
+    class Module(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = make()
+
+        def validation_step(self, batch: Batch, batch_idx: int) -> None:
+            x, y = batch
+            loss = F.cross_entropy(self.model(x), y)
+            if logs:
+                self.log("val_loss", loss)
+
+    off = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    run, module = Trainer(accelerator="cpu", max_epochs=1, logger=False, **off), Module()
+    return lambda: run.validate(module, loader, verbose=False)
+
+
 def fabric(make: Callable[[], nn.Module], precision: str, loader: DataLoader[Any] | None) -> tuple[Train, Any]:
     """Lightning Fabric."""
     from lightning.fabric import Fabric
@@ -87,6 +191,7 @@ def _loop(model: Any, optimizer: Any, backward: Callable[[Tensor], Any]) -> Trai
 def installed() -> dict[str, Callable[..., tuple[Train, Any]]]:
     """Every contender that can run here; "raw again" shows the noise."""
     found: dict[str, Callable[..., tuple[Train, Any]]] = {"raw": raw, "raw again": raw, "lite": lite}
+    found |= {"trainer": trainer, "defaults": trainer_defaults, "20 logs": trainer_20_logs}
     if importlib.util.find_spec("lightning") is not None:
         found["fabric"] = fabric
     if importlib.util.find_spec("accelerate") is not None:

@@ -5,6 +5,7 @@
 The run has what makes resuming hard: random augmentation in two loader workers, dropout, a loss scale, a scheduler.
 In turn all of its processes get SIGKILL, or one of them, whichever (the one that writes included): at a random moment,
 or during a save of a file, in the background, or of a directory that all ranks write.
+`--loop trainer` has the Trainer in the raw loop's place, killed in training, in validation, between and during a save.
 `--launcher torchrun` starts each life by torchrun instead of a fork of this process, which is the same but slower.
 """
 
@@ -22,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,12 +111,22 @@ def job(folder: str, async_save: bool, sharded: bool = False) -> None:
         Path(folder, "result.partial").rename(Path(folder, "result"))
 
 
+def live(loop: str, folder: str, async_save: bool, sharded: bool) -> None:
+    """One life of the run, by the raw loop or the Trainer."""
+    if loop == "trainer":
+        from benchmarks import kill_drill_trainer
+
+        kill_drill_trainer.job(folder)
+    else:
+        job(folder, async_save, sharded)
+
+
 class Life:
     """The processes of one life of the run."""
 
-    def __init__(self, folder: Path, num_processes: int, launcher: str, kind: str) -> None:
+    def __init__(self, folder: Path, num_processes: int, launcher: str, kind: str, loop: str) -> None:
         self.folder = folder
-        for mark in [*folder.glob("pid-*"), *folder.glob("begun-*")]:
+        for mark in [*folder.glob("pid-*"), *folder.glob("begun-*"), *folder.glob("phase")]:
             mark.unlink()
         self._ranks = range(num_processes)
         self._children: list[int] = []
@@ -124,6 +135,7 @@ class Life:
         if launcher == "torchrun":
             command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={num_processes}"]
             command += [f"--master-port={port}", "-m", "benchmarks.kill_drill", "--life", str(folder)]
+            command += ["--loop", loop]
             command += ["--background"] if "background" in kind else []
             command += ["--sharded"] if "sharded" in kind else []
             with open(folder / "log", "ab") as log:
@@ -132,10 +144,10 @@ class Life:
         for rank in self._ranks:
             child = os.fork()
             if child == 0:
-                self._be(rank, port, kind)
+                self._be(rank, port, kind, loop)
             self._children.append(child)
 
-    def _be(self, rank: int, port: int, kind: str) -> None:
+    def _be(self, rank: int, port: int, kind: str, loop: str) -> None:
         code = 1
         try:
             os.setsid()
@@ -146,7 +158,7 @@ class Life:
             if world > 1:
                 names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
                 os.environ.update(zip(names, map(str, (rank, rank, world, world, "127.0.0.1", port)), strict=True))
-            job(str(self.folder), "background" in kind, "sharded" in kind)
+            live(loop, str(self.folder), "background" in kind, "sharded" in kind)
             code = 0
         except BaseException:
             import traceback
@@ -198,13 +210,15 @@ class Life:
             time.sleep(0.01)
 
 
-def drill(folder: Path, num_processes: int, launcher: str, kind: str | None, seed: int, kills: int) -> dict[str, Any]:
+def drill(
+    folder: Path, num_processes: int, launcher: str, kind: str | None, seed: int, kills: int, loop: str
+) -> dict[str, Any]:
     """One round: the run with up to `kills` kills of a kind (None: none), what came out of it, and who was killed."""
     chance = random.Random(seed)
     folder.mkdir(parents=True)
     done: list[list[int]] = []
     while not (folder / "result").exists():
-        life = Life(folder, num_processes, launcher, kind or "")
+        life = Life(folder, num_processes, launcher, kind or "", loop)
         if kind is not None and len(done) < kills and _moment(life, kind, chance):
             reached = life.kill(kind.split()[0], chance)
             done += [reached] if reached else []
@@ -225,13 +239,24 @@ def _moment(life: Life, kind: str, chance: random.Random) -> bool:
         time.sleep(0.002)
     time.sleep(chance.random() * 0.6)
     # What a save holds while it writes; a killed one may have left some, which the next save removes.
-    traces = f"{life.folder}/checkpoints/" + ("step-*/lite-*.lock" if "sharded" in kind else ".step-*.tmp")
+    phase = kind.split()[-1]
+    while phase in ("training", "validation", "between") and _phase(life) != phase:
+        if life.ended():
+            return False
+        time.sleep(0.0002)
+    traces = f"{life.folder}/checkpoints/" + ("step-*/lite-*.lock" if "sharded" in kind else ".*.tmp")
     before = set(glob.glob(traces))
     while "save" in kind and not set(glob.glob(traces)) - before:
         if life.ended():
             return False
         time.sleep(0.0002)
     return not life.ended()
+
+
+def _phase(life: Life) -> str:
+    """What the Trainer does, as it says."""
+    mark = life.folder / "phase"
+    return mark.read_text() if mark.exists() else ""
 
 
 def free_port() -> int:
@@ -242,15 +267,21 @@ def free_port() -> int:
 
 
 def rounds(
-    count: int, num_processes: int, launcher: str, seed: int, kills: int, folder: Path
+    count: int, num_processes: int, launcher: str, seed: int, kills: int, folder: Path, loop: str = "raw"
 ) -> Iterator[tuple[str, list[list[int]], bool]]:
     """Yield each round's kind, whom each kill reached, and whether it came out as the run that was left alone."""
-    kinds = KINDS if num_processes > 1 else [kind for kind in KINDS if not kind.startswith("one")]
-    alone = drill(folder / "alone", num_processes, launcher, None, seed, 0)
-    assert len(alone["losses"]) == STEPS
+    kinds: Sequence[str] = KINDS
+    if loop == "trainer":
+        from benchmarks.kill_drill_trainer import KINDS as TRAINER_KINDS
+
+        kinds = TRAINER_KINDS
+    if num_processes == 1:
+        kinds = [kind for kind in kinds if not kind.startswith("one")]
+    alone = drill(folder / "alone", num_processes, launcher, None, seed, 0, loop)
+    assert loop == "trainer" or len(alone["losses"]) == STEPS
     for number in range(count):
         kind = kinds[number % len(kinds)]
-        result = drill(folder / str(number), num_processes, launcher, kind, seed + number, kills)
+        result = drill(folder / str(number), num_processes, launcher, kind, seed + number, kills, loop)
         same = all(result[name] == alone[name] for name in ("losses", "weights", "lr"))
         yield kind, result["kills"], same
 
@@ -259,6 +290,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=30, help="for each number of processes, default 30")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="default 1 2")
+    parser.add_argument("--loop", choices=["raw", "trainer"], default="raw")
     parser.add_argument("--launcher", choices=["fork", "torchrun"], default="fork")
     parser.add_argument("--seed", type=int, help="of the moments and victims; a new one by default")
     parser.add_argument("--kills", type=int, default=3, help="in each round at most, default 3")
@@ -267,8 +299,10 @@ def main() -> None:
     parser.add_argument("--sharded", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.loop == "trainer":  # once, instead of in each life
+        pass
     if args.life:
-        job(args.life, args.background, args.sharded)
+        live(args.loop, args.life, args.background, args.sharded)
         return
     seed = random.SystemRandom().randrange(2**31) if args.seed is None else args.seed
     print(f"seed {seed}: --seed {seed} chooses these moments and victims again", flush=True)
@@ -276,7 +310,8 @@ def main() -> None:
     for num_processes in args.processes:
         with tempfile.TemporaryDirectory(prefix="kill-drill-") as folder:
             begun = time.monotonic()
-            outcomes = list(_tell(rounds(args.rounds, num_processes, args.launcher, seed, args.kills, Path(folder))))
+            done = rounds(args.rounds, num_processes, args.launcher, seed, args.kills, Path(folder), args.loop)
+            outcomes = list(_tell(done))
         kills, bad = sum(len(k) for _, k, _ in outcomes), sum(not same for _, _, same in outcomes)
         spared = sum(not k for _, k, _ in outcomes)
         failed += bad + (kills == 0)

@@ -1,8 +1,8 @@
 """Microseconds that a training step costs over raw PyTorch, on one process.
 
 A tiny MLP with a batch of 4, where overhead shows most, with preloaded batches and with a DataLoader; and a small GPT,
-where it should vanish. Each in 32-true and bf16-mixed. All contenders run in turn in one process; "raw again" is raw
-against itself.
+where it should vanish. Each in 32-true and bf16-mixed. Then batches of the MLP's evaluation. All contenders run in turn
+in one process; "raw again" is raw against itself.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import ConcatDataset, DataLoader, TensorDataset
 
-from benchmarks.contenders import installed, quiet
+from benchmarks.contenders import evaluate_raw, evaluate_trainer, installed, quiet
 from benchmarks.harness import arguments, compare, finish, interleave
 
 
@@ -72,6 +72,18 @@ def measure(
     return compare(title, interleave(contenders, rounds, count))
 
 
+def measure_evaluation(dataset: TensorDataset, rounds: int) -> list[dict[str, Any]]:
+    """Batches of an evaluation, 1,000 at a time."""
+    loader = DataLoader(ConcatDataset([dataset] * 10), batch_size=4)
+    contenders = {
+        "raw": evaluate_raw(mlp, loader),
+        "raw again": evaluate_raw(mlp, loader),
+        "trainer": evaluate_trainer(mlp, loader, logs=False),
+        "one log": evaluate_trainer(mlp, loader, logs=True),
+    }
+    return compare("MLP, evaluation, batch 4, DataLoader", interleave(contenders, rounds, len(loader)))
+
+
 def main() -> None:
     options = arguments(__doc__, repeats=40, steps=300)
     torch.set_num_threads(1)
@@ -91,6 +103,7 @@ def main() -> None:
             title = f"small GPT, batch 8, preloaded batches, {precision}"
             few = max(1, options.steps // 30)
             rows += measure(title, gpt, texts, batch_size=8, use_loader=False, steps=few, **common)
+        rows += measure_evaluation(points, max(1, options.repeats // 4))
     finish(rows, options.json)
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,11 @@ from torch.optim import Optimizer
 from lite import collectives
 from lite.errors import ConfigError, NonFiniteError, UsageError
 from lite.precision.base import Precision
+from lite.sharded import is_sharded
 from lite.strategies.base import Strategy
 
 NONFINITE = ("raise", "skip", "zero", "ignore")
+_MIXED = "accumulate: some micro-batches of one window have a weight and others not; give all or none."
 
 
 def clip(
@@ -88,11 +90,14 @@ def check_clip_arguments(
     return "raise" if error_if_nonfinite else "ignore"
 
 
-class Scale(NamedTuple):
+class Scale:
     """What an open window does to a loss, and whether that is by the user's own weights."""
 
-    apply: Callable[[Tensor], Tensor]
-    weighted: bool
+    __slots__ = ("apply", "weighted")
+
+    def __init__(self, apply: Callable[[Tensor], Tensor], *, weighted: bool) -> None:
+        self.apply = apply
+        self.weighted = weighted
 
 
 class Accumulation:
@@ -105,6 +110,8 @@ class Accumulation:
         ready: Whether the window is complete: step now.
         total_count: Micro-batches in all windows so far.
     """
+
+    state_is_per_rank = True
 
     def __init__(
         self,
@@ -131,6 +138,8 @@ class Accumulation:
         self._weighted: bool | None = None
         self._total: Tensor | float = 0.0
         self._unit: float | None = None
+        self._scale: Scale | None = None  # of the micro-batch whose block is running, and its weight
+        self._weight: Tensor | float | None = None
 
     @property
     def is_open(self) -> bool:
@@ -160,27 +169,86 @@ class Accumulation:
             check_weight("window", weight)
         if self.ready:
             self.count, self.ready, self._weighted, self._total = 0, False, None, 0.0
-        if self._weighted is not None and self._weighted != (weight is not None):
-            raise UsageError(
-                "accumulate: some micro-batches of one window have a weight and others not; give all or none."
-            )
-        self._weighted = weight is not None
         boundary = last or self.count + 1 == self.steps
-        if weight is None:
-            scale = Scale(lambda loss: loss / self.steps, weighted=False)
-        else:
-            weight = 0.0 if self._is_filler() else weight
-            unit = self._unit = self._unit or _unit(weight)
-            scale = Scale(lambda loss: loss * (weight / unit), weighted=True)
-        with self._scaled(scale), self._no_sync(not boundary):
-            yield
+        self._weight = None
+        self._scale = Scale(lambda loss: loss / self.steps, weighted=False)
+        if weight is not None:
+            self.weigh(weight)
+        elif self._weighted:
+            self._scale.apply = _refuse_unweighted
+        try:
+            with self._scaled(self._scale), self._no_sync(not boundary):
+                yield
+        finally:
+            self._scale = None
+        if self._weighted is None:
+            self._weighted = self._weight is not None
+        elif self._weighted != (self._weight is not None):
+            raise UsageError(_MIXED)
         self.count += 1
         self.total_count += 1
-        if weight is not None:
-            self._total = self._total + weight
+        if self._weight is not None:
+            self._total = self._total + self._weight
         if boundary:
             self._finish()
             self.ready = True
+
+    def weigh(self, weight: float | Tensor) -> None:
+        """Give the open micro-batch its weight, where only the forward tells it: call it before `lite.backward`.
+
+        Raises:
+            UsageError: No micro-batch is open, or the window's others have no weights.
+        """
+        if self._scale is None:
+            raise UsageError("weigh was called outside of the accumulation's `with` block; call it before backward.")
+        if self._weighted is False:
+            raise UsageError(_MIXED)
+        check_weight("weigh", weight)
+        value = self._weight = 0.0 if self._is_filler() else weight
+        unit = self._unit = self._unit or _unit(value)
+        self._scale.apply, self._scale.weighted = (lambda loss: loss * (value / unit)), True
+
+    def flush(self) -> None:
+        """End an open window whose last micro-batch was not known to be the last; its gradients become the ranks' mean.
+
+        Collective: call on all ranks.
+
+        Raises:
+            UsageError: The parameters are sharded: their gradients are only put together by the last backward.
+        """
+        if self.ready or not self.count:
+            return
+        parameters = {id(p): p for p in self._parameters()}.values()
+        if any(map(is_sharded, parameters)):
+            raise UsageError(
+                f"the loader ended after {self.count} of {self.steps} micro-batches of an accumulation window, and "
+                "sharded models must know the last one before its backward; give the loader a length, or let the "
+                "window's steps divide its batches."
+            )
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad.copy_(collectives.all_reduce(parameter.grad, "mean"))
+        self._finish()
+        self.ready = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """The open window with its gradients so far, for a checkpoint in the middle of it; each rank has its own."""
+        if not self.is_open:
+            return {}
+        return {
+            "count": self.count,
+            "weighted": self._weighted,
+            "total": float(self._total),
+            "unit": self._unit,
+            "gradients": waiting_gradients(self._parameters()),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on within that window."""
+        self.count, self.ready = state.get("count", 0), False
+        if self.count:
+            self._weighted, self._total, self._unit = state["weighted"], state["total"], state["unit"]
+            put_back_gradients(self._parameters(), state["gradients"])
 
     def _finish(self) -> None:
         """Turn the sum of the window into the mean over what it really held."""
@@ -197,6 +265,30 @@ class Accumulation:
         for parameter in {id(p): p for p in self._parameters()}.values():
             if parameter.grad is not None:
                 parameter.grad.mul_(factor.to(parameter.grad.dtype) if isinstance(factor, Tensor) else factor)
+
+
+def _refuse_unweighted(loss: Tensor) -> Tensor:
+    raise UsageError(_MIXED)
+
+
+def waiting_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor | None]:
+    """A copy of what this rank's parameters have gathered, on the CPU.
+
+    Raises:
+        UsageError: The parameters are sharded: what waits is not theirs until it is synchronised.
+    """
+    copies: list[Tensor | None] = []
+    for parameter in parameters:
+        if is_sharded(parameter):
+            raise UsageError("the gradients of an open accumulation window can't be saved from a sharded model.")
+        copies.append(None if parameter.grad is None else parameter.grad.detach().to("cpu", copy=True))
+    return copies
+
+
+def put_back_gradients(parameters: Iterable[nn.Parameter], gradients: list[Tensor | None]) -> None:
+    """Give parameters the gradients that `waiting_gradients` returned."""
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = None if gradient is None else gradient.to(parameter.device, copy=True)
 
 
 def check_weight(call: str, weight: Any) -> None:

@@ -13,15 +13,30 @@ from tests.support.processes import ROOT, run_python, run_torchrun
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+DIGITS = [block for block in BLOCKS if "load_digits" in block]
+OTHERS = [block for block in BLOCKS if block not in DIGITS]
 
 
-@pytest.mark.parametrize("number", range(len(BLOCKS)))
+@pytest.mark.parametrize("number", range(len(OTHERS)))
 def test_every_block_runs(number: int, tmp_path: Path) -> None:
     """As a script of its own, on one process."""
     script = tmp_path / "block.py"
-    script.write_text(BLOCKS[number])
+    script.write_text(OTHERS[number])
     done = run_python(str(script))
     assert done.returncode == 0, done.stderr
+
+
+def test_the_digits_are_the_same_raw_with_lite_and_with_the_trainer(tmp_path: Path) -> None:
+    """The three scripts, each of its own, print the same loss and the same share of right answers."""
+    scripts = [tmp_path / f"{number}.py" for number in range(len(DIGITS))]
+    for path, block in zip(scripts, DIGITS, strict=True):
+        path.write_text(block)
+    script = tmp_path / "all.py"
+    script.write_text("import runpy, sys\nfor path in sys.argv[1:]:\n    runpy.run_path(path, run_name='__main__')\n")
+    done = run_python(str(script), *map(str, scripts))
+    assert done.returncode == 0, done.stderr
+    first, second, third = (line for line in done.stdout.splitlines() if line.endswith("right"))
+    assert first == second == third
 
 
 def test_all_blocks_run_on_two_processes(tmp_path: Path) -> None:

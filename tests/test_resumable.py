@@ -215,6 +215,27 @@ def test_a_save_within_a_window_is_warned_of(tmp_path: Path) -> None:
             lite.save(tmp_path / "a.ckpt", {"model": model})
 
 
+def test_a_window_in_the_state_is_gone_on_with(tmp_path: Path) -> None:
+    """Its gradients are in the checkpoint then, and nothing is warned of."""
+
+    def run(begin: int) -> list[float]:
+        torch.manual_seed(1)
+        lite = Lite(accelerator="cpu")
+        model = lite.setup(nn.Linear(1, 1))
+        window = lite.accumulate(model, steps=4)
+        state = {"model": model, "window": window}
+        if begin:
+            lite.load(tmp_path / "a.ckpt", state)
+        for number in range(begin, 3):
+            if number == 2 and not begin:
+                lite.save(tmp_path / "a.ckpt", state)
+            with window(weight=number + 1, last=number == 2):
+                lite.backward(model(torch.full((1, 1), float(number))).square().sum())
+        return [p.grad.item() for p in model.parameters() if p.grad is not None]
+
+    assert run(0) == run(2)
+
+
 def test_old_checkpoints_go_when_newer_ones_are_whole(tmp_path: Path) -> None:
     """The last two stay, and those that are kept for good."""
     train(str(tmp_path), [], every_steps=1, keep_last=2, keep_every=5)

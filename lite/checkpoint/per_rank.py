@@ -64,6 +64,12 @@ def pick(loaded: dict[str, Any], state: Mapping[str, Any]) -> None:
         loaded[name] = parts[rank]
 
 
+def parts_of_ranks(entry: Any) -> list[Any]:
+    """Every rank's part of an entry of a loaded checkpoint whose object's state differed between ranks."""
+    parts: list[Any] = entry[_MARK]
+    return parts
+
+
 def gather_buffers(content: dict[str, Any], state: Mapping[str, Any]) -> dict[str, dict[str, list[Tensor]]]:
     """Every rank's values of those buffers in `content` that differ between ranks, by names in `state` and keys.
 

@@ -88,8 +88,13 @@ class ShardedSampler:
         return self._slices(current, items)
 
     def _slices(self, current: Pass, items: Iterator[Any] | None) -> Iterator[Any]:
+        whole = self.shard.world_size == 1 and self.batch_size is not None and self._seed_rank is None
+        size = self.group_size
         for number, group in enumerate(self._groups(current, items)):
-            full = len(group) == self.group_size
+            full = len(group) == size
+            if full and whole:
+                yield group
+                continue
             if not full and self.drop_last:
                 break
             mine, share = self._take(group, full)

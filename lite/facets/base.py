@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from lite.accelerators import Accelerator
 from lite.data.shares import BatchWeight
@@ -30,7 +31,7 @@ class Facet:
     _modules: dict[nn.Module, Engine | None]
     _weight: BatchWeight
     _prepared: Prepared
-    _windows: list[tuple[Accumulation, set[nn.Module]]]
+    _windows: list[tuple[Accumulation, set[nn.Module], Optimizer | None]]
 
     @property
     def device(self) -> torch.device:
@@ -81,12 +82,12 @@ class Facet:
     @property
     def is_accumulating(self) -> bool:
         """Whether a window of `accumulate` has gradients that wait for its remaining micro-batches."""
-        return any(window.is_open for window, _ in self._windows)
+        return any(window.is_open for window, *_ in self._windows)
 
     @property
     def num_micro_batches(self) -> int:
         """Micro-batches so far in the windows of `accumulate`."""
-        return sum(window.total_count for window, _ in self._windows)
+        return sum(window.total_count for window, *_ in self._windows)
 
     def explain(self) -> str:
         """Every setting with where it came from, and, once they are set up, what was done to models and loaders."""

@@ -68,10 +68,11 @@ class Checkpoints(Facet):
         """
         self._require_connected("save")
         refuse_alone("lite.save")
-        if self.is_accumulating:
+        held = {id(part) for value in state.values() for part in (value, *getattr(value, "windows", ()))}
+        if any(window.is_open and id(window) not in held for window, *_ in self._windows):
             warnings.warn(
-                "lite.save came within an accumulation window, whose gradients are in no checkpoint: a run that goes "
-                "on from it begins the window anew. Save when window.ready.",
+                "lite.save came within an accumulation window, whose gradients are not in the checkpoint: a run that "
+                "goes on from it begins the window anew. Save when window.ready, or put the window into the state.",
                 stacklevel=2,
             )
         busy = choose("busy", busy, ["wait", "skip"])

@@ -89,6 +89,15 @@ class BetweenRanks(Facet):
         group = self.strategy.data_group()
         return collectives.gather_for_metrics(tensors, weight.num_real, device=cuda, group=group, refusal=refusal)
 
+    def real_samples(self) -> int | None:
+        """How many samples of this rank's current batch count, for metrics of your own.
+
+        Returns:
+            None where all do; 0 where the batch repeats another rank's sample, to keep this rank in step.
+        """
+        self._weight.filler_pending = False
+        return self._weight.num_real
+
     @contextmanager
     def rank_zero_first(self, local: bool = False) -> Iterator[None]:
         """Rank 0 runs the block first, the others after it, or not at all when it failed.

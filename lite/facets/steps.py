@@ -117,7 +117,7 @@ class Steps(Facet):
             throw_on_early_termination=throw_on_early_termination,
         )
 
-    def accumulate(self, *models: nn.Module, steps: int) -> gradients.Accumulation:
+    def accumulate(self, *models: nn.Module, steps: int, optimizer: Optimizer | None = None) -> gradients.Accumulation:
         """Accumulate gradients over `steps` micro-batches before each optimizer step.
 
         Use it as `with window(last=...): forward; lite.backward(loss)`, then step when `window.ready`. Inside it
@@ -127,6 +127,8 @@ class Steps(Facet):
         Args:
             *models: The set-up models that are trained.
             steps: Micro-batches per optimizer step.
+            optimizer: Whose parameters the window is for, where each optimizer of a model has a window of its own; a
+                loss within it should reach no others.
 
         Returns:
             The counter that is called for each micro-batch; see `lite.gradients.Accumulation`.
@@ -145,14 +147,19 @@ class Steps(Facet):
 
         window = gradients.Accumulation(
             steps,
-            lambda: (p for m in models for p in m.parameters()),
+            lambda: _parameters_of(models, optimizer),
             no_sync,
             self._scaled,
             lambda: self._weight.num_real == 0,
             self._device,
         )
         held = set(models)
-        self._windows = [(window, held), *((w, m) for w, m in self._windows if not m & held)]
+        others = [
+            (w, m, o)
+            for w, m, o in self._windows
+            if not (m & held) or (o is not None and o is not optimizer is not None)
+        ]
+        self._windows = [(window, held, optimizer), *others]
         return window
 
     def clip_gradients(
@@ -317,7 +324,9 @@ class Steps(Facet):
 
     def _check_window(self, optimizer: Optimizer) -> None:
         """Refuse a step with gradients that an open window has kept on this rank."""
-        for window, models in self._windows:
+        for window, models, owner in self._windows:
+            if owner is not None and owner is not optimizer:
+                continue
             if not window.is_open or all(getattr(self._modules.get(m), "gradients_agree", True) for m in models):
                 continue
             held = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -335,6 +344,12 @@ class Steps(Facet):
 
 def _never() -> bool:
     return False
+
+
+def _parameters_of(models: tuple[nn.Module, ...], optimizer: Optimizer | None) -> Iterator[nn.Parameter]:
+    if optimizer is not None:
+        return (p for group in optimizer.param_groups for p in group["params"])
+    return (p for model in models for p in model.parameters())
 
 
 def compose_backward(lite: Steps) -> Callable[..., None]:

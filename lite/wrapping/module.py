@@ -52,9 +52,10 @@ def wrap_module(module: nn.Module, *, engine: Engine | None, precision: Precisio
     if engine is None and route.autocast is not None:
         call = _autocast_call(raw, route, route.autocast)
     body: dict[str, Any] = {"__call__": call, "_apply": _guarded_apply(raw, precision, fixed=engine is not None)}
+    whole = getattr(raw, "forward_methods", ("forward",))  # a class may name others that are a whole forward
     for name, method in own_methods(raw):
-        whole = name == "forward" and not (engine is not None and engine.through_call)
-        body[name] = _routed_method(method, route, whole=whole)
+        named = name in whole and not (engine is not None and engine.through_call)
+        body[name] = _routed_method(method, route, whole=named)
     _disguise(module, body)
     _wrapped[module] = raw
 
@@ -88,8 +89,11 @@ def unwrap_module(module: nn.Module) -> None:
 
 
 def own_methods(cls: type[nn.Module]) -> Iterator[tuple[str, Callable[..., Any]]]:
-    """The public functions of the user's classes, `forward` included, without those that torch.nn.Module has."""
-    seen: set[str] = set()
+    """The public functions of the user's classes, `forward` included, without those that torch.nn.Module has.
+
+    A class may name others that compute nothing of their own, in `plain_methods`.
+    """
+    seen: set[str] = set(getattr(cls, "plain_methods", ()))
     for owner in cls.__mro__:
         if owner is nn.Module:
             break

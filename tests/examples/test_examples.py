@@ -22,6 +22,7 @@ RUN_SCRIPTS = Path(__file__).with_name("run_scripts.py")
 # Two ranks can't share one GPU, and GPU kernels need not be deterministic.
 ON_CPU = {"CUDA_VISIBLE_DEVICES": ""}
 QUICK = {"digits": "2", "char_lm": "1", "gan": "3", "reinforce": "20"}  # epochs
+WITH_TRAINER = ["digits", "char_lm", "gan"]
 BATCH_SIZE = 32
 FEWER = {"NUM_BLOCKS": "902"}  # of char_lm's text, where a CPU is slow
 NUM_TRAIN = {"digits": 1437, "char_lm": 811, "gan": 1437}
@@ -85,15 +86,27 @@ def test_one_process_equals_raw_bit_for_bit(
     assert pair.lite_text == pair.raw_text != ""
 
 
-@pytest.mark.parametrize("task", QUICK)
-def test_two_processes_equal_one_with_doubled_batch(task: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("task", WITH_TRAINER)
+def test_the_trainer_equals_raw_bit_for_bit(
+    task: str, on_one_process: Callable[[str, str], Pair], tmp_path: Path
+) -> None:
+    """Losses of all steps, final weights and printed text of the same task with the Trainer."""
+    options = ["--epochs", QUICK[task], "--precision", "32-true", "--losses"]
+    (text,) = run_here([f"{task}_trainer.py", *options, str(tmp_path / "trainer")])
+    pair = on_one_process(task, "32-true")
+    assert read(tmp_path / "trainer") == pair.raw_record
+    assert text == pair.raw_text
+
+
+@pytest.mark.parametrize(("task", "kind"), [*((t, "lite") for t in QUICK), *((t, "trainer") for t in WITH_TRAINER)])
+def test_two_processes_equal_one_with_doubled_batch(task: str, kind: str, tmp_path: Path) -> None:
     """In float64 the losses, final weights and printed evaluation are those of raw with twice the batch size."""
     epochs = {**QUICK, "reinforce": "2"}[task]
     options = ["--epochs", epochs, "--precision", "64-true", "--losses"]
     fewer = FEWER if task == "char_lm" else {}
     command = [f"{task}_raw.py", "--batch-size", str(2 * BATCH_SIZE), *options, str(tmp_path / "raw")]
     (raw,) = run_here(command, **fewer)
-    lite = run_on_two(f"{task}_lite.py", "--batch-size", str(BATCH_SIZE), *options, str(tmp_path / "lite"), **fewer)
+    lite = run_on_two(f"{task}_{kind}.py", "--batch-size", str(BATCH_SIZE), *options, str(tmp_path / "lite"), **fewer)
 
     expected, first, second = read(tmp_path / "raw"), read(tmp_path / "lite"), read(tmp_path / "lite.1")
     assert first["sha256"] == second["sha256"]

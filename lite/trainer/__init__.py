@@ -1,0 +1,12 @@
+"""A full training engine on top of Lite: modules that say how they are trained, and a Trainer that does it."""
+
+from __future__ import annotations
+
+from lite.seed import seed_everything
+from lite.trainer.callbacks.base import Callback
+from lite.trainer.combined import CombinedLoader
+from lite.trainer.datamodule import LightningDataModule
+from lite.trainer.module import LightningModule
+from lite.trainer.trainer import Trainer
+
+__all__ = ["Callback", "CombinedLoader", "LightningDataModule", "LightningModule", "Trainer", "seed_everything"]

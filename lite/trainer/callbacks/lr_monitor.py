@@ -1,0 +1,86 @@
+"""`LearningRateMonitor`: writes the optimizers' learning rates to the loggers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lite.errors import ConfigError, choose
+from lite.trainer.callbacks.base import Callback
+
+
+class LearningRateMonitor(Callback):
+    """Logs learning rates under names such as lr-Adam, lr-Adam-1 (a second one), lr-Adam/pg1 (parameter groups).
+
+    Args:
+        logging_interval: "step" (with the loggers' interval), "epoch", or None for both schedulers' own pace.
+        log_momentum: Whether momenta are logged too.
+        log_weight_decay: Whether weight decays are.
+        log_key_prefix: What the names begin with.
+
+    Attributes:
+        lrs: What was logged, by name.
+    """
+
+    def __init__(
+        self,
+        logging_interval: str | None = None,
+        log_momentum: bool = False,
+        log_weight_decay: bool = False,
+        log_key_prefix: str | None = None,
+    ) -> None:
+        if logging_interval is not None:
+            choose("logging_interval", logging_interval, ["step", "epoch"])
+        self.logging_interval = logging_interval
+        self.log_momentum, self.log_weight_decay = log_momentum, log_weight_decay
+        self.log_key_prefix = log_key_prefix or ""
+        self.lrs: dict[str, list[float]] = {}
+        if logging_interval == "epoch":
+            self.on_train_batch_start = None  # type: ignore[assignment, method-assign]  # costs nothing per step
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        if not trainer.loggers:
+            raise ConfigError("LearningRateMonitor needs a logger; pass logger=True to the Trainer, or leave it out.")
+        self.lrs = {}
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        every = trainer.log_every_n_steps
+        if every and trainer.fit_loop.progress.stepped % every == 0:
+            self._write(trainer, "step" if self.logging_interval is None else None)
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        if self.logging_interval != "step":
+            self._write(trainer, "epoch" if self.logging_interval is None else None)
+
+    def _write(self, trainer: Any, interval: str | None) -> None:
+        row = self.rates(trainer, interval)
+        for name, value in row.items():
+            self.lrs.setdefault(name, []).append(value)
+        trainer.metrics.logged.update(row)
+        trainer.write_row(row)
+
+    def rates(self, trainer: Any, interval: str | None = None) -> dict[str, float]:
+        """The present rates by name; with an interval those whose scheduler has it."""
+        intervals = {id(c.scheduler.optimizer): (c.interval, c.name) for c in trainer.lr_scheduler_configs}
+        seen: dict[str, int] = {}
+        row: dict[str, float] = {}
+        for optimizer in trainer.optimizers:
+            paced, name = intervals.get(id(optimizer), (None, None))
+            kind = type(optimizer).__name__
+            count = seen[kind] = seen.get(kind, 0) + 1
+            name = name or (f"lr-{kind}" if count == 1 else f"lr-{kind}-{count - 1}")
+            if interval is not None and paced is not None and paced != interval:
+                continue
+            if interval == "step" and paced is None:
+                continue
+            groups = optimizer.param_groups
+            for index, group in enumerate(groups):
+                key = self.log_key_prefix + (
+                    name if len(groups) == 1 else f"{name}/{group.get('name', f'pg{index + 1}')}"
+                )
+                row[key] = float(group["lr"])
+                if self.log_momentum:
+                    momentum = group["betas"][0] if "betas" in group else group.get("momentum", 0)
+                    row[f"{key}-momentum"] = float(momentum)
+                if self.log_weight_decay:
+                    row[f"{key}-weight_decay"] = float(group.get("weight_decay", 0))
+        return row

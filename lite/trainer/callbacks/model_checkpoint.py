@@ -1,0 +1,408 @@
+"""`ModelCheckpoint`: when a checkpoint is saved, which ones are kept, and which is best; the Trainer writes them."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lite import collectives
+from lite.checkpoint.reading import remove
+from lite.errors import ConfigError, choose
+from lite.trainer.callbacks.base import Checkpoint
+from lite.trainer.callbacks.naming import checkpoint_name, free_name
+
+
+class ModelCheckpoint(Checkpoint):
+    """Saves after epochs, validations, steps or spans of time, and keeps the best, the newest, or all.
+
+    Args:
+        dirpath: The folder or URL; None is the first logger's `checkpoints`, or that of `default_root_dir`.
+        filename: The name without suffix, with {epoch}, {step} and metrics in it, "{epoch}-{val_loss:.2f}" say.
+        monitor: The metric by which checkpoints are compared; None keeps the newest.
+        verbose: Whether to tell of each save.
+        save_last: True also writes "last.ckpt" each time; "link" lets it point to the newest one.
+        save_top_k: How many are kept; -1 all, 0 none.
+        save_weights_only: Leave out what only a resumed training needs.
+        mode: "min" or "max": which metric is better.
+        auto_insert_metric_name: Whether "{epoch}" becomes "epoch=3" or "3".
+        every_n_train_steps: Save after every so many optimizer steps.
+        train_time_interval: Save when so much time has passed, by rank 0's clock.
+        every_n_epochs: Save after every so many epochs, or validations of such epochs; the default, 1.
+        save_on_train_epoch_end: At the end of training epochs, or after validation; None: at the end of epochs where
+            one validation belongs to each, else after validation.
+        save_on_exception: Whether to save when an exception ends the run (on one process).
+        enable_version_counter: Whether a name that is taken gets "-v1"; otherwise it is overwritten.
+
+    Attributes:
+        best_model_path, best_model_score: The best checkpoint.
+        last_model_path: The newest "last".
+        best_k_models: Paths and scores of those that are kept.
+        kth_best_model_path: The worst of them.
+    """
+
+    CHECKPOINT_JOIN_CHAR: ClassVar[str] = "-"
+    CHECKPOINT_EQUALS_CHAR: ClassVar[str] = "="
+    CHECKPOINT_NAME_LAST: ClassVar[str] = "last"
+    FILE_EXTENSION: ClassVar[str] = ".ckpt"
+    STARTING_VERSION: ClassVar[int] = 1
+
+    def __init__(
+        self,
+        dirpath: str | os.PathLike[str] | None = None,
+        filename: str | None = None,
+        monitor: str | None = None,
+        verbose: bool = False,
+        save_last: bool | str | None = None,
+        save_top_k: int = 1,
+        save_weights_only: bool = False,
+        mode: str = "min",
+        auto_insert_metric_name: bool = True,
+        every_n_train_steps: int | None = None,
+        train_time_interval: timedelta | None = None,
+        every_n_epochs: int | None = None,
+        save_on_train_epoch_end: bool | None = None,
+        save_on_exception: bool = False,
+        enable_version_counter: bool = True,
+    ) -> None:
+        _check(save_top_k, save_last, monitor, every_n_train_steps, train_time_interval, every_n_epochs)
+        self.monitor, self.verbose = monitor, verbose
+        self.mode = choose("ModelCheckpoint's mode", mode, ["min", "max"])
+        self.save_last, self.save_top_k, self.save_weights_only = save_last, save_top_k, save_weights_only
+        self.auto_insert_metric_name = auto_insert_metric_name
+        self.save_on_exception, self.enable_version_counter = save_on_exception, enable_version_counter
+        by_epoch = not every_n_train_steps and train_time_interval is None
+        self._every_n_train_steps = every_n_train_steps or 0
+        self._train_time_interval = train_time_interval
+        self._every_n_epochs = every_n_epochs if every_n_epochs is not None else int(by_epoch)
+        self._save_on_train_epoch_end = save_on_train_epoch_end
+        self._given_dirpath = None if dirpath is None else os.fspath(dirpath)
+        self.dirpath: str | None = self._expanded(self._given_dirpath)
+        self.filename = filename
+        self.best_k_models: dict[str, Tensor] = {}
+        self.best_model_path = self.kth_best_model_path = self.last_model_path = ""
+        self.best_model_score: Tensor | None = None
+        self.current_score: Tensor | None = None
+        self.kth_value = torch.tensor(math.inf if mode == "min" else -math.inf)
+        self._last_step_saved = -1
+        self._looked_at_step: int | None = None
+        self._last_saved = ""
+        self._saved_at_s = time.monotonic()
+        self._note: Callable[[ModelCheckpoint], None] | None = None
+
+    @property
+    def state_key(self) -> str:
+        """Names the settings, so that several live together."""
+        settings = {
+            "monitor": self.monitor,
+            "mode": self.mode,
+            "every_n_train_steps": self._every_n_train_steps,
+            "every_n_epochs": self._every_n_epochs,
+            "train_time_interval": self._train_time_interval,
+        }
+        return f"{type(self).__qualname__}{settings!r}"
+
+    @property
+    def every_n_epochs(self) -> int:
+        """Epochs between two saves, 0 where they don't count."""
+        return self._every_n_epochs
+
+    @property
+    def every_n_train_steps(self) -> int:
+        """Optimizer steps between two saves, 0 where they don't count."""
+        return self._every_n_train_steps
+
+    def noting(self, note: Callable[[ModelCheckpoint], None]) -> ModelCheckpoint:
+        """One that says when it is due as this one does, and calls `note` instead of saving."""
+        twin = copy.copy(self)
+        twin._last_step_saved, twin._looked_at_step = -1, None
+        twin._note = note
+        return twin
+
+    # ---- when
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if self._given_dirpath is None and stage == "fit":
+            folder = os.path.join(trainer.log_dir if trainer.loggers else trainer.default_root_dir, "checkpoints")
+            self.dirpath = collectives.broadcast(folder)
+        self._saved_at_s = time.monotonic()
+        self._last_step_saved, self._looked_at_step = -1, None
+
+    def after_batch(self, trainer: Any, *, validated: bool) -> None:
+        if self._is_off(trainer):
+            return
+        steps, epoch = self._every_n_train_steps, trainer.current_epoch
+        # Several optimizers may step over a multiple within one batch.
+        before = trainer.global_step - 1 if self._looked_at_step is None else self._looked_at_step
+        self._looked_at_step = trainer.global_step
+        due = bool(steps) and trainer.global_step // steps > before // steps
+        if self._train_time_interval is not None:
+            struck = time.monotonic() - self._saved_at_s >= self._train_time_interval.total_seconds()
+            due = due or collectives.any_rank(struck and trainer.is_global_zero)
+        if validated and not self._at_epochs(trainer):
+            due = due or (self._every_n_epochs >= 1 and (epoch + 1) % self._every_n_epochs == 0)
+        if due:
+            self._save(trainer)
+
+    def after_epoch(self, trainer: Any) -> None:
+        every = self._every_n_epochs
+        due = every >= 1 and (trainer.current_epoch + 1) % every == 0
+        if due and self._at_epochs(trainer) and not self._is_off(trainer):
+            self._save(trainer)
+
+    def next_look(self, global_step: int) -> float:
+        if self._train_time_interval is not None:
+            return 1
+        steps = self._every_n_train_steps
+        return steps - global_step % steps if steps else math.inf
+
+    def _at_epochs(self, trainer: Any) -> bool:
+        if self._save_on_train_epoch_end is not None:
+            return self._save_on_train_epoch_end
+        schedule = trainer.fit_loop.schedule
+        if not trainer.enable_validation:
+            return True
+        if schedule.interval_s is not None:
+            return False
+        return isinstance(schedule.interval, float) and schedule.interval == 1.0 and schedule.every_n_epochs == 1
+
+    def _is_off(self, trainer: Any) -> bool:
+        return bool(trainer.fast_dev_run) or self._last_step_saved == trainer.global_step or trainer.sanity_checking
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        if not self.save_on_exception or not trainer.training or self._is_off(trainer):
+            return
+        if trainer.world_size > 1:
+            warnings.warn("save_on_exception: the other ranks can't take part in a save now; nothing is.", stacklevel=2)
+            return
+        path = self.format_checkpoint_name({**trainer.callback_metrics, **_counters(trainer)})
+        self._write(trainer, path)
+
+    # ---- what
+
+    def _save(self, trainer: Any) -> None:
+        if self._note is not None:
+            self._note(self)
+            self._last_step_saved = trainer.global_step
+            return
+        metrics = {**trainer.callback_metrics, **_counters(trainer)}
+        if self.monitor is not None and self.save_top_k:
+            if not self._has_monitor(trainer, metrics):
+                return
+            value = torch.as_tensor(collectives.broadcast(float(metrics[self.monitor])))
+            self._save_if_among_best(trainer, metrics, value)
+        elif self.save_top_k:
+            self._save_newest(trainer, metrics)
+        if self.save_last:
+            self._save_last(trainer, metrics)
+        self._last_step_saved, self._saved_at_s = trainer.global_step, time.monotonic()
+
+    def _has_monitor(self, trainer: Any, metrics: dict[str, Any]) -> bool:
+        if self.monitor in metrics:
+            return True
+        if trainer.enable_validation and trainer.fit_loop.progress.validated < 0:
+            return False  # the first validation is still to come
+        self.require_monitor(metrics)
+        return True
+
+    def require_monitor(self, metrics: dict[str, Any]) -> None:
+        """Refuse a metric that nobody has logged.
+
+        Raises:
+            ConfigError: It is not among these.
+        """
+        if self.monitor in metrics:
+            return
+        logged = [name for name in metrics if name not in ("epoch", "step")]
+        raise ConfigError(
+            f"ModelCheckpoint(monitor={self.monitor!r}): nobody has logged it; logged were "
+            f"{', '.join(map(repr, logged)) or 'no metrics'}."
+        )
+
+    def _save_if_among_best(self, trainer: Any, metrics: dict[str, Any], value: Tensor) -> None:
+        lost = math.inf if self.mode == "min" else -math.inf
+        self.current_score = value = torch.tensor(lost) if torch.isnan(value) else value
+        full = 0 < self.save_top_k <= len(self.best_k_models)
+        if full and not self._better(value, self.best_k_models[self.kth_best_model_path]):
+            if self.verbose:
+                self._tell(trainer, f"{self.monitor} = {value:g} is not among the best {self.save_top_k}")
+            return
+        removed = self.kth_best_model_path if full else None
+        if removed is not None:
+            del self.best_k_models[removed]
+        path = self._path(trainer, metrics, but=removed)
+        self.best_k_models[path] = value
+        choose_worst, choose_best = (max, min) if self.mode == "min" else (min, max)
+        models = self.best_k_models
+        if 0 < self.save_top_k <= len(models):
+            # Of equals the newest counts as the worst: the first that was as good stays.
+            worst = choose_worst(models.values())
+            self.kth_best_model_path = [p for p, v in models.items() if v == worst][-1]
+            self.kth_value = models[self.kth_best_model_path]
+        self.best_model_path = choose_best(models, key=models.get)  # type: ignore[arg-type]
+        self.best_model_score = models[self.best_model_path]
+        if self.verbose:
+            self._tell(trainer, f"{self.monitor} = {value:g}: saved {path}")
+        self._write(trainer, path)
+        if removed is not None and removed != path:
+            self._remove(trainer, removed)
+
+    def _save_newest(self, trainer: Any, metrics: dict[str, Any]) -> None:
+        before = self.best_model_path
+        path = self._path(trainer, metrics, but=before if self.save_top_k == 1 else None)
+        self.current_score = None
+        self.best_model_path = path
+        self._write(trainer, path)
+        if self.save_top_k == 1 and before and before != path:
+            self._remove(trainer, before)
+
+    def _save_last(self, trainer: Any, metrics: dict[str, Any]) -> None:
+        template = self.CHECKPOINT_NAME_LAST
+        path = self.format_checkpoint_name(metrics, template)
+        if self.enable_version_counter:
+            path = collectives.broadcast(
+                free_name(path, self.FILE_EXTENSION, self.STARTING_VERSION, self.last_model_path)
+            )
+        before, self.last_model_path = self.last_model_path, path
+        if self.save_last == "link" and self._last_saved and self.save_top_k:
+            if trainer.is_global_zero:
+                _link(self._last_saved, path)
+            trainer.lite.barrier()
+        else:
+            trainer.save_checkpoint(path, self.save_weights_only)
+        if before and before != path:
+            self._remove(trainer, before)
+
+    def _write(self, trainer: Any, path: str) -> None:
+        self._last_saved = path
+        trainer.save_checkpoint(path, self.save_weights_only)
+
+    def _remove(self, trainer: Any, path: str) -> None:
+        """Remove a checkpoint that need not be kept; never the one resumed from, nor one that lies elsewhere."""
+        if not trainer.is_global_zero or not self.dirpath:
+            return
+        resumed = trainer.ckpt_path
+        if resumed is not None and os.path.abspath(path) == os.path.abspath(resumed) and "://" not in path:
+            return
+        if "://" not in path and Path(self.dirpath).resolve() not in Path(path).resolve().parents:
+            return
+        remove(path)
+
+    # ---- names
+
+    def format_checkpoint_name(
+        self, metrics: dict[str, Any], filename: str | None = None, ver: int | None = None
+    ) -> str:
+        """The path of a checkpoint with these metrics."""
+        template = filename if filename is not None else self.filename
+        equals, join = self.CHECKPOINT_EQUALS_CHAR, self.CHECKPOINT_JOIN_CHAR
+        name = checkpoint_name(
+            template or f"{{epoch}}{join}{{step}}", metrics, equals if self.auto_insert_metric_name else None
+        )
+        name += f"{join}v{ver}" if ver is not None else ""
+        name += self.FILE_EXTENSION
+        return name if self.dirpath is None else _joined(self.dirpath, name)
+
+    def _path(self, trainer: Any, metrics: dict[str, Any], but: str | None = None) -> str:
+        path = self.format_checkpoint_name(metrics)
+        if self.enable_version_counter:
+            path = free_name(path, self.FILE_EXTENSION, self.STARTING_VERSION, but or "")
+        found: str = collectives.broadcast(path)
+        return found
+
+    def to_yaml(self, filepath: str | os.PathLike[str] | None = None) -> None:
+        """Write the kept checkpoints and their scores into a file."""
+        if filepath is None:
+            assert self.dirpath is not None
+            filepath = os.path.join(self.dirpath, "best_k_models.yaml")
+        lines = [f"{path}: {float(score)}\n" for path, score in self.best_k_models.items()]
+        Path(filepath).write_text("".join(lines))
+
+    @staticmethod
+    def _expanded(dirpath: str | None) -> str | None:
+        return dirpath if dirpath is None or "://" in dirpath else os.path.abspath(os.path.expanduser(dirpath))
+
+    def _better(self, value: Tensor, than: Tensor) -> bool:
+        return bool(value < than if self.mode == "min" else value > than)
+
+    def _tell(self, trainer: Any, text: str) -> None:
+        trainer.lite.print(f"ModelCheckpoint: {text}", file=sys.stderr)
+
+    # ---- state
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "monitor": self.monitor,
+            "best_model_score": self.best_model_score,
+            "best_model_path": self.best_model_path,
+            "current_score": self.current_score,
+            "dirpath": self.dirpath,
+            "best_k_models": dict(self.best_k_models),
+            "kth_best_model_path": self.kth_best_model_path,
+            "kth_value": self.kth_value,
+            "last_model_path": self.last_model_path,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best_model_path = str(state_dict["best_model_path"])
+        if state_dict.get("dirpath", self.dirpath) != self.dirpath:
+            warnings.warn(
+                f"the checkpoint was saved with dirpath={state_dict.get('dirpath')!r} and this ModelCheckpoint has "
+                f"{self.dirpath!r}: those that were kept there are left alone.",
+                stacklevel=4,
+            )
+            return
+        self.best_model_score = state_dict["best_model_score"]
+        self.kth_best_model_path = str(state_dict.get("kth_best_model_path", ""))
+        self.kth_value = state_dict.get("kth_value", self.kth_value)
+        self.best_k_models = {str(p): torch.as_tensor(v) for p, v in state_dict.get("best_k_models", {}).items()}
+        self.last_model_path = str(state_dict.get("last_model_path", ""))
+
+
+def _check(
+    top_k: Any, save_last: Any, monitor: str | None, steps: int | None, interval: Any, epochs: int | None
+) -> None:
+    """Refuse settings that are wrong or contradict each other."""
+    if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < -1:
+        raise ConfigError(f"save_top_k={top_k!r} must be -1 (all), 0 (none) or a number of checkpoints.")
+    for name, value in (("every_n_train_steps", steps), ("every_n_epochs", epochs)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+            raise ConfigError(f"{name}={value!r} must be a whole number of at least 0.")
+    if interval is not None and not isinstance(interval, timedelta):
+        raise ConfigError(f"train_time_interval={interval!r} must be a timedelta; use timedelta(minutes=...).")
+    if bool(steps) + bool(epochs) + (interval is not None) > 1:
+        raise ConfigError(
+            f"every_n_train_steps={steps!r}, every_n_epochs={epochs!r}, train_time_interval={interval!r}: give one of "
+            "them, and use several ModelCheckpoints for more."
+        )
+    if monitor is None and top_k not in (-1, 0, 1):
+        raise ConfigError(f"save_top_k={top_k} needs a monitor to compare by; without one it is -1, 0 or 1.")
+    if save_last not in (None, True, False, "link"):
+        raise ConfigError(f"save_last={save_last!r} is not known; use True, False or 'link'.")
+
+
+def _counters(trainer: Any) -> dict[str, int]:
+    return {"epoch": trainer.current_epoch, "step": trainer.global_step}
+
+
+def _joined(folder: str, name: str) -> str:
+    return f"{folder.rstrip('/')}/{name}" if "://" in folder else os.path.join(folder, name)
+
+
+def _link(target: str, path: str) -> None:
+    """Let `path` point to `target`, in one moment."""
+    beside = f"{path}.tmp"
+    if os.path.lexists(beside):
+        os.remove(beside)
+    os.symlink(os.path.relpath(target, os.path.dirname(path)), beside)
+    os.replace(beside, path)

@@ -1,0 +1,270 @@
+"""What a Trainer's checkpoint holds, and how a run takes it up again; Lite writes and reads the file.
+
+Keys are those that Lightning's files have, so that scripts that look into them go on working; what only an exact resume
+needs is under "lite".
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from lite import collectives
+from lite.checkpoint.per_rank import parts_of_ranks
+from lite.errors import CheckpointError, choose
+from lite.loading import restore_object
+from lite.seed import RandomState, mix, seed_everything
+from lite.sharded import is_sharded
+from lite.state import module_state
+from lite.trainer.foreign import progress_of_foreign
+from lite.trainer.hparams import storable
+from lite.trainer.loops.train_epoch import discard
+
+PARTS = {
+    "model": "state_dict",
+    "optimizer": "optimizer_states",
+    "lr_scheduler": "lr_schedulers",
+    "loops": "loops",
+    "callbacks": "callbacks",
+    "datamodule": "datamodule",
+    "precision": "precision",
+    "random": "lite",
+}
+
+
+def chosen_parts(restore: Iterable[str] | None, restore_except: Iterable[str] | None) -> set[str]:
+    """The checkpoint's keys that are restored.
+
+    Raises:
+        ConfigError: A name is unknown.
+    """
+    names = {**PARTS, **{key: key for key in PARTS.values()}}
+
+    def keys(argument: str, given: Iterable[str]) -> set[str]:
+        given = [given] if isinstance(given, str) else list(given)
+        return {names[choose(argument, name, names)] for name in given}
+
+    everything = set(PARTS.values())
+    if restore is not None:
+        everything = keys("restore", restore)
+    return everything - (keys("restore_except", restore_except) if restore_except is not None else set())
+
+
+# ---- saving
+
+
+def dump(trainer: Any, weights_only: bool = False) -> dict[str, Any]:
+    """The checkpoint's content. Collective: call on all ranks."""
+    module, fit = trainer.module, trainer.fit_loop
+    checkpoint: dict[str, Any] = {
+        "epoch": trainer.current_epoch,
+        "global_step": trainer.global_step,
+        "lite_version": sys.modules["lite"].__version__,
+        "state_dict": module_state(module),
+        "loops": {"fit_loop": fit.state_dict()},
+    }
+    if not weights_only:
+        checkpoint["callbacks"] = {c.state_key: s for c in trainer.callbacks if (s := c.state_dict())}
+        checkpoint["optimizer_states"] = [optimizer.state_dict() for optimizer in trainer.optimizers]
+        checkpoint["lr_schedulers"] = [c.scheduler.state_dict() for c in trainer.lr_scheduler_configs]
+        checkpoint["precision"] = trainer.lite.precision.state_dict()
+        checkpoint["lite"] = _exact_state(trainer)
+        if fit.epoch_loop.window_is_open and not any(map(is_sharded, module.parameters())):
+            checkpoint["windows"] = fit.epoch_loop.windows  # with its gradients; Lite warns where it can't be kept
+    if module.hparams:
+        checkpoint["hparams_name"] = module._hparams_name or "kwargs"
+        checkpoint["hyper_parameters"] = storable(module.hparams, type(module).__name__)
+    datamodule = trainer.datamodule
+    if datamodule is not None:
+        if datamodule.hparams:
+            checkpoint["datamodule_hparams_name"] = datamodule._hparams_name or "kwargs"
+            checkpoint["datamodule_hyper_parameters"] = storable(datamodule.hparams, type(datamodule).__name__)
+        if not weights_only and (state := datamodule.state_dict()):
+            checkpoint["datamodule"] = state
+        datamodule.on_save_checkpoint(checkpoint)
+    if not weights_only:
+        for callback in trainer.callbacks:
+            callback.on_save_checkpoint(trainer, module, checkpoint)
+    module.on_save_checkpoint(checkpoint)
+    return checkpoint
+
+
+def _exact_state(trainer: Any) -> dict[str, Any]:
+    """What only an exact resume needs: positions in the data, and of every rank its random states and sums."""
+    fit, metrics = trainer.fit_loop, trainer.metrics
+    loader = fit.data.loaders[0] if fit.data.loaders else None
+    position = loader.state_dict() if _has_position(loader) else None  # type: ignore[union-attr]
+    per_rank = bool(getattr(loader, "state_is_per_rank", False))
+    mine: dict[str, Any] = {
+        "random": RandomState.capture(cuda=True).state_dict(),
+        "metrics": fit.metrics_before if fit.metrics_before is not None else metrics.state_dict(),
+        "position": position if per_rank else None,
+        "validation": fit.val_loop.state_dict()["position"],
+        "val_loaders": [loader.state_dict() if _has_position(loader) else None for loader in fit.val_data.loaders],
+        "torchmetrics": torchmetrics_state(trainer.module),
+    }
+    ranks = collectives.all_gather_objects(mine)
+    return {"ranks": ranks, "position": None if per_rank else position}
+
+
+def _has_position(loader: Any) -> bool:
+    return hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
+
+
+# ---- restoring
+
+
+def restore_weights(trainer: Any, checkpoint: dict[str, Any], path: str) -> None:
+    """Give the weights to the module."""
+    if "state_dict" not in checkpoint:
+        raise CheckpointError(f"ckpt_path={path!r} has no 'state_dict'; it has {', '.join(map(repr, checkpoint))}.")
+    strict = trainer.module.strict_loading
+    report = restore_object(trainer.module, checkpoint["state_dict"], "state_dict", strict=strict)
+    if report.missing or report.unexpected:
+        warnings.warn(f"not everything in ckpt_path={path!r} was loaded: {report}", stacklevel=4)
+
+
+def restore_callbacks(trainer: Any, checkpoint: dict[str, Any], *, states: bool) -> None:
+    """Tell everyone of the checkpoint, and give the callbacks their states."""
+    module, datamodule = trainer.module, trainer.datamodule
+    if datamodule is not None:
+        datamodule.on_load_checkpoint(checkpoint)
+        saved = checkpoint.get("datamodule", checkpoint.get(type(datamodule).__qualname__))
+        if saved is not None and states:
+            datamodule.load_state_dict(saved)
+    module.on_load_checkpoint(checkpoint)
+    for callback in trainer.callbacks:
+        callback.on_load_checkpoint(trainer, module, checkpoint)
+    if not states:
+        return
+    known = {callback.state_key: callback for callback in trainer.callbacks}
+    for key, state in checkpoint.get("callbacks", {}).items():
+        if key in known:
+            known[key].load_state_dict(state)
+    left = [key for key in checkpoint.get("callbacks", {}) if key not in known]
+    if left:
+        warnings.warn(f"the checkpoint has states of callbacks that this Trainer doesn't have: {left}.", stacklevel=4)
+
+
+def restore_training(trainer: Any, checkpoint: dict[str, Any], parts: set[str], path: str) -> None:
+    """Give the rest back: optimizers, schedulers, loops, random states, positions."""
+    module, fit = trainer.module, trainer.fit_loop
+    if "optimizer_states" in parts and trainer.optimizers:
+        _restore_list("optimizer_states", checkpoint, trainer.optimizers, path)
+    if "lr_schedulers" in parts and trainer.lr_scheduler_configs:
+        _restore_list("lr_schedulers", checkpoint, [c.scheduler for c in trainer.lr_scheduler_configs], path)
+    if "precision" in parts and checkpoint.get("precision"):
+        trainer.lite.precision.load_state_dict(checkpoint["precision"])
+    loops = checkpoint.get("loops", {}).get("fit_loop")
+    exact = checkpoint.get("lite")
+    if "loops" in parts:
+        if loops is not None and "progress" in loops:
+            fit.load_state_dict(loops)
+        else:
+            progress_of_foreign(checkpoint, fit.progress)
+    if exact is None or "lite" not in parts or "loops" not in parts:
+        fit.val_loop.restoring = False
+        return
+    ranks = exact["ranks"]
+    same = len(ranks) == trainer.world_size
+    mine = ranks[trainer.global_rank] if same else ranks[0]
+    trainer.metrics.load_state_dict(mine["metrics"])
+    if not same:
+        warnings.warn(
+            f"the checkpoint was saved by {len(ranks)} processes and this job has {trainer.world_size}: the epoch's "
+            "metrics so far are rank 0's.",
+            stacklevel=4,
+        )
+    fit.moment = _moment(ranks, trainer.world_size, trainer.global_rank)
+    fit.val_loop.loader_state = mine["validation"]
+    _restore_val_loaders(fit, mine["val_loaders"])
+    restore_torchmetrics(module, mine["torchmetrics"])
+    if "windows" in checkpoint:
+        parts_of_windows = parts_of_ranks(checkpoint["windows"])
+        fit.epoch_loop.windows.load_state_dict(_windows(parts_of_windows, trainer.world_size, trainer.global_rank))
+    trainer.resume_position(mine["position"] if mine["position"] is not None else exact["position"])
+
+
+def _restore_list(key: str, checkpoint: dict[str, Any], objects: list[Any], path: str) -> None:
+    saved = checkpoint.get(key)
+    if saved is None:
+        raise CheckpointError(
+            f"ckpt_path={path!r} has no {key!r} to resume from (it was saved with weights_only); begin from its "
+            "weights with restore=('model',)."
+        )
+    if len(saved) != len(objects):
+        raise CheckpointError(
+            f"ckpt_path={path!r} has {len(saved)} {key}, but configure_optimizers returned {len(objects)}; leave them "
+            f"as they are with restore_except=({key!r},)."
+        )
+    for target, state in zip(objects, saved, strict=True):
+        restore_object(target, state, key, strict=True)
+
+
+def _restore_val_loaders(fit: Any, states: list[Any]) -> None:
+    """Passes over validation's loaders are counted: random numbers in their workers follow from that."""
+    running = fit.val_loop.loader if fit.val_loop.restoring and fit.val_loop.batch else None
+    for index, (loader, state) in enumerate(zip(fit.val_data.loaders, states, strict=False)):
+        if state is not None and _has_position(loader) and index != running:
+            try:
+                loader.load_state_dict(state)
+            except CheckpointError:  # validation on other data than before is nobody's mistake
+                continue
+            discard(loader)  # one that was left before its end, by a limit
+
+
+def _windows(ranks: list[dict[str, Any]], world_size: int, rank: int) -> dict[str, Any]:
+    """This rank's part of the open windows; on another number of ranks each has the mean of all parts."""
+    if len(ranks) == world_size:
+        return ranks[rank]
+    return {name: _mean([states[name] for states in ranks if name in states]) for name in ranks[0]}
+
+
+def _mean(states: list[dict[str, Any]]) -> dict[str, Any]:
+    mean = dict(states[0])
+    if "total" in mean:
+        mean["total"] = sum(state["total"] for state in states) / len(states)
+    columns = zip(*[state["gradients"] for state in states], strict=True)
+    mean["gradients"] = [None if column[0] is None else torch.stack(column).mean(0) for column in columns]
+    return mean
+
+
+def _moment(ranks: list[Any], world_size: int, rank: int) -> RandomState:
+    if len(ranks) == world_size or rank == 0:
+        return RandomState.from_state_dict(ranks[rank if len(ranks) == world_size else 0]["random"])
+    now = RandomState.capture(cuda=True)
+    seed_everything(mix(RandomState.from_state_dict(ranks[0]["random"]).digest(), world_size, rank) & (2**32 - 1))
+    moment = RandomState.capture(cuda=True)
+    now.restore()
+    return moment
+
+
+# ---- torchmetrics, which leave their sums out of state_dict
+
+
+def _torchmetrics(module: Any) -> dict[str, Any]:
+    torchmetrics = sys.modules.get("torchmetrics")
+    if torchmetrics is None:
+        return {}
+    return {name: part for name, part in module.named_modules() if isinstance(part, torchmetrics.Metric)}
+
+
+def torchmetrics_state(module: Any) -> dict[str, Any]:
+    """The sums of the module's torchmetrics."""
+    return {
+        name: {"state": {k: v for k, v in metric.metric_state.items()}, "count": metric._update_count}
+        for name, metric in _torchmetrics(module).items()
+    }
+
+
+def restore_torchmetrics(module: Any, states: dict[str, Any]) -> None:
+    """Go on from those sums."""
+    for name, metric in _torchmetrics(module).items():
+        if name in states:
+            for key, value in states[name]["state"].items():
+                setattr(metric, key, value)
+            metric._update_count = states[name]["count"]

@@ -1,0 +1,251 @@
+"""A stage's data, made ready: who gives the loaders, what Lite does to them, how many batches count, who moves them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
+
+from lite.errors import ConfigError
+from lite.trainer.combined import CombinedLoader
+from lite.trainer.datamodule import LightningDataModule
+from lite.trainer.hooks import overrides
+from lite.trainer.module_hooks import DataHooks
+
+INFINITE = float("inf")
+_TRANSFERS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+Move = Callable[[Any, int], Any]
+
+
+@dataclass
+class StageData:
+    """The loaders of one stage.
+
+    Attributes:
+        loaders: In evaluation one or several; in training one, or the CombinedLoader.
+        limits: How many batches of each count; infinite where nobody knows.
+        names: Of evaluation loaders that were given as a dict.
+        move: Moves a batch, where loaders don't; None where they do.
+        combined: Training draws from several loaders together.
+    """
+
+    loaders: list[Any] = field(default_factory=list)
+    limits: list[float] = field(default_factory=list)
+    names: list[str] | None = None
+    move: Move | None = None
+    combined: bool = False
+
+    @property
+    def num_batches(self) -> float:
+        """All batches that count."""
+        return sum(self.limits)
+
+
+def find_loaders(name: str, given: Any, module: Any, datamodule: Any) -> Any:
+    """What the user passed, or the datamodule's or module's method returns; None where there is none.
+
+    Args:
+        name: "train_dataloader", "val_dataloader", "test_dataloader" or "predict_dataloader".
+        given: What was passed, or None.
+        module: The module.
+        datamodule: The datamodule, or None.
+    """
+    if given is not None:
+        return given
+    for owner, base in ((datamodule, LightningDataModule), (module, DataHooks)):
+        if owner is not None and overrides(owner, name, base):
+            return getattr(owner, name)()
+    return None
+
+
+def has_loaders(name: str, given: Any, module: Any, datamodule: Any) -> bool:
+    """Whether `find_loaders` would find any."""
+    if given is not None or (datamodule is not None and overrides(datamodule, name, LightningDataModule)):
+        return True
+    return overrides(module, name, DataHooks)
+
+
+def find_move(lite: Any, module: Any, datamodule: Any) -> Move | None:
+    """The function that moves a batch by the user's transfer hooks; None where nobody overrides one."""
+    owner: Any = None
+    for candidate, base in ((module, DataHooks), (datamodule, DataHooks)):
+        if candidate is not None and any(overrides(candidate, name, base) for name in _TRANSFERS):
+            if owner is not None:
+                warnings.warn(
+                    "module and datamodule both override batch transfer hooks; the datamodule's are used.", stacklevel=4
+                )
+            owner = candidate
+    if owner is None:
+        return None
+    before, transfer, after = (getattr(owner, name) for name in _TRANSFERS)
+    device = lite.device
+
+    def move(batch: Any, index: int) -> Any:
+        return after(transfer(before(batch, index), device, index), index)
+
+    return move
+
+
+def make_ready(lite: Any, loader: Any, *, use_distributed_sampler: Any, moves: bool, whole: bool = False) -> Any:
+    """The loader as Lite splits it; other iterables, and loaders that Lite has prepared before, stay as they are."""
+    if not isinstance(loader, DataLoader):
+        if not hasattr(loader, "__iter__"):
+            raise ConfigError(f"{loader!r:.80} was given as a loader, but can't be iterated over.")
+        return loader
+    if hasattr(loader, "go_on_under"):  # from lite.setup_dataloaders
+        return loader
+    if whole:
+        use_distributed_sampler = False
+    return lite.setup_dataloaders(loader, use_distributed_sampler=use_distributed_sampler, move_to_device=moves)
+
+
+def train_data(
+    lite: Any,
+    raw: Any,
+    limit: int | float,
+    *,
+    move: Move | None,
+    mode: str = "max_size_cycle",
+    overfit: int | float = 0.0,
+    use_distributed_sampler: Any = True,
+) -> StageData:
+    """Training's loader, or several drawn from together."""
+    combined = raw
+    if isinstance(raw, (Mapping, list, tuple)) and not _is_data(raw):
+        combined = CombinedLoader(raw, mode)
+    several = isinstance(combined, CombinedLoader)
+    if several and combined.mode == "sequential":
+        raise ConfigError("training can't draw from a CombinedLoader with mode='sequential'; choose another mode.")
+
+    def ready(loader: Any) -> Any:
+        if overfit:
+            loader = without_shuffling(loader)
+        return make_ready(lite, loader, use_distributed_sampler=use_distributed_sampler, moves=move is None)
+
+    loader = combined.replaced(ready) if several else ready(combined)
+    parts = loader.flattened if several else [loader]
+    if move is None and lite.device.type != "cpu" and not all(isinstance(part, DataLoader) for part in parts):
+        move = lambda batch, index: lite.to_device(batch)  # noqa: E731
+    name = "overfit_batches" if overfit else "limit_train_batches"
+    return StageData([loader], [limit_batches(overfit or limit, length(loader), name)], None, move, several)
+
+
+def eval_data(
+    lite: Any,
+    raw: Any,
+    limit: int | float,
+    *,
+    stage: str,
+    move: Move | None,
+    overfit: int | float = 0.0,
+    use_distributed_sampler: Any = True,
+) -> StageData:
+    """Evaluation's loaders, one after another; a dict's keys name them."""
+    if isinstance(raw, CombinedLoader):
+        if raw.mode != "sequential":
+            raise ConfigError(
+                f"{stage} takes loaders one after another, but got a CombinedLoader with mode={raw.mode!r}; use "
+                "mode='sequential'."
+            )
+        raw = raw.iterables
+    names = None
+    if isinstance(raw, Mapping):
+        names, loaders = [str(name) for name in raw], list(raw.values())
+    elif isinstance(raw, (list, tuple)) and not _is_data(raw):
+        loaders = list(raw)
+    else:
+        loaders = [raw]
+    for loader in loaders:
+        if isinstance(loader, DataLoader) and isinstance(getattr(loader, "sampler", None), RandomSampler):
+            warnings.warn(
+                f"the loader for {stage} shuffles, so its batches differ from run to run; use shuffle=False.",
+                stacklevel=4,
+            )
+    made = [
+        make_ready(
+            lite,
+            without_shuffling(loader) if overfit else loader,
+            use_distributed_sampler=use_distributed_sampler,
+            moves=move is None,
+        )
+        for loader in loaders
+    ]
+    if move is None and lite.device.type != "cpu" and not all(isinstance(loader, DataLoader) for loader in made):
+        move = lambda batch, index: lite.to_device(batch)  # noqa: E731
+    name = "overfit_batches" if overfit else f"limit_{'val' if stage == 'validate' else stage}_batches"
+    limits = [limit_batches(overfit or limit, length(loader), name) for loader in made]
+    return StageData(made, limits, names, move)
+
+
+def length(loader: Any) -> int | None:
+    """Number of batches, or None where it is unknown."""
+    try:
+        return len(loader)
+    except (TypeError, NotImplementedError):
+        return None
+
+
+def limit_batches(limit: int | float, count: int | None, name: str) -> float:
+    """How many batches count: a whole number of them, or a share of all.
+
+    Raises:
+        ConfigError: A share of an unknown number, or one that leaves nothing.
+
+    Example:
+        >>> limit_batches(0.5, 9, "limit_val_batches"), limit_batches(20, 9, "limit_val_batches")
+        (4, 9)
+    """
+    if isinstance(limit, int):
+        return min(limit, count) if count is not None else limit
+    if count is None:
+        if limit in (0.0, 1.0):
+            return INFINITE if limit else 0
+        raise ConfigError(f"{name}={limit!r} is a share of a loader without a length; give a whole number of batches.")
+    wanted = int(count * limit)
+    if wanted == 0 and limit > 0 and count > 0:
+        raise ConfigError(
+            f"{name}={limit!r} of {count} batches is none; give at least {1 / count:.3g}, or a whole number of batches."
+        )
+    return wanted
+
+
+def without_shuffling(loader: Any) -> Any:
+    """The same loader in the dataset's order, where it is a plain one that shuffles."""
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return loader
+    if isinstance(loader.sampler, SequentialSampler):
+        return loader
+    if loader.batch_size is None:
+        warnings.warn("overfit_batches: a custom batch sampler stays as it is, shuffling included.", stacklevel=5)
+        return loader
+    warnings.warn("overfit_batches trains on the same batches in each epoch: shuffling is off.", stacklevel=5)
+    return DataLoader(
+        loader.dataset,
+        batch_size=loader.batch_size,
+        sampler=SequentialSampler(loader.dataset),  # type: ignore[arg-type]
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        drop_last=loader.drop_last,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        generator=loader.generator,
+        persistent_workers=loader.persistent_workers,
+    )
+
+
+def _is_data(value: Any) -> bool:
+    """Whether a list is a loader itself, of ready batches, instead of several loaders."""
+    if isinstance(value, Mapping):
+        return False
+    return not any(isinstance(part, (DataLoader, Mapping)) or _iterates(part) for part in value)
+
+
+def _iterates(part: Any) -> bool:
+    if isinstance(part, (list, tuple)):
+        return any(isinstance(one, DataLoader) for one in part)
+    return hasattr(part, "__iter__") and not hasattr(part, "shape") and not isinstance(part, (str, bytes))

@@ -1,0 +1,85 @@
+"""The callbacks and loggers that a Trainer has: those that it was given, and those that it has by itself."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from typing import Any
+
+from lite.errors import ConfigError
+from lite.loggers import CSVLogger, Logger, TensorBoardLogger
+from lite.trainer.callbacks.accumulation import GradientAccumulationScheduler
+from lite.trainer.callbacks.base import Checkpoint
+from lite.trainer.callbacks.early_stopping import EarlyStopping
+from lite.trainer.callbacks.model_checkpoint import ModelCheckpoint
+from lite.trainer.callbacks.model_summary import ModelSummary
+from lite.trainer.callbacks.progress_bar import ProgressBar, TQDMProgressBar
+from lite.trainer.callbacks.timer import Timer
+
+_FOLDER = "lite_logs"
+
+
+def assemble_callbacks(
+    given: Any,
+    *,
+    checkpointing: bool | None,
+    progress_bar: bool | None,
+    summary: bool | None,
+    max_time: Any,
+    accumulate: dict[int, int] | None,
+    fast_dev_run: bool,
+    barebones: bool,
+) -> list[Any]:
+    """The user's callbacks and the Trainer's own.
+
+    Raises:
+        ConfigError: A callback was passed that an argument switches off.
+    """
+    callbacks = list(given) if isinstance(given, (list, tuple)) else [] if given is None else [given]
+    if fast_dev_run:
+        callbacks = [c for c in callbacks if not isinstance(c, (Checkpoint, EarlyStopping))]
+    kinds: list[tuple[str, bool | None, type, Callable[[], Any]]] = [
+        ("enable_progress_bar", progress_bar, ProgressBar, TQDMProgressBar),
+        ("enable_model_summary", summary, ModelSummary, ModelSummary),
+        ("enable_checkpointing", checkpointing, Checkpoint, ModelCheckpoint),
+    ]
+    if max_time is not None and not any(isinstance(c, Timer) for c in callbacks):
+        callbacks.append(Timer(max_time))
+    if accumulate is not None:
+        if any(isinstance(c, GradientAccumulationScheduler) for c in callbacks):
+            raise ConfigError("accumulate_grad_batches is a dict, and a GradientAccumulationScheduler was passed too.")
+        callbacks.append(GradientAccumulationScheduler(accumulate))
+    for argument, wanted, kind, make in kinds:
+        found = [c for c in callbacks if isinstance(c, kind)]
+        if wanted is False:
+            if found:
+                reason = "barebones=True" if barebones else f"{argument}=False"
+                raise ConfigError(f"Trainer({reason}) contradicts the {type(found[0]).__name__} among the callbacks.")
+            continue
+        if kind is ProgressBar and len(found) > 1:
+            raise ConfigError(f"two progress bars were passed: {[type(c).__name__ for c in found]}; pass one.")
+        if not found:
+            callbacks.append(make())
+    for point in entry_points(group="lite.callbacks"):
+        made = point.load()()
+        callbacks.extend(made if isinstance(made, (list, tuple)) else [made])
+    return callbacks
+
+
+def assemble_loggers(given: Any, root: str) -> list[Logger]:
+    """The loggers that the argument asks for."""
+    if given is False:
+        return []
+    if given is None or given is True:
+        if importlib.util.find_spec("tensorboard") is not None:
+            return [TensorBoardLogger(_next_version(os.path.join(root, _FOLDER)))]
+        return [CSVLogger(root, name=_FOLDER)]
+    return list(given) if isinstance(given, (list, tuple)) else [given]
+
+
+def _next_version(folder: str) -> str:
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    taken = [int(name[8:]) for name in names if name.startswith("version_") and name[8:].isdigit()]
+    return os.path.join(folder, f"version_{max(taken, default=-1) + 1}")

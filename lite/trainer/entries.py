@@ -1,0 +1,319 @@
+"""The value of one logged key: the newest one, and what an epoch makes of them all. It knows no names of others."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from lite.errors import ConfigError
+
+_FOLD_AT = 256
+_REDUCE = {"mean": "mean", "avg": "mean", "sum": "sum", "min": "min", "max": "max"}
+_FUNCTIONS: dict[Any, str] = {torch.mean: "mean", torch.sum: "sum", torch.min: "min", torch.max: "max"}
+_FUNCTIONS |= {min: "min", max: "max", sum: "sum"}
+
+
+class Options(NamedTuple):
+    """How a key is logged; the arguments of `log` that must not change for one key."""
+
+    prog_bar: bool = False
+    logger: bool | None = None
+    on_step: bool | None = None
+    on_epoch: bool | None = None
+    reduce_fx: Any = "mean"
+    sync_dist: bool = False
+    add_dataloader_idx: bool = True
+    rank_zero_only: bool = False
+
+    def differing(self, before: Options) -> str:
+        """What is not as it was, for people."""
+        pairs = zip(self._fields, self, before, strict=True)
+        return ", ".join(f"{name}={new!r} instead of {old!r}" for name, new, old in pairs if new != old)
+
+    def plain(self) -> dict[str, Any]:
+        """Plain values; a function of the user's is left out."""
+        kind = reduce_kind(self.reduce_fx)
+        return {**self._asdict(), "reduce_fx": kind}
+
+    @classmethod
+    def from_plain(cls, values: Mapping[str, Any]) -> Options | None:
+        """What `plain` returned; None where a function is missing."""
+        return None if values["reduce_fx"] == "custom" else cls(**values)
+
+
+class Sizes(Protocol):
+    """What an entry asks for: how large the current batch is, and whether it only keeps this rank in step."""
+
+    filler: bool
+
+    def batch_size(self) -> int: ...
+
+
+def reduce_kind(reduce_fx: Any) -> str:
+    """ "mean", "sum", "min", "max", or "custom" for a function of the user's."""
+    if isinstance(reduce_fx, str) and reduce_fx.lower() in _REDUCE:
+        return _REDUCE[reduce_fx.lower()]
+    if callable(reduce_fx):
+        return _FUNCTIONS.get(reduce_fx, "custom")
+    raise ConfigError(f"log: reduce_fx={reduce_fx!r} is not known; use 'mean', 'sum', 'min', 'max' or a function.")
+
+
+def is_torchmetric(value: Any) -> bool:
+    """Whether it is a Metric of torchmetrics, which nobody has where that was not imported."""
+    torchmetrics = sys.modules.get("torchmetrics")
+    return torchmetrics is not None and isinstance(value, torchmetrics.Metric)
+
+
+def make_entry(
+    key: str, value: Any, options: Options, on_step: bool, on_epoch: bool, sizes: Sizes, *, muted: bool
+) -> Entry:
+    """The entry that fits a key's first value and settings."""
+    kind = reduce_kind(options.reduce_fx)
+    if is_torchmetric(value):
+        return MetricEntry(key, options, on_step, on_epoch, sizes, kind, muted)
+    return (EpochEntry if on_epoch else Entry)(key, options, on_step, on_epoch, sizes, kind, muted)
+
+
+class Entry:
+    """A key of which the newest value counts.
+
+    Attributes:
+        key: As it was logged.
+        name: With the loader's name.
+        step_name, epoch_name: The names that loggers get.
+        fresh: A step has logged it since the epoch's value was made.
+        unwritten: A step has logged it since loggers were given a row.
+        touched: There is something for the epoch's value.
+    """
+
+    shares = True  # its sums can be added up over ranks, and stored
+
+    def __init__(
+        self, key: str, options: Options, on_step: bool, on_epoch: bool, sizes: Sizes, kind: str, muted: bool
+    ) -> None:
+        self.key = self.name = self.step_name = self.epoch_name = key
+        self.options, self.on_step, self.on_epoch = options, on_step, on_epoch
+        self.logger = options.logger is not False
+        self.value: Any = None
+        self.fresh = self.unwritten = self.touched = False
+        self.kind = kind
+        self._sizes = sizes
+        self._muted = muted
+        if muted:
+            self.add = _ignore  # type: ignore[method-assign]
+
+    def names(self, named: Callable[[str], str]) -> None:
+        """Take the names, with a suffix where a step's and the epoch's value differ."""
+        fork = self.on_step and self.on_epoch
+        self.name = named("")
+        self.step_name, self.epoch_name = (named("_step"), named("_epoch")) if fork else (self.name, self.name)
+
+    def add(self, value: Any, batch_size: Any) -> None:
+        """Take a value; it is not waited for."""
+        if value.__class__ is Tensor and value.requires_grad and value.numel() == 1:  # the commonest case, written out
+            self.value = value.detach()
+        else:
+            self.value = self._taken(value)
+        self.fresh = self.unwritten = True
+
+    def _taken(self, value: Any) -> Any:
+        if type(value) is Tensor:
+            if value.numel() != 1:
+                raise self._wrong(f"a tensor of shape {tuple(value.shape)}")
+            # What is computed from parameters belongs to nobody else; another tensor the loop may go on adding to.
+            return value.detach() if value.requires_grad else value.clone()
+        if isinstance(value, Tensor):
+            if value.numel() != 1:
+                raise self._wrong(f"a tensor of shape {tuple(value.shape)}")
+            return value.detach().as_subclass(Tensor).clone()
+        if isinstance(value, (bool, int, float)):
+            return value
+        if hasattr(value, "__float__") and not isinstance(value, str):
+            return float(value)
+        raise self._wrong(f"a {type(value).__name__}")
+
+    def _wrong(self, what: str) -> ConfigError:
+        return ConfigError(f"log({self.key!r}) got {what}; log a number, or a tensor with one element.")
+
+    def step_value(self) -> Tensor:
+        """The newest value as a 0-dim tensor."""
+        return as_scalar(self.value)
+
+    def reduce(self, values: Tensor) -> Tensor:
+        """The key's reduction of several values."""
+        if self.kind == "custom":
+            reduced: Tensor = self.options.reduce_fx(values)
+            return reduced
+        found: Tensor = getattr(values, self.kind)()
+        return found
+
+    def partial(self) -> Any:
+        return None
+
+    def take(self, total: Any) -> None:
+        pass
+
+    def compute(self) -> Tensor | None:
+        """The epoch's value."""
+        return None
+
+    def reset(self) -> None:
+        """Begin another epoch."""
+        self.fresh = self.unwritten = self.touched = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"value": self.value, "fresh": self.fresh, "unwritten": self.unwritten, "touched": self.touched}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        self.value, self.fresh = state["value"], state["fresh"]
+        self.unwritten, self.touched = state["unwritten"], state["touched"]
+
+
+class EpochEntry(Entry):
+    """A key whose values make one at the epoch's end. They are added up some hundred at a time, in double precision."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._pending: list[Tensor] = []
+        self._weights: list[Any] = []
+        self._total: Any = None
+        self._weight: float = 0.0
+        self._dtype: torch.dtype | None = None
+        self._mean = self.kind == "mean"
+
+    def add(self, value: Any, batch_size: Any) -> None:
+        value = self.value = self._taken(value)
+        self.fresh = self.unwritten = True
+        if self._sizes.filler:  # this rank's batch repeats another's sample
+            if isinstance(value, Tensor):
+                self._dtype = self._dtype or _result_dtype(value)
+            return
+        self.touched = True
+        if self._mean:
+            self._weights.append(self._sizes.batch_size() if batch_size is None else batch_size)
+        self._pending.append(value)
+        if len(self._pending) >= _FOLD_AT and self.kind != "custom":
+            self._fold()
+
+    def _fold(self) -> None:
+        if not self._pending or self.kind == "custom":
+            return
+        if not isinstance(self._pending[0], Tensor) and not any(isinstance(v, Tensor) for v in self._pending):
+            values = torch.tensor([float(v) for v in self._pending], dtype=torch.float64)
+        else:
+            scalars = [as_scalar(v) for v in self._pending]
+            device = next(v.device for v in self._pending if isinstance(v, Tensor))
+            first = next(v for v in self._pending if isinstance(v, Tensor))
+            self._dtype = _result_dtype(first)
+            wide = torch.float64 if device.type != "mps" else torch.float32
+            values = torch.stack([v.to(device, wide) for v in scalars])
+        if self._mean:
+            weights = torch.tensor([float(w) for w in self._weights], dtype=values.dtype)
+            self._weight += float(weights.sum())
+            values = values * weights.to(values.device)
+        part = values.min() if self.kind == "min" else values.max() if self.kind == "max" else values.sum()
+        if self._total is None:
+            self._total = part
+        elif self.kind in ("min", "max"):
+            self._total = torch.minimum(self._total, part) if self.kind == "min" else torch.maximum(self._total, part)
+        else:
+            self._total = self._total + part
+        self._pending, self._weights = [], []
+
+    def partial(self) -> Any:
+        """What this rank has, to be put together with the others'."""
+        if self.kind == "custom":
+            return self.kind, [float(v) for v in self._pending], 0.0
+        self._fold()
+        return self.kind, float(self._total), self._weight
+
+    def take(self, total: Any) -> None:
+        """Take all ranks' in the place of this one's own."""
+        _, value, self._weight = total
+        self.touched = True
+        if self.kind == "custom":
+            self._pending = [torch.tensor(v) for v in value]
+        else:
+            self._pending, self._weights = [], []
+            self._total = torch.tensor(value, dtype=torch.float64)
+
+    def compute(self) -> Tensor | None:
+        if self.kind == "custom":
+            return self.reduce(torch.stack([as_scalar(v) for v in self._pending]))
+        self._fold()
+        if self._total is None or (self._mean and self._weight == 0):
+            return None
+        value = self._total / self._weight if self._mean else self._total
+        return value.to(self._dtype or torch.get_default_dtype())  # type: ignore[no-any-return]
+
+    def reset(self) -> None:
+        super().reset()
+        self._pending, self._weights, self._total, self._weight = [], [], None, 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        self._fold()
+        kept = [as_scalar(v) for v in self._pending]
+        sums = {"total": self._total, "weight": self._weight, "pending": kept, "dtype": self._dtype}
+        return {**super().state_dict(), **sums}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._total, self._weight, self._dtype = state["total"], state["weight"], state["dtype"]
+        self._pending = list(state["pending"])
+
+
+class MetricEntry(Entry):
+    """A Metric of torchmetrics, which counts, synchronises and stores by itself."""
+
+    shares = False
+
+    def add(self, value: Any, batch_size: Any) -> None:
+        if not is_torchmetric(value):
+            raise self._wrong(f"a {type(value).__name__} after a Metric")
+        self.value = value
+        self.fresh = self.unwritten = self.touched = True
+
+    def step_value(self) -> Tensor:
+        cached = self.value._forward_cache
+        return as_scalar(self.value.compute() if cached is None else cached)
+
+    def compute(self) -> Tensor | None:
+        value = self.value.compute()
+        self.value.reset()
+        return as_scalar(value)
+
+
+def _result_dtype(value: Tensor) -> torch.dtype:
+    return torch.float64 if value.dtype is torch.float64 else torch.float32
+
+
+def as_scalar(value: Any) -> Tensor:
+    """A 0-dim tensor, on the device where the value is."""
+    if isinstance(value, Tensor):
+        scalar = value.detach().reshape(())
+        return scalar if scalar.is_floating_point() else scalar.to(torch.get_default_dtype())
+    return torch.tensor(float(value))
+
+
+def merge(everyone: list[dict[Any, Any]]) -> dict[Any, Any]:
+    """All ranks' partial sums put together."""
+    merged: dict[Any, Any] = {}
+    for partials in everyone:
+        for key, (kind, value, weight) in partials.items():
+            if key not in merged:
+                merged[key] = (kind, value, weight)
+                continue
+            _, total, weights = merged[key]
+            combine = {"min": min, "max": max}.get(kind)
+            merged[key] = (kind, combine(total, value) if combine else total + value, weights + weight)
+    return merged
+
+
+def _ignore(value: Any, batch_size: Any) -> None:
+    """A value of a key that another rank alone logs."""

@@ -1,0 +1,123 @@
+"""Making a module or a datamodule from a checkpoint: its hyperparameters, the user's overrides, its weights."""
+
+from __future__ import annotations
+
+import csv
+import inspect
+import os
+import warnings
+from ast import literal_eval
+from collections.abc import Mapping
+from typing import Any
+
+from lite.errors import CheckpointError, MissingExtraError
+from lite.loading import restore_object
+from lite.trainer.foreign import read_checkpoint
+
+_OLD_NAMES = ("hyper_parameters", "hparams", "module_arguments")
+
+
+def load_module_from_checkpoint(
+    cls: Any,
+    path: str | os.PathLike[str],
+    map_location: Any,
+    hparams_file: str | os.PathLike[str] | None,
+    strict: bool | None,
+    weights_only: bool,
+    overrides: dict[str, Any],
+) -> Any:
+    """See `LightningModule.load_from_checkpoint`."""
+    checkpoint = read_checkpoint(path, weights_only=weights_only)
+    if "state_dict" not in checkpoint:
+        raise CheckpointError(f"checkpoint_path={str(path)!r} has no 'state_dict'; it has {list(checkpoint)!r:.200}.")
+    if hparams_file is not None:
+        checkpoint["hyper_parameters"] = read_hparams(hparams_file)
+    module = _make(cls, checkpoint, overrides)
+    configure = getattr(module, "configure_model", None)
+    if configure is not None:
+        configure()
+    module.on_load_checkpoint(checkpoint)
+    wanted = module.strict_loading if strict is None else strict
+    report = restore_object(module, checkpoint["state_dict"], cls.__name__, strict=wanted)
+    if report.missing or report.unexpected:
+        warnings.warn(f"not everything in checkpoint_path={str(path)!r} was loaded: {report}", stacklevel=3)
+    return module if map_location is None or callable(map_location) else module.to(map_location)
+
+
+def load_datamodule_from_checkpoint(
+    cls: Any,
+    path: str | os.PathLike[str],
+    hparams_file: str | os.PathLike[str] | None,
+    weights_only: bool,
+    overrides: dict[str, Any],
+) -> Any:
+    """See `LightningDataModule.load_from_checkpoint`."""
+    checkpoint = read_checkpoint(path, weights_only=weights_only)
+    if hparams_file is not None:
+        checkpoint["datamodule_hyper_parameters"] = read_hparams(hparams_file)
+    renamed = {
+        "hyper_parameters": checkpoint.get("datamodule_hyper_parameters", {}),
+        "hparams_name": checkpoint.get("datamodule_hparams_name"),
+    }
+    datamodule = _make(cls, renamed, overrides)
+    state = checkpoint.get("datamodule", checkpoint.get(cls.__qualname__))
+    if state is not None:
+        datamodule.load_state_dict(state)
+    return datamodule
+
+
+def _make(cls: Any, checkpoint: Mapping[str, Any], overrides: dict[str, Any]) -> Any:
+    """Call the class with the stored hyperparameters that it takes; the overrides win."""
+    stored: dict[str, Any] = {}
+    for name in _OLD_NAMES:
+        if isinstance(checkpoint.get(name), Mapping):
+            stored = dict(checkpoint[name])
+            break
+    parameters = inspect.signature(cls.__init__).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    held_in: Any = checkpoint.get("hparams_name")
+    if stored and isinstance(held_in, str) and held_in in parameters and held_in not in stored:
+        from lite.trainer.hparams import AttributeDict
+
+        return cls(**{held_in: AttributeDict({**stored, **overrides})})
+    kept = {k: v for k, v in stored.items() if takes_any or k in parameters}
+    arguments = {**kept, **overrides}
+    try:
+        return cls(**arguments)
+    except TypeError as error:
+        missing = [
+            n
+            for n, p in parameters.items()
+            if n != "self"
+            and p.default is p.empty
+            and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+            and n not in arguments
+        ]
+        if not missing:
+            raise
+        raise TypeError(
+            f"{cls.__name__} needs {', '.join(missing)}, which the checkpoint does not have; pass "
+            f"load_from_checkpoint(path, {missing[0]}=...)."
+        ) from error
+
+
+def read_hparams(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Hyperparameters of a .yaml or .csv file (columns key, value)."""
+    text = os.fspath(path)
+    if text.endswith((".yaml", ".yml")):
+        try:
+            import yaml  # type: ignore[import-untyped, unused-ignore]
+        except ImportError as error:
+            raise MissingExtraError(f"hparams_file={text!r} needs PyYAML: pip install pyyaml") from error
+        with open(path) as file:
+            return dict(yaml.safe_load(file) or {})
+    with open(path, newline="") as file:
+        rows = {row["key"]: row["value"] for row in csv.DictReader(file)}
+    return {key: _literal(value) for key, value in rows.items()}
+
+
+def _literal(text: str) -> Any:
+    try:
+        return literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text

@@ -1,0 +1,85 @@
+"""How the module's training steps are called, and what they may return."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from lite.errors import ConfigError
+from lite.trainer.hooks import accepted
+from lite.trainer.module import detached
+
+Step = Callable[[Any, int], Any]
+Signature = tuple[tuple[str, ...], int, bool]
+_signatures: weakref.WeakKeyDictionary[Any, Signature] = weakref.WeakKeyDictionary()
+
+
+def step_caller(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A training step as a function of (batch, batch_idx).
+
+    Raises:
+        ConfigError: It takes arguments that only older versions gave.
+    """
+    names, most, _ = signature_of(method)
+    if "optimizer_idx" in names:
+        raise ConfigError(
+            "training_step(batch, batch_idx, optimizer_idx) is the form of older versions; set "
+            "self.automatic_optimization = False in __init__, and for each optimizer of self.optimizers() call "
+            "zero_grad(), self.manual_backward(loss) and step() in training_step(batch, batch_idx)."
+        )
+    if "hiddens" in names or names[:1] == ("dataloader_iter",):
+        raise ConfigError(
+            f"training_step({', '.join(names)}): only batch and batch_idx are given; split sequences in training_step, "
+            "or let the loader give what you would draw from it."
+        )
+    if most == 0:
+        raise ConfigError("training_step() takes no batch; write def training_step(self, batch, batch_idx).")
+    return method if most > 1 else lambda batch, batch_idx: method(batch)
+
+
+def signature_of(method: Callable[..., Any]) -> Signature:
+    """Names of a method's parameters, how many it takes by position, whether it takes any name; looked at once."""
+    function = getattr(method, "__func__", method)
+    found = _signatures.get(function)
+    if found is None:
+        parameters = inspect.signature(method).parameters
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        found = (tuple(parameters), accepted(method)[1], takes_any)
+        _signatures[function] = found
+    return found
+
+
+def pick_loss(output: Any) -> Tensor | None:
+    """The loss in what `training_step` returned.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    if isinstance(output, Tensor):
+        return output
+    if output is None:
+        return None
+    if isinstance(output, Mapping):
+        if "loss" not in output:
+            raise ConfigError(
+                f"training_step returned a dict with the keys {list(output)} and without 'loss'; return the loss, a "
+                "dict with 'loss', or None to leave the batch out."
+            )
+        loss = output["loss"]
+        if loss is None or isinstance(loss, Tensor):
+            return loss
+        output = loss
+    raise ConfigError(
+        f"training_step returned a {type(output).__name__} as its loss; return a tensor, a dict with 'loss', or None."
+    )
+
+
+def hook_outputs(output: Any) -> Any:
+    """What `on_train_batch_end` gets: a dict with the loss as training_step returned it, without its graph."""
+    if output.__class__ is Tensor:
+        return {"loss": output.detach()}
+    return detached(output if isinstance(output, Mapping) or output is None else {"loss": output})

@@ -1,0 +1,248 @@
+"""Validation and test.
+
+the model into evaluation mode; start hooks
+for each loader, for each batch: start hook; step; end hook
+epoch-end hooks; the metrics; end hooks; the model back into its modes
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import nn
+
+from lite.errors import ConfigError
+from lite.trainer.data import INFINITE, StageData
+from lite.trainer.hooks import overrides
+from lite.trainer.loops.calling import signature_of
+from lite.trainer.module import LightningModule
+from lite.trainer.old import OldHooks, find_old_hooks
+
+_HOOKS = {"validate": "validation", "test": "test", "predict": "predict"}
+
+
+class EvaluationLoop:
+    """Evaluates on the loaders of one stage, by itself or within training.
+
+    Args:
+        stage: "validate" or "test".
+
+    Attributes:
+        loader, batch: The cursor: the loader, and how many of its batches are done.
+        running: It is under way.
+        restoring: It goes on with an evaluation that was interrupted.
+    """
+
+    def __init__(self, stage: str) -> None:
+        self.stage = stage
+        self.loader = self.batch = 0
+        self.running = self.restoring = False
+        self.loader_state: Any = None
+        self._data: StageData | None = None
+        self._old: OldHooks | None = None
+
+    def run(
+        self,
+        trainer: Any,
+        data: StageData,
+        *,
+        no_grad: Callable[[], AbstractContextManager[Any]],
+        go_on: Callable[[], None] | None = None,
+        each_batch: Callable[[], bool] | None = None,
+    ) -> list[dict[str, Any]]:
+        """Evaluate all batches that count.
+
+        Args:
+            trainer: Whose run it is.
+            data: The loaders.
+            no_grad: The context without gradients.
+            go_on: Called as an interrupted evaluation is about to go on.
+            each_batch: Called after each batch; true ends the evaluation, which can be gone on with.
+
+        Returns:
+            For each loader what was logged.
+        """
+        if data.num_batches == 0:
+            return []
+        hooks, metrics, word = trainer.hooks, trainer.metrics, _HOOKS[self.stage]
+        metrics.num_loaders, metrics.loader_names = len(data.loaders), data.names
+        self._data = data
+        resumed, self.restoring = self.restoring, False
+        if not resumed:
+            self.loader = self.batch = 0
+        self.running = True
+        self._old = find_old_hooks(trainer.module, word)
+        with evaluating(trainer, word), no_grad():
+            if not resumed:
+                self._call(trainer, f"on_{word}_start")
+                self._call(trainer, f"on_{word}_epoch_start")
+            first = self.loader
+            for index in range(first, len(data.loaders)):
+                if index > first:
+                    self.loader, self.batch = index, 0
+                if self._run_loader(trainer, index, data, go_on if resumed and index == first else None, each_batch):
+                    return []
+            metrics.end_batches()
+            if self._old is not None:
+                metrics.at(metrics.place(self.stage, f"on_{word}_epoch_end"))
+                self._old.end()
+            self._call(trainer, f"on_{word}_epoch_end")
+            results: list[dict[str, Any]]
+            row, results = metrics.finish(self.stage, len(data.loaders))
+            trainer.write_row(row, self.stage)
+            self.running = False
+            metrics.at(metrics.place(self.stage, f"on_{word}_end"))
+            hooks.call(f"on_{word}_end")
+        self._data = None
+        return results
+
+    def _run_loader(
+        self,
+        trainer: Any,
+        index: int,
+        data: StageData,
+        go_on: Callable[[], None] | None,
+        each_batch: Callable[[], bool] | None,
+    ) -> bool:
+        """Evaluate one loader; whether it was broken off."""
+        hooks, metrics, word = trainer.hooks, trainer.metrics, _HOOKS[self.stage]
+        on_start, on_end = getattr(hooks, f"on_{word}_batch_start"), getattr(hooks, f"on_{word}_batch_end")
+        name = f"{word}_step"
+        if self.stage != "predict" and not overrides(trainer.module, name, LightningModule):
+            raise ConfigError(f"{type(trainer.module).__name__} has no {name}; define it to {self.stage}.")
+        step, old = eval_step_caller(getattr(trainer.module, name), index, len(data.loaders)), self._old
+        if trainer.wrap_hook is not None:
+            step = trainer.wrap_hook(name, trainer.module, step)
+        if old is not None:
+            step = old.around(step)
+        stage, place = self.stage, metrics.place
+        in_start, in_end = place(stage, f"on_{word}_batch_start", index), place(stage, f"on_{word}_batch_end", index)
+        in_step = place(stage, name, index)
+        move, real = data.move, trainer.lite.real_samples if trainer.world_size > 1 else None
+        writes_steps = trainer.logs_eval_steps(stage)
+        done = self.batch
+        for batch in self._open(data.loaders[index], data.limits[index], done, go_on):
+            if move is not None:
+                batch = move(batch, index)
+            metrics.begin_batch(batch, in_step)
+            if real is not None:
+                metrics.filler = real() == 0
+            if on_start:
+                metrics.at(in_start)
+                for hook in on_start:
+                    hook(batch, done, index)
+                metrics.at(in_step)
+            if metrics.filler:
+                with unchanged_metrics(trainer.module):
+                    outputs = step(batch, done)
+            else:
+                outputs = step(batch, done)
+            done += 1
+            self.batch = done
+            if on_end:
+                metrics.at(in_end)
+                for hook in on_end:
+                    hook(outputs, batch, done - 1, index)
+            if writes_steps:
+                trainer.write_eval_step(self.stage)
+            self.take(outputs, index, trainer)
+            if old is not None and not metrics.filler:
+                old.keep(outputs, index)
+            if each_batch is not None and each_batch():
+                return True
+        return False
+
+    def take(self, outputs: Any, index: int, trainer: Any) -> None:
+        """A batch of loader `index` is done."""
+
+    def _open(self, loader: Any, limit: float, done: int, go_on: Callable[[], None] | None) -> Iterator[Any]:
+        if done and self.loader_state is not None:
+            loader.load_state_dict(self.loader_state)
+        self.loader_state = None
+        batches = iter(loader)
+        if done and not hasattr(loader, "load_state_dict"):
+            next(islice(batches, done, done), None)
+        if go_on is not None:
+            go_on()
+        return islice(batches, int(limit - done)) if limit < INFINITE and _is_short(loader, limit) else batches
+
+    def _call(self, trainer: Any, name: str) -> None:
+        trainer.metrics.at(trainer.metrics.place(self.stage, name))
+        trainer.hooks.call(name)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The cursor, and the position in the loader that is under way; plain values of this rank."""
+        state: dict[str, Any] = {"running": self.running, "loader": self.loader, "batch": self.batch, "position": None}
+        if self.running and self._data is not None and self.batch:
+            loader = self._data.loaders[self.loader]
+            state["position"] = loader.state_dict() if hasattr(loader, "state_dict") else None
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on there at the next `run`."""
+        self.restoring = state["running"]
+        if self.restoring:
+            self.loader, self.batch, self.loader_state = state["loader"], state["batch"], state["position"]
+
+
+def eval_step_caller(method: Callable[..., Any], index: int, num_loaders: int) -> Callable[[Any, int], Any]:
+    """An evaluation step as a function of (batch, batch_idx); `dataloader_idx` is given where the method has it."""
+    names, most, takes_any = signature_of(method)
+    if "dataloader_idx" in names:
+        return lambda batch, batch_idx: method(batch, batch_idx, dataloader_idx=index)
+    if num_loaders > 1 and "batch_idx" in names and not takes_any:
+        raise ConfigError(
+            f"{method.__name__} gets batches of {num_loaders} loaders and has no dataloader_idx; write "
+            f"def {method.__name__}(self, batch, batch_idx, dataloader_idx=0)."
+        )
+    return method if most > 1 else lambda batch, batch_idx: method(batch)
+
+
+@contextmanager
+def evaluating(trainer: Any, word: str) -> Iterator[None]:
+    """The model evaluates; afterwards every submodule has its own mode back."""
+    module, hooks = trainer.module, trainer.hooks
+    to_eval, to_train = getattr(hooks, f"on_{word}_model_eval"), getattr(hooks, f"on_{word}_model_train")
+    modes = {part: part.training for part in module.modules()}
+    if to_eval:
+        hooks.call(f"on_{word}_model_eval")
+    else:
+        module.eval()
+    try:
+        yield
+    finally:
+        if to_train:
+            hooks.call(f"on_{word}_model_train")
+        else:
+            for part, mode in modes.items():
+                part.training = mode
+
+
+def no_gradients(inference_mode: bool) -> Callable[[], AbstractContextManager[Any]]:
+    """The context of evaluation."""
+    return torch.inference_mode if inference_mode else torch.no_grad
+
+
+@contextmanager
+def unchanged_metrics(module: nn.Module) -> Iterator[None]:
+    """Within the block the module's torchmetrics count nothing: the batch only keeps this rank in step."""
+    torchmetrics = sys.modules.get("torchmetrics")
+    found = [m for m in module.modules() if torchmetrics is not None and isinstance(m, torchmetrics.Metric)]
+    before = [(m, m._copy_state_dict(), m._update_count, m._computed) for m in found]
+    yield
+    for metric, state, count, computed in before:
+        for name, value in state.items():
+            setattr(metric, name, value)
+        metric._update_count, metric._computed = count, computed
+
+
+def _is_short(loader: Any, limit: float) -> bool:
+    try:
+        return len(loader) != limit
+    except (TypeError, NotImplementedError):
+        return True

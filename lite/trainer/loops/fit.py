@@ -1,0 +1,305 @@
+"""Training from the first epoch to the last.
+
+start hooks
+until epochs, steps or someone's wish end it:
+    loaders anew where that is due; epoch-start hooks
+    the epoch's batches (train_epoch.py), validation within them where it is due
+    epoch-end hooks; the epoch's metrics; schedulers that follow a metric; saves
+end hooks
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from lite import collectives
+from lite.seed import RandomState
+from lite.trainer.data import INFINITE, StageData
+from lite.trainer.events import Event
+from lite.trainer.loops.evaluate import EvaluationLoop
+from lite.trainer.loops.train_epoch import TrainEpochLoop, discard
+from lite.trainer.planning import check_monitored
+from lite.trainer.progress import Progress
+from lite.trainer.schedules import step_schedulers
+from lite.trainer.validation import ValidationSchedule
+
+
+class FitLoop:
+    """Trains over epochs. Its state is the progress, with the loops within it.
+
+    Args:
+        min_epochs: Epochs before which nobody's wish to stop counts.
+        max_epochs: Epochs in all; -1 for no limit.
+        min_steps: As `min_epochs`, in optimizer steps.
+        max_steps: As `max_epochs`, in optimizer steps.
+        schedule: When validation is due.
+
+    Attributes:
+        progress: The cursor and the clocks.
+        wants_stop: Training is to stop (`trainer.should_stop`): the same on all ranks.
+        events: The kinds of events that are given.
+        wish: This rank wishes so; the others hear of it at the next vote.
+        data, val_data: The loaders.
+    """
+
+    def __init__(
+        self,
+        min_epochs: int = 0,
+        max_epochs: int = 1000,
+        min_steps: int = 0,
+        max_steps: int = -1,
+        schedule: ValidationSchedule | None = None,
+    ) -> None:
+        self.min_epochs, self.max_epochs = min_epochs, max_epochs
+        self.min_steps, self.max_steps = min_steps, max_steps
+        self.schedule = schedule or ValidationSchedule()
+        self.progress = Progress()
+        self.epoch_loop = TrainEpochLoop()
+        self.val_loop = EvaluationLoop("validate")
+        self.data = StageData()
+        self.val_data = StageData()
+        self.wants_stop = self.wish = self.stopped_by_signal = False
+        self.interrupted = False
+        self.events = {"batch", "epoch"}
+        self.stop_poll: Callable[[], bool] | None = None
+        self.moment: RandomState | None = None
+        self.metrics_before: dict[str, Any] | None = None  # an epoch that is cut off may be gone on with
+        self._monitors_checked = False
+        self._ending: bool | None = None  # the epoch's end is being saved, of a complete epoch or one that was cut off
+
+    def run(self, trainer: Any) -> Iterator[Event]:
+        """Train; gives an event after each batch and each epoch."""
+        hooks, metrics, progress = trainer.hooks, trainer.metrics, self.progress
+        metrics.at(metrics.place("train", "on_train_start"))
+        hooks.call("on_train_start")
+        progress.start_clock()
+        epoch_done = Event("epoch", trainer)
+        while not self.is_over(trainer):
+            if not progress.within:
+                self._begin_epoch(trainer)
+            yield from self.epoch_loop.run(trainer)
+            if self.stopped_by_signal:
+                break
+            self._end_epoch(trainer)
+            if self.progress.within:  # cut off in the middle
+                break
+            if "epoch" in self.events:
+                yield epoch_done
+        progress.stop_clock()
+        if self.stopped_by_signal:
+            return
+        metrics.at(metrics.place("train", "on_train_end"))
+        hooks.call("on_train_end")
+        for callback in trainer.checkpoint_callbacks:
+            callback.after_training(trainer)
+
+    # ---- an epoch
+
+    def _begin_epoch(self, trainer: Any) -> None:
+        progress, metrics = self.progress, trainer.metrics
+        every = trainer.reload_dataloaders_every_n_epochs
+        if every and progress.epoch > 0 and progress.epoch - max(progress.reloaded, 0) >= every:
+            trainer.load_data(self, again=True)
+            progress.reloaded = progress.epoch
+        if self.moment is not None:
+            discard(self.data.loaders[0])
+        self.restore_moment()
+        metrics.at(metrics.place("train", "on_train_epoch_start"))
+        trainer.hooks.call("on_train_epoch_start")
+        progress.within = True
+
+    def _end_epoch(self, trainer: Any) -> None:
+        """Hooks, metrics, schedulers, saves; and on to the next epoch, unless this one was cut off."""
+        hooks, metrics, progress = trainer.hooks, trainer.metrics, self.progress
+        complete = not self._is_cut_off(trainer)
+        self.metrics_before = None if complete else metrics.state_dict()
+        metrics.at(metrics.place("train", "on_train_epoch_end"))
+        if self.epoch_loop.old is not None:
+            self.epoch_loop.old.end()
+        hooks.call("on_train_epoch_end")
+        row, _ = metrics.finish("train")
+        trainer.write_row(row)
+        for hook in hooks.monitors:
+            hook()
+        if complete and not self._monitors_checked:
+            self._monitors_checked = check_monitored(trainer)
+        if trainer.module.automatic_optimization:
+            configs = [c for c in trainer.lr_scheduler_configs if c.interval == "epoch" and c.reduce_on_plateau]
+            step_schedulers(trainer, configs, progress.epoch + 1)
+        if trainer.world_size > 1:
+            self.vote()
+        self._ending = complete
+        try:
+            for callback in trainer.checkpoint_callbacks:
+                callback.after_epoch(trainer)
+        finally:
+            self._ending = None
+        if complete:
+            self._advance(progress)
+
+    def _advance(self, progress: Progress) -> None:
+        progress.samples += self.epoch_samples()
+        progress.epoch, progress.batch, progress.within = progress.epoch + 1, 0, False
+
+    def _is_cut_off(self, trainer: Any) -> bool:
+        """Whether the epoch ends before its last batch because the run does."""
+        return self.progress.batch < self.data.num_batches < INFINITE and self.is_over(trainer)
+
+    def epoch_samples(self) -> int:
+        """Samples of this epoch so far over all ranks, where the loader knows."""
+        loader = self.data.loaders[0] if self.data.loaders else None
+        size = getattr(getattr(loader, "batch_sampler", None), "group_size", None)
+        if size is None:
+            size = getattr(loader, "batch_size", None) or 0
+        try:
+            return min(self.progress.batch * int(size), len(loader.dataset))  # type: ignore[union-attr]
+        except (TypeError, AttributeError):
+            return self.progress.batch * int(size)
+
+    # ---- the end
+
+    def is_over(self, trainer: Any) -> bool:
+        """Whether training ends here."""
+        progress = self.progress
+        if 0 <= self.max_steps <= progress.updates:
+            return True
+        if 0 <= self.max_epochs <= progress.epoch:
+            return True
+        return self.stopped_by_signal or (self.wants_stop and self.may_stop_early())
+
+    def may_stop_early(self) -> bool:
+        """Whether a wish to stop counts by now."""
+        progress = self.progress
+        epochs = progress.epoch + (progress.batch >= self.data.num_batches)
+        return epochs >= self.min_epochs and progress.updates >= self.min_steps
+
+    def ask_to_stop(self, value: bool = True, *, alone: bool) -> None:
+        """Wish for a stop (or not any more); `alone`: nobody else has to be told."""
+        if alone or not value:
+            self.wants_stop = value
+        self.wish = value and not alone
+
+    def vote(self) -> None:
+        """Let one rank's wish to stop be everyone's. Collective."""
+        self.wants_stop = collectives.any_rank(self.wants_stop or self.wish)
+        self.wish = False
+
+    def interrupt(self) -> None:
+        """Ctrl-C was pressed: the loop ends when the batch is done."""
+        self.interrupted = True
+        self.epoch_loop.look_now()
+
+    def stop_for_signal(self, trainer: Any) -> bool:
+        """The ranks have agreed to stop because of a signal: here and now."""
+        self.stopped_by_signal = True
+        return True
+
+    # ---- validation
+
+    def validates(self, trainer: Any) -> bool:
+        """Whether this run validates at all, and has not just done so."""
+        return self.val_data.num_batches > 0 and self.progress.validated != self.progress.batches
+
+    def validation_is_due(self, trainer: Any, count: int) -> bool:
+        """Whether validation comes after this batch."""
+        if not self.validates(trainer):
+            return False
+        due = self.schedule.is_due(self.progress, count, self.data.num_batches)
+        if self.schedule.interval_s is None or trainer.world_size == 1:
+            return due
+        # Clocks differ, so rank 0's counts; it is asked as often as ranks talk anyway.
+        every = trainer.log_every_n_steps or 50
+        if self.progress.stepped % every:
+            return False
+        return collectives.any_rank(due and trainer.is_global_zero)
+
+    def validates_at_end(self, trainer: Any) -> bool:
+        """Whether validation comes at the end of an epoch of unknown length."""
+        return self.validates(trainer) and self.schedule.is_due_at_end(self.progress)
+
+    def next_validation(self, trainer: Any, count: int) -> float:
+        """The batch after which validation may be due next."""
+        if not self.val_data.num_batches:
+            return INFINITE
+        return self.schedule.next_look(self.progress, count, self.data.num_batches)
+
+    def validate_if(self, trainer: Any, due: bool) -> bool:
+        """Validate now, where that is due; returns whether it was."""
+        if not due:
+            return False
+        progress = self.progress
+        manual = not trainer.module.automatic_optimization
+        if trainer.hooks.on_validation_model_zero_grad:
+            trainer.hooks.call("on_validation_model_zero_grad")
+        elif not self.epoch_loop.window_is_open and not manual:
+            trainer.module.zero_grad()
+        self._validate(trainer)
+        if not self.stopped_by_signal:
+            progress.validated, progress.validated_epoch = progress.batches, progress.epoch
+            self.schedule.done()
+        return True
+
+    def finish_validation(self, trainer: Any) -> None:
+        """Go on with a validation that was interrupted, where there is one."""
+        if self.val_loop.restoring:
+            self._validate(trainer)
+            if not self.stopped_by_signal:
+                self.progress.validated, self.progress.validated_epoch = self.progress.batches, self.progress.epoch
+                for callback in trainer.checkpoint_callbacks:
+                    callback.after_batch(trainer, validated=True)
+
+    def _validate(self, trainer: Any) -> None:
+        trainer.load_data(self, "val")
+
+        def signalled() -> bool:
+            if self.interrupted:
+                raise KeyboardInterrupt
+            return self.stop_poll is not None and self.stop_poll() and self.stop_for_signal(trainer)
+
+        with trainer.in_stage("validate"):
+            # Not inference_mode: what the model keeps of it may be needed by the next backward.
+            self.val_loop.run(
+                trainer, self.val_data, no_grad=torch.no_grad, go_on=self.restore_moment, each_batch=signalled
+            )
+
+    # ---- state
+
+    def restore_moment(self) -> None:
+        """Put back the random state of the moment that a resumed run goes on from; once."""
+        moment, self.moment = self.moment, None
+        if moment is not None:
+            moment.restore()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values: the progress and the loops within."""
+        progress = Progress()
+        progress.load_state_dict(self.progress.state_dict())
+        if self._ending:
+            self._advance(progress)
+        return {
+            "progress": progress.state_dict(),
+            "epoch_loop": self.epoch_loop.state_dict(),
+            "val_loop": {**self.val_loop.state_dict(), "position": None},
+            "schedule": self.schedule.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.progress.load_state_dict(state["progress"])
+        self.epoch_loop.load_state_dict(state["epoch_loop"])
+        self.val_loop.load_state_dict(state["val_loop"])
+        self.schedule.load_state_dict(state["schedule"])
+
+    def begin(self) -> None:
+        """A call of `fit` begins."""
+        self.wants_stop = self.wish = self.stopped_by_signal = self.interrupted = False
+        self.moment = self.metrics_before = None
+        self._monitors_checked = False
+        self.val_loop = EvaluationLoop("validate") if not self.val_loop.restoring else self.val_loop
+        if self.progress.within:  # of a fit before this one, that was cut off
+            self.progress.epoch, self.progress.batch, self.progress.within = self.progress.epoch + 1, 0, False
+        self._started_s = time.monotonic()

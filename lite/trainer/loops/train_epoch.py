@@ -1,0 +1,319 @@
+"""One epoch of training.
+
+for each batch that is left:
+    start hooks (which may skip the rest); step; schedulers; end hooks
+    and where one of them is due: a row for the loggers, validation, the decision to stop, a save; in this order
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from lite import collectives
+from lite.errors import ConfigError
+from lite.trainer.callbacks.progress_bar import ProgressBar
+from lite.trainer.combined import CombinedLoader
+from lite.trainer.data import INFINITE, StageData, length
+from lite.trainer.events import Event
+from lite.trainer.hooks import overrides
+from lite.trainer.loops.calling import hook_outputs
+from lite.trainer.loops.step import compose_step
+from lite.trainer.module import LightningModule
+from lite.trainer.old import OldHooks, find_old_hooks
+from lite.trainer.schedules import step_schedulers
+from lite.trainer.windows import ReferenceWindow, Windows
+
+_VOTE_EVERY = 50
+
+
+class TrainEpochLoop:
+    """Trains on the batches of one epoch; its cursor is the fit loop's progress.
+
+    Attributes:
+        window: The window of accumulation, or None where every batch is a step.
+        windows: The run's windows: that one, or those of several optimizers.
+        always_weighs: Whether every batch of a window is weighed by its size.
+        flushes: What ends open windows where an epoch's end comes unannounced.
+        output: What `training_step` returned for the newest batch.
+    """
+
+    def __init__(self) -> None:
+        self.window: Any = None
+        self.output: Any = None
+        self.old: OldHooks | None = None
+        self.windows = Windows()
+        self.always_weighs = False
+        self.flushes: list[Callable[[], None]] = []
+        self._steps: dict[int, int] = {}  # of optimizers with a step function each, by their position
+        self._look_at: float = 0
+        self._validated_at_s = time.monotonic()
+        self._stepped = 0
+        self._bars: list[ProgressBar] = []
+        self._iterator: Iterator[Any] | None = None
+
+    def run(self, trainer: Any) -> Iterator[Event]:
+        """Train until the epoch or the run is over; gives an event after each batch."""
+        fit, hooks, metrics = trainer.fit_loop, trainer.hooks, trainer.metrics
+        progress, data = fit.progress, fit.data
+        num_batches = data.num_batches
+        count = progress.batch
+        self._make_window(trainer)
+        self.old = old = find_old_hooks(trainer.module, "train")
+        step = compose_step(trainer, self.window, num_batches)
+        on_start, on_end = hooks.on_train_batch_start, hooks.on_train_batch_end
+        in_start = metrics.place("train", "on_train_batch_start")
+        in_end = metrics.place("train", "on_train_batch_end")
+        training, at, begin_batch = metrics.place("train", "training_step"), metrics.at, metrics.begin_batch
+        by_step = [c for c in trainer.lr_scheduler_configs if c.interval == "step"] if _paced(trainer) else []
+        by_step = [] if trainer.declared else by_step
+        move, driven = data.move, "batch" in fit.events
+        stop_polled = fit.stop_poll if trainer.world_size > 1 else None  # alone, the signal itself lets the loop look
+        event = Event("batch", trainer)
+        self._stepped = stepped = progress.stepped
+        self._bars = [callback for callback in trainer.callbacks if isinstance(callback, ProgressBar)]
+        batches = self._open(trainer, data, count)
+        fit.finish_validation(trainer)  # one that was interrupted; it goes on under the random state of that moment
+        fit.restore_moment()
+        self._look_at = self._next_look(trainer, count)
+        for batch in batches:
+            if move is not None:
+                batch = move(batch, 0)
+            begin_batch(batch, training)
+            if on_start:
+                at(in_start)
+                if any([hook(batch, count) == -1 for hook in on_start]):
+                    break
+                at(training)
+            output = self.output = step(batch, count)
+            count += 1
+            if old is not None:
+                old.keep(hook_outputs(output))
+            if by_step and progress.stepped > stepped:
+                stepped = progress.stepped
+                step_schedulers(trainer, by_step, stepped)
+            progress.batches += 1
+            progress.batch = count
+            if count >= num_batches:
+                self._end_of_batches(trainer)
+            if on_end:
+                at(in_end)
+                outputs = hook_outputs(output)
+                for hook in on_end:
+                    hook(outputs, batch, count - 1)
+            if count >= self._look_at or fit.wants_stop or (stop_polled is not None and stop_polled()):
+                metrics.end_batches()
+                ends = self._look(trainer, count)
+                if driven:
+                    yield event
+                if ends:
+                    break
+            elif driven:
+                yield event
+        else:
+            if count < num_batches:  # the loader had fewer than it said, or nobody knew
+                self._end_of_batches(trainer)
+                fit.validate_if(trainer, fit.validates_at_end(trainer))
+        metrics.end_batches()
+        self._iterator = None
+        self.output = None
+
+    # ---- batches
+
+    def _open(self, trainer: Any, data: StageData, count: int) -> Iterator[Any]:
+        """The batches that are left, from an iterator that is begun here, or gone on with after an interruption."""
+        loader, fit = data.loaders[0], trainer.fit_loop
+        left = data.num_batches - count
+        if left <= 0:
+            if fit.moment is not None:
+                discard(loader)
+            return iter(())
+        batches: Iterator[Any] = iter(loader)
+        if data.combined:
+            batches = (batch for batch, _, _ in batches)
+        if count and not hasattr(loader, "load_state_dict"):
+            next(islice(batches, count, count), None)  # a plain iterable is read again up to here
+        if trainer.world_size > 1 and length(loader) is None:
+            batches = _until_any_ends(batches)
+        self._iterator = batches
+        if left < INFINITE and left != _remaining(loader, count):
+            batches = islice(batches, int(left))
+        return batches
+
+    def _end_of_batches(self, trainer: Any) -> None:
+        """The last batch of the epoch is done: an open window steps, and so do schedulers by the epoch."""
+        window, progress = self.window, trainer.fit_loop.progress
+        if window is not None and window.is_open:
+            window.flush()
+            if trainer.optimizers:
+                trainer.optimizers[0].step()
+                progress.updates += 1
+                progress.stepped += 1
+        for flush in self.flushes:
+            flush()
+        configs = [c for c in trainer.lr_scheduler_configs if c.interval == "epoch" and not c.reduce_on_plateau]
+        if configs and _paced(trainer):
+            step_schedulers(trainer, configs, progress.epoch + 1)
+
+    # ---- accumulation
+
+    @property
+    def sizes_vary(self) -> tuple[bool, Callable[[int], bool]]:
+        """Whether every batch of a window is weighed by its size, and whether that one is."""
+        return self.always_weighs, self._ragged
+
+    def _make_window(self, trainer: Any) -> None:
+        steps = trainer.accumulate_grad_batches
+        num_batches, module = trainer.fit_loop.data.num_batches, trainer.module
+        self.always_weighs, self._ragged = False, lambda batch_idx: False
+        self.window, self.flushes = None, []
+        self.windows.clear()
+        if trainer.declared:
+            self.always_weighs = not _even(trainer.fit_loop.data)
+        if steps == 1 or trainer.declared or not module.automatic_optimization:
+            return
+        own_backward = overrides(module, "backward", LightningModule)
+        window: Any
+        if trainer.accumulation == "reference" or own_backward:
+            rescale = trainer.accumulation != "reference"
+            window = ReferenceWindow(trainer.lite, module, steps, rescale=rescale)
+        else:
+            window = trainer.lite.accumulate(module, steps=steps)
+            if num_batches == INFINITE:
+                self.always_weighs = True
+            elif not _even(trainer.fit_loop.data):
+                last = (int(num_batches) - 1) // steps * steps
+                self._ragged = lambda batch_idx: batch_idx >= last
+        self.window = self.windows.add("window", window)
+
+    def window_of(self, trainer: Any, optimizer: Any, steps: int) -> Any:
+        """The window of one optimizer in manual optimisation; the same one throughout an epoch."""
+        number = next((i for i, one in enumerate(trainer.optimizers) if one is optimizer), None)
+        if number is None:
+            raise ConfigError("accumulate got an optimizer that configure_optimizers did not return.")
+        name = str(number)
+        window = self.windows.named.get(name)
+        if window is None or window.steps != steps:
+            window = self.windows.add(name, trainer.lite.accumulate(trainer.module, steps=steps, optimizer=optimizer))
+        return window
+
+    @property
+    def window_is_open(self) -> bool:
+        """Whether gradients wait for more batches."""
+        return self.windows.is_open
+
+    def count_step(self, index: int) -> int:
+        """Count a step of the optimizer at that position, where each has its own; returns the count."""
+        self._steps[index] = count = self._steps.get(index, 0) + 1
+        return count
+
+    # ---- what is not due at each batch
+
+    def _look(self, trainer: Any, count: int) -> bool:
+        """Do what is due after this batch; whether the epoch ends here."""
+        fit = trainer.fit_loop
+        if fit.interrupted:
+            raise KeyboardInterrupt
+        progress = fit.progress
+        every = trainer.log_every_n_steps
+        new_step = progress.stepped > self._stepped
+        self._stepped = progress.stepped
+        if new_step and ((every and progress.stepped % every == 0) or fit.wants_stop or trainer.fast_dev_run):
+            trainer.write_row(trainer.metrics.step_row("train"))
+        if trainer.world_size > 1 and new_step and progress.stepped % (every or _VOTE_EVERY) == 0:
+            fit.vote()
+        if fit.stop_poll is not None and fit.stop_poll():
+            return bool(fit.stop_for_signal(trainer))
+        validated = fit.validate_if(trainer, fit.validation_is_due(trainer, count))
+        if not validated and fit.wants_stop and fit.may_stop_early():
+            validated = fit.validate_if(trainer, fit.validates(trainer))
+        ends: bool = fit.is_over(trainer)
+        for callback in trainer.checkpoint_callbacks:
+            callback.after_batch(trainer, validated=validated)
+        for bar in self._bars:
+            bar.after_batch(trainer, count)
+        self._look_at = self._next_look(trainer, count)
+        return ends
+
+    def look_now(self) -> None:
+        """Let the batch that runs be followed by a look at what is due."""
+        self._look_at = 0
+
+    def _next_look(self, trainer: Any, count: int) -> float:
+        """The batch of this epoch after which something may be due; until then a batch costs one comparison."""
+        fit, every = trainer.fit_loop, trainer.log_every_n_steps
+        progress = fit.progress
+        look: float = min(fit.data.num_batches, fit.next_validation(trainer, count))
+        for bar in self._bars:
+            look = min(look, count + bar.next_look())
+        if trainer.world_size > 1:
+            every = every or _VOTE_EVERY
+        if every:
+            look = min(look, count + every - progress.stepped % every)
+        steps = min([c.next_look(progress.updates) for c in trainer.checkpoint_callbacks], default=INFINITE)
+        if fit.max_steps >= 0:
+            steps = min(steps, fit.max_steps - progress.updates)
+        if steps < INFINITE:
+            # Several optimizers, and a hand of one's own, may step several times per batch.
+            one = trainer.module.automatic_optimization and not trainer.declared
+            look = min(look, count + (steps if one else 1))
+        return max(look, count + 1)
+
+    # ---- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """The steps of each optimizer; the cursor is the fit loop's, and open windows are an entry of their own."""
+        return {"steps": dict(self._steps)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on counting."""
+        self._steps = dict(state.get("steps", {}))
+
+
+def _paced(trainer: Any) -> bool:
+    return bool(trainer.module.automatic_optimization)
+
+
+def discard(loader: Any) -> None:
+    """Let go of a pass that a loaded state asks for and of which nothing is wanted any more."""
+    if isinstance(loader, CombinedLoader):
+        loader.forget_position()
+        for part in loader.flattened:
+            discard(part)
+        return
+    progress = getattr(loader, "progress", None)
+    if progress is not None and progress()[1]:
+        next(iter(loader), None)
+
+
+def _remaining(loader: Any, count: int) -> float | None:
+    total = length(loader)
+    return None if total is None else total - count
+
+
+def _even(data: StageData) -> bool:
+    """Whether all batches that count have the same size."""
+    loader = data.loaders[0]
+    if not isinstance(loader, DataLoader) or data.combined:
+        return False
+    if loader.drop_last or data.num_batches < len(loader):
+        return True
+    size = getattr(loader.batch_sampler, "group_size", loader.batch_size)
+    try:
+        return size is not None and len(loader.dataset) % size == 0  # type: ignore[arg-type]
+    except TypeError:
+        return False
+
+
+def _until_any_ends(batches: Iterator[Any]) -> Iterator[Any]:
+    """Batches as long as every rank has one, so that none waits for a rank that has ended. Collective per batch."""
+    ended = object()
+    while True:
+        batch = next(batches, ended)
+        if collectives.any_rank(batch is ended):
+            return
+        yield batch

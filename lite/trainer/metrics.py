@@ -1,0 +1,373 @@
+"""`self.log`: who may log where, what is kept under which name, and what goes to loggers, bar and callbacks.
+
+Values stay on their device; one synchronisation happens per logging interval and per epoch. The sums are in `entries`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lite import collectives
+from lite.errors import ConfigError, UsageError
+from lite.trainer.entries import Entry, MetricEntry, Options, is_torchmetric, make_entry, merge
+
+LOADER_SUFFIX = "/dataloader_idx_"
+Row = dict[str, Any]
+
+_STEP_HOOKS = {
+    "training_step",
+    "on_train_batch_start",
+    "on_train_batch_end",
+    "on_before_zero_grad",
+    "on_before_backward",
+    "on_after_backward",
+    "on_before_optimizer_step",
+}
+_BATCH_HOOKS = {f"on_{s}_batch_{m}" for s in ("validation", "test") for m in ("start", "end")}
+_BATCH_HOOKS |= {"validation_step", "test_step"}
+_EPOCH_HOOKS = {
+    "on_train_start",
+    *(f"on_{s}_epoch_{m}" for s in ("train", "validation", "test") for m in ("start", "end")),
+    "on_validation_start",
+    "on_test_start",
+}
+
+
+class Place:
+    """Where something may be logged: a hook, and in evaluation the loader that it runs for."""
+
+    __slots__ = ("entries", "hook", "loader", "stage")
+
+    def __init__(self, stage: str, hook: str, loader: int | None) -> None:
+        self.stage, self.hook, self.loader = stage, hook, loader
+        self.entries: dict[str, Entry] = {}
+
+
+NOWHERE = Place("", "", None)
+
+
+class Metrics:
+    """What was logged in one run.
+
+    Args:
+        world_size: Number of ranks.
+        rank: This rank.
+        enabled: False lets `log` do nothing (barebones).
+
+    Attributes:
+        here: The place that runs now.
+        kept: The newest value of every name, as callbacks see it; those of running steps come on top.
+        logged: The newest values that loggers were given.
+        bar: The newest epoch values that the progress bar shows.
+    """
+
+    def __init__(self, world_size: int = 1, rank: int = 0, *, enabled: bool = True) -> None:
+        self.here = NOWHERE
+        self.kept: Row = {}
+        self.logged: Row = {}
+        self.bar: Row = {}
+        self.loader_names: list[str] | None = None
+        self.num_loaders = 1
+        self.filler = False
+        self.enabled = enabled
+        self._world_size, self._rank = world_size, rank
+        self._places: dict[tuple[str, str, int | None], Place] = {}
+        self._owners: dict[tuple[str, int | None, str], str] = {}
+        self._batch: Any = None
+        self._size: int | None = None
+        self._restored: dict[tuple[Any, ...], Any] = {}
+        self._told: set[str] = set()
+        self.sanity = False
+
+    # ---- where
+
+    def place(self, stage: str, hook: str, loader: int | None = None) -> Place:
+        """The place of that hook; stages are "train", "validate", "test", "predict"."""
+        key = (stage, hook, loader)
+        if key not in self._places:
+            self._places[key] = Place(*key)
+        return self._places[key]
+
+    def at(self, place: Place) -> None:
+        """That place runs from now on."""
+        self.here = place
+
+    def begin_batch(self, batch: Any, place: Place) -> None:
+        """That place runs with this batch; its size, which weighs epoch values, is looked for when it is asked for."""
+        self._batch, self._size, self.here = batch, None, place
+
+    def end_batches(self) -> None:
+        """No batch is under way any more."""
+        self._batch, self._size, self.filler = None, 1, False
+
+    def batch_size(self) -> int:
+        """Samples of the current batch, 1 outside of batches."""
+        if self._size is None:
+            self._size = 1 if self._batch is None else infer_batch_size(self._batch, self._warn)
+        return self._size
+
+    # ---- logging
+
+    def register(self, name: str, value: Any, options: Options, attribute: str | None, module: Any) -> Entry:
+        """The entry for a key that is logged here for the first time, or with other settings.
+
+        Raises:
+            ConfigError: The key or its settings are wrong.
+            UsageError: Nothing can be logged here.
+        """
+        place = self.here
+        on_step, on_epoch = self._check(place, name, value, options)
+        known = place.entries.get(name)
+        if known is not None:
+            raise ConfigError(
+                f"log({name!r}) in {place.hook} came with other settings: {options.differing(known.options)}; "
+                "use the same for one key, or another key."
+            )
+        owner = self._owners.setdefault((place.stage, place.loader, name), place.hook)
+        if owner != place.hook:
+            raise ConfigError(
+                f"log({name!r}) was called in {owner} and in {place.hook}: the one would overwrite the other; use two "
+                "names."
+            )
+        if is_torchmetric(value):
+            _find_attribute(name, value, attribute, module)
+        if options.sync_dist and options.rank_zero_only:
+            raise ConfigError(f"log({name!r}): sync_dist=True waits for ranks that rank_zero_only=True leaves out.")
+        entry = make_entry(
+            name, value, options, on_step, on_epoch, self, muted=options.rank_zero_only and self._rank > 0
+        )
+        entry.names(self._suffixed(place, name, options.add_dataloader_idx))
+        place.entries[name] = entry
+        saved = self._restored.pop((place.stage, place.hook, place.loader, name), None)
+        if saved is not None:
+            entry.load_state_dict(saved)
+        alone = options.sync_dist or isinstance(entry, MetricEntry) or options.rank_zero_only
+        if self._world_size > 1 and on_epoch and place.stage in ("validate", "test") and not alone and not self.sanity:
+            self._warn(
+                f"log({name!r}) in {place.hook} without sync_dist=True gives each of the {self._world_size} ranks the "
+                "value of its own samples."
+            )
+        return entry
+
+    def _check(self, place: Place, name: Any, value: Any, options: Options) -> tuple[bool, bool]:
+        if not isinstance(name, str):
+            raise ConfigError(f"log: the name {name!r} must be a string.")
+        if LOADER_SUFFIX in name:
+            raise ConfigError(
+                f"log({name!r}): {LOADER_SUFFIX!r} is what the name gets with several loaders; leave it out."
+            )
+        if isinstance(value, Mapping):
+            raise ConfigError(f"log({name!r}) got a dict; use log_dict, or log each of its values.")
+        hook = place.hook
+        if hook in _STEP_HOOKS:
+            step, epoch = True, False
+        elif hook in _BATCH_HOOKS or hook in _EPOCH_HOOKS:
+            step, epoch = False, True
+        else:
+            where = hook or "this moment"
+            raise UsageError(
+                f"log({name!r}) was called in {where}, where nothing can be logged; log in training_step, "
+                "validation_step, test_step, or in the hooks of train, validation and test batches and epochs."
+            )
+        on_step = step if options.on_step is None else options.on_step
+        on_epoch = epoch if options.on_epoch is None else options.on_epoch
+        if on_step and hook in _EPOCH_HOOKS:
+            raise ConfigError(f"log({name!r}, on_step=True) in {hook}: there is no step there; leave on_step out.")
+        if not on_step and not on_epoch:
+            raise ConfigError(f"log({name!r}, on_step=False, on_epoch=False) keeps nothing; set one of them to True.")
+        return on_step, on_epoch
+
+    def _suffixed(self, place: Place, name: str, add_index: bool) -> Callable[[str], str]:
+        if place.loader is None or self.num_loaders < 2 or not add_index:
+            return lambda fork: name + fork
+        if self.loader_names is not None:
+            prefix = self.loader_names[place.loader]
+            return lambda fork: f"{prefix}/{name}{fork}"
+        return lambda fork: f"{name}{fork}{LOADER_SUFFIX}{place.loader}"
+
+    def _warn(self, text: str) -> None:
+        if text not in self._told:
+            self._told.add(text)
+            warnings.warn(text, stacklevel=5)
+
+    # ---- reading
+
+    def _of(self, stage: str) -> Iterable[tuple[Place, Entry]]:
+        for place in list(self._places.values()):
+            if place.stage == stage:
+                for entry in place.entries.values():
+                    yield place, entry
+
+    def callback_metrics(self) -> Row:
+        """Every name's newest value, as 0-dim tensors."""
+        found = dict(self.kept)
+        for _, entry in self._of("train"):
+            if entry.on_step and entry.fresh:
+                value = entry.step_value()
+                found[entry.name] = value
+                if entry.on_epoch:
+                    found[entry.step_name] = value
+        return found
+
+    def bar_metrics(self) -> Row:
+        """What the progress bar shows, as tensors."""
+        found = dict(self.bar)
+        for _, entry in self._of("train"):
+            if entry.options.prog_bar and entry.on_step and entry.fresh:
+                found[entry.step_name] = entry.step_value()
+        return found
+
+    def has_step_values(self, stage: str) -> bool:
+        """Whether a step's value is still to be written."""
+        return any(entry.on_step and entry.unwritten for _, entry in self._of(stage))
+
+    def step_row(self, stage: str) -> Row:
+        """What loggers get of the steps since the last row. Collective where a key has sync_dist=True."""
+        row, together = {}, {}
+        for _, entry in self._of(stage):
+            if entry.on_step and entry.unwritten and entry.logger:
+                row[entry.step_name] = entry.step_value()
+                entry.unwritten = False
+                if entry.options.sync_dist:
+                    together[entry.step_name] = entry
+        if together and self._world_size > 1:
+            everyone = collectives.all_gather_objects({name: float(row[name]) for name in together})
+            for name, entry in together.items():
+                values = torch.tensor([each[name] for each in everyone if name in each], dtype=torch.float64)
+                row[name] = entry.value = entry.reduce(values).to(torch.get_default_dtype())
+        self.logged.update(row)
+        return row
+
+    def finish(self, stage: str, num_loaders: int = 0) -> tuple[Row, list[Row]]:
+        """End an epoch: compute its values. Collective where a key has sync_dist=True.
+
+        Returns:
+            What loggers get, and for each evaluation loader what was logged for it.
+        """
+        entries = [(place, entry) for place, entry in self._of(stage) if entry.on_epoch and entry.touched]
+        shared = {(p.hook, p.loader, e.key): e.partial() for p, e in entries if e.options.sync_dist and e.shares}
+        if self._world_size > 1 and self._any_shared(stage):
+            merged = merge(collectives.all_gather_objects(shared))
+            for place, entry in self._of(stage):
+                total = merged.get((place.hook, place.loader, entry.key))
+                if total is not None:
+                    entry.take(total)
+            entries = [(place, entry) for place, entry in self._of(stage) if entry.on_epoch and entry.touched]
+        row: Row = {}
+        per_loader: list[Row] = [{} for _ in range(num_loaders)]
+        for place, entry in entries:
+            value = entry.compute()
+            entry.reset()
+            if value is None:
+                continue
+            self.kept[entry.name] = value
+            if entry.on_step:
+                self.kept[entry.epoch_name] = value
+                if stage == "train":
+                    self.kept[entry.step_name] = entry.step_value()
+            if entry.logger:
+                row[entry.epoch_name] = value
+            if entry.options.prog_bar:
+                self.bar[entry.epoch_name] = value
+            for index, results in enumerate(per_loader):
+                if place.loader in (None, index):
+                    results[entry.epoch_name] = value
+        self.logged.update(row)
+        return row, per_loader
+
+    def _any_shared(self, stage: str) -> bool:
+        """Whether a rank has anything to share: one that had no batch doesn't know of the keys."""
+        mine = any(entry.options.sync_dist and entry.shares and entry.on_epoch for _, entry in self._of(stage))
+        return collectives.any_rank(mine)
+
+    def discard(self, stage: str) -> None:
+        """Forget what was logged in a stage, as after a sanity check or a failed epoch."""
+        for _, entry in self._of(stage):
+            entry.reset()
+
+    def forget_places(self, stage: str) -> None:
+        """Let a stage begin anew, with other loaders and names."""
+        for key in [key for key in self._places if key[0] == stage]:
+            del self._places[key]
+        for owner in [owner for owner in self._owners if owner[0] == stage]:
+            del self._owners[owner]
+
+    # ---- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values of this rank."""
+        saved = []
+        for place in self._places.values():
+            for entry in place.entries.values():
+                if entry.shares:
+                    at = {"stage": place.stage, "hook": place.hook, "loader": place.loader, "key": entry.key}
+                    saved.append({**at, "options": entry.options.plain(), **entry.state_dict()})
+        return {"kept": dict(self.kept), "logged": dict(self.logged), "bar": dict(self.bar), "entries": saved}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.kept, self.logged, self.bar = dict(state["kept"]), dict(state["logged"]), dict(state["bar"])
+        for one in state["entries"]:
+            where = (one["stage"], one["hook"], one["loader"], one["key"])
+            self._restored[where] = one
+            options = Options.from_plain(one["options"])
+            if options is None:  # a function of the user's; the first log after the resume brings it
+                continue
+            before, self.here = self.here, self.place(*where[:3])
+            self.register(one["key"], 0.0, options, None, None)
+            self.here = before
+
+
+def infer_batch_size(batch: Any, warn: Callable[[str], None]) -> int:
+    """The first dimension of the first tensor in a batch; 1 where there is none.
+
+    Example:
+        >>> infer_batch_size({"ids": torch.zeros(3, 2), "name": "a"}, print)
+        3
+    """
+    if isinstance(batch, (list, tuple)) and batch and type(batch[0]) is Tensor:
+        first = batch[0]
+        sizes = {t.shape[0] for t in batch if type(t) is Tensor and t.ndim}
+        size = first.shape[0] if first.ndim else 1
+    else:
+        found = list(_sizes(batch))
+        sizes, size = set(found), found[0] if found else 1
+    if len(sizes) > 1:
+        warn(
+            f"the tensors of a batch have different first dimensions ({sorted(sizes)}), and the epoch's mean is "
+            f"weighed by the first, {size}; pass batch_size= to log."
+        )
+    return int(size)
+
+
+def _sizes(data: Any) -> Iterable[int]:
+    if isinstance(data, Tensor):
+        yield data.shape[0] if data.ndim else 1
+    elif isinstance(data, Mapping):
+        for value in data.values():
+            yield from _sizes(value)
+    elif isinstance(data, (list, tuple)):
+        for value in data:
+            yield from _sizes(value)
+
+
+def _find_attribute(name: str, metric: Any, attribute: str | None, module: Any) -> None:
+    if module is None:
+        return
+    if attribute is not None:
+        if attribute not in dict(module.named_modules()):
+            raise ConfigError(
+                f"log({name!r}, metric_attribute={attribute!r}): the module has no such part; name the attribute that "
+                "holds the metric."
+            )
+        return
+    if not any(part is metric for part in module.modules()):
+        raise ConfigError(
+            f"log({name!r}) got a {type(metric).__name__} that is no attribute of the module, so it would neither move "
+            "to the device nor be reset; set it as self.NAME in __init__, or pass metric_attribute='NAME'."
+        )

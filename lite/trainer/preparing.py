@@ -1,0 +1,108 @@
+"""What comes between the start of a run and its first batch: optimizers, the sanity check, words on what is to come."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from torch import nn
+
+from lite.errors import ConfigError
+from lite.seed import RandomState
+from lite.trainer.declared import Declared, read_declared
+from lite.trainer.hooks import Hooks, overrides
+from lite.trainer.loops import EvaluationLoop
+from lite.trainer.loops.evaluate import no_gradients
+from lite.trainer.module import LightningModule
+from lite.trainer.optimizers import SchedulerConfig, as_lr_schedulers, as_plain, read_optimizers
+from lite.trainer.sources import Sources
+from lite.trainer.state import RunningStage
+
+
+class Preparing(Sources):
+    """The side of `Trainer` that makes a run ready."""
+
+    hooks: Hooks
+    sync_batchnorm: bool
+    optimizers: list[Any]
+    lr_scheduler_configs: list[SchedulerConfig]
+    declared: list[Declared]
+    _in_hands: list[Any]
+    _told_hparams: bool
+
+    def _set_up(self, *, train: bool) -> None:
+        """Let Lite prepare module, optimizers and schedulers."""
+        if self.sync_batchnorm and self.world_size > 1:
+            nn.SyncBatchNorm.convert_sync_batchnorm(self.module)  # type: ignore[no-untyped-call]
+        self.optimizers, self.lr_scheduler_configs, self.declared, self._in_hands = [], [], [], []
+        if not train:
+            self.lite.setup(self.module)
+            return
+        returned = as_plain(self.module.configure_optimizers())
+        self.optimizers, self.lr_scheduler_configs = read_optimizers(returned)
+        if self.module.automatic_optimization:
+            self.declared = read_declared(returned, self.module)
+            self._check_steps()
+        schedulers = as_lr_schedulers(self.lr_scheduler_configs)
+        self.lite.setup(self.module, *self.optimizers, schedulers=schedulers)
+
+    def _check_steps(self) -> None:
+        """Every optimizer must have a step function, or the one optimizer has `training_step`."""
+        name = type(self.module).__name__
+        if not self.declared and not overrides(self.module, "training_step", LightningModule):
+            raise ConfigError(f"{name} has no training_step; define training_step(self, batch, batch_idx) to fit.")
+        if len(self.optimizers) > 1 and not self.declared:
+            raise ConfigError(
+                f"configure_optimizers returned {len(self.optimizers)} optimizers, and training_step has one loss; "
+                "give each a step function of its own, [{'optimizer': ..., 'step': self.critic_step}, ...], or set "
+                "self.automatic_optimization = False, and for each optimizer of self.optimizers() call "
+                "zero_grad(), self.manual_backward(loss) and step() in training_step."
+            )
+
+    def _check_sanity(self) -> None:
+        """Run some validation batches before training, so that a mistake in it shows at once; nothing remains of it."""
+        if not self.num_sanity_val_steps or not self._validates_in_fit() or self.fit_loop.is_over(self):
+            return
+        before, kept = RandomState.capture(cuda=True), dict(self.metrics.kept)
+        self.state.stage = RunningStage.SANITY_CHECKING
+        self.metrics.sanity = True
+        self.metrics.at(self.metrics.place("", "on_sanity_check_start"))
+        self.hooks.call("on_sanity_check_start")
+        self.load_data(self.fit_loop, "val")
+        data = self.fit_loop.val_data
+        limited = type(data)(
+            data.loaders, [min(n, self.num_sanity_val_steps) for n in data.limits], data.names, data.move
+        )
+        if limited.num_batches:
+            EvaluationLoop("validate").run(self, limited, no_grad=no_gradients(False))
+        self.metrics.at(self.metrics.place("", "on_sanity_check_end"))
+        self.hooks.call("on_sanity_check_end")
+        self.metrics.discard("validate")
+        self.metrics.kept, self.metrics.sanity = kept, False
+        self.metrics.bar.clear()
+        self.metrics.logged.clear()
+        self.state.stage = None
+        before.restore()
+
+    def _warn_of_nothing_to_do(self) -> None:
+        fit = self.fit_loop
+        if fit.data.num_batches == 0:
+            warnings.warn("there are no training batches; nothing is trained.", stacklevel=4)
+            fit.max_epochs = 0 if fit.max_epochs < 0 else min(fit.max_epochs, fit.progress.epoch)
+        elif fit.is_over(self) and (fit.progress.epoch or fit.progress.updates):
+            warnings.warn(
+                f"nothing is left to train: {fit.progress.epoch} epochs and {fit.progress.updates} steps are done, and "
+                f"max_epochs={fit.max_epochs}, max_steps={fit.max_steps}; raise trainer.fit_loop.max_epochs.",
+                stacklevel=4,
+            )
+
+    def _log_hyperparameters(self) -> None:
+        if not self.loggers or self._told_hparams:
+            return
+        found: dict[str, Any] = {}
+        for owner in (self.datamodule, self.module):
+            if owner is not None and owner._log_hyperparams and owner.hparams:
+                found.update(dict(owner.hparams_initial))
+        if found:
+            self._told_hparams = True
+            self.lite.log_hyperparameters(found)

@@ -1,0 +1,203 @@
+"""The life of one run, whatever it does: everyone is told who they work for, and is let go again, come what may."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from lite import collectives
+from lite.errors import ConfigError
+from lite.launchers import in_notebook
+from lite.trainer.callbacks.base import Callback
+from lite.trainer.datamodule import LightningDataModule
+from lite.trainer.hooks import Hooks, overrides
+from lite.trainer.module import LightningModule
+from lite.trainer.module_hooks import DataHooks
+from lite.trainer.old import check_old_hooks
+from lite.trainer.state import TrainerFn, TrainerStatus
+
+INTERRUPTED = 130
+
+
+@contextmanager
+def running(trainer: Any, fn: TrainerFn, module: Any, datamodule: Any) -> Iterator[None]:
+    """The block is a run of `module`: set up before, torn down after, and told of an exception.
+
+    Ctrl-C ends it with exit code 130 in a script, and quietly in a notebook.
+    """
+    stage = str(fn.value)
+    trainer.begin(fn, module, datamodule)
+    ready = False
+    try:
+        with _torch_settings(trainer):
+            _prepare_data(trainer, module, datamodule)
+            trainer.hooks = Hooks(trainer, module, trainer.callbacks, (Callback, LightningModule), trainer.wrap_hook)
+            check_old_hooks(module)
+            ready = True
+            if datamodule is not None:
+                datamodule.setup(stage)
+            trainer.metrics.at(trainer.metrics.place("", "setup"))
+            trainer.hooks.call("setup", stage)
+            trainer.agree_on_log_dir()
+            module.configure_model()
+            yield
+        trainer.state.status = TrainerStatus.FINISHED
+    except BaseException as error:
+        if isinstance(error, GeneratorExit):  # whoever drives the run by hand has left it
+            trainer.state.status = TrainerStatus.INTERRUPTED
+            raise
+        trainer.state.status = TrainerStatus.INTERRUPTED
+        if isinstance(error, SystemExit) and trainer.fit_loop.stopped_by_signal:
+            raise
+        if ready:
+            for method in trainer.hooks.on_exception:
+                method(error)
+        if isinstance(datamodule, LightningDataModule):
+            datamodule.on_exception(error)
+        if not isinstance(error, KeyboardInterrupt):
+            raise
+        if not in_notebook():
+            raise SystemExit(INTERRUPTED) from error
+        warnings.warn(
+            "the run was interrupted; trainer.save_checkpoint or another fit goes on from here.", stacklevel=2
+        )
+    finally:
+        try:
+            if ready:
+                if datamodule is not None:
+                    datamodule.teardown(stage)
+                trainer.metrics.at(trainer.metrics.place("", "teardown"))
+                trainer.hooks.call("teardown", stage)
+        finally:
+            trainer.end(module, datamodule)
+
+
+def check_module(module: Any, call: str) -> None:
+    """Refuse what is no LightningModule.
+
+    Raises:
+        TypeError: It is something else.
+    """
+    if isinstance(module, LightningModule):
+        return
+    hint = ""
+    if isinstance(module, type):
+        hint = f"; pass an instance, {module.__name__}(...)"
+    elif hasattr(module, "_orig_mod"):
+        hint = "; compile it inside, by self.compile() in configure_model, or pass the module itself"
+    elif isinstance(module, nn.Module):
+        hint = "; a LightningModule has training_step and configure_optimizers"
+        if any(base.__name__ == "LightningModule" for base in type(module).__mro__):
+            hint = "; its class is another package's: from lite.trainer import LightningModule"
+    raise TypeError(f"trainer.{call}() got a {type(module).__name__} as the model, not a LightningModule{hint}.")
+
+
+def merge_callbacks(callbacks: list[Any], module: Any) -> list[Any]:
+    """The Trainer's callbacks with those of `configure_callbacks`, which replace those of their type.
+
+    Raises:
+        ConfigError: Two would be stored under the same name.
+    """
+    own = module.configure_callbacks()
+    own = [own] if isinstance(own, Callback) else list(own or ())
+    kinds = {type(callback) for callback in own}
+    kept = [c for c in callbacks if not any(issubclass(kind, type(c)) for kind in kinds)]
+    return in_order([*kept, *own])
+
+
+def in_order(callbacks: list[Any]) -> list[Any]:
+    """Those that tune first, those that save last, the others as they were.
+
+    Raises:
+        ConfigError: Two would be stored under the same name.
+    """
+    from lite.trainer.callbacks.base import Checkpoint
+
+    def rank(callback: Any) -> int:
+        return 0 if getattr(callback, "tunes", False) else 2 if isinstance(callback, Checkpoint) else 1
+
+    ordered = sorted(callbacks, key=rank)
+    seen: dict[str, Any] = {}
+    for callback in ordered:
+        if not overrides(callback, "state_dict", Callback):
+            continue
+        other = seen.setdefault(callback.state_key, callback)
+        if other is not callback:
+            raise ConfigError(
+                f"two callbacks {type(callback).__name__} have the same state_key {callback.state_key!r}, so a "
+                "checkpoint could keep one of them only; give them different settings, or override state_key."
+            )
+    return ordered
+
+
+def _prepare_data(trainer: Any, module: Any, datamodule: Any) -> None:
+    """On one process per machine, or of the job; what it raises is raised on all."""
+    lite = trainer.lite
+    owners = [(datamodule, LightningDataModule), (module, DataHooks)]
+    for owner, base in owners:
+        if owner is None or not overrides(owner, "prepare_data", base):
+            continue
+        local = bool(owner.prepare_data_per_node)
+        with lite.rank_zero_first(local=local):
+            if (lite.local_rank if local else lite.global_rank) == 0:
+                owner.prepare_data()
+        lite.barrier()
+
+
+@contextmanager
+def _torch_settings(trainer: Any) -> Iterator[None]:
+    """torch's global settings that the Trainer was given, for the run."""
+    deterministic, benchmark = trainer.deterministic, trainer.benchmark
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.backends.cudnn.benchmark,
+        torch.is_anomaly_enabled(),
+    )
+    if deterministic:
+        torch.use_deterministic_algorithms(True, warn_only=deterministic == "warn")
+    if benchmark is not None or deterministic:
+        torch.backends.cudnn.benchmark = bool(benchmark) and not deterministic
+    if trainer.detect_anomaly:
+        torch.autograd.set_detect_anomaly(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.backends.cudnn.benchmark = before[2]
+        torch.autograd.set_detect_anomaly(before[3])
+
+
+def newest_checkpoint(folders: list[str], *, named: str | None = None) -> str | None:
+    """The newest whole checkpoint in these folders; rank 0 looks. Collective: call on all ranks.
+
+    Args:
+        folders: Where to look.
+        named: What its name begins with; None is any.
+    """
+    found: str | None = None
+    if collectives.rank() == 0:
+        from lite.checkpoint.reading import damage
+
+        there: list[tuple[float, str]] = []
+        for folder in dict.fromkeys(folders):
+            if not os.path.isdir(folder):
+                continue
+            for entry in os.scandir(folder):
+                whole_name = entry.name.endswith(".ckpt") and not entry.name.startswith(".")
+                if whole_name and (named is None or entry.name.startswith(named)):
+                    there.append((entry.stat().st_mtime_ns, entry.path))
+        for _, path in sorted(there, reverse=True):
+            problem = damage(path)
+            if problem is None:
+                found = path
+                break
+            warnings.warn(f"{path} is damaged and was passed over: {problem}", stacklevel=4)
+    result: str | None = collectives.broadcast(found)
+    return result

@@ -1,0 +1,55 @@
+"""Stepping learning-rate schedulers when they are due."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from lite.errors import ConfigError
+from lite.trainer.hooks import overrides
+from lite.trainer.module import LightningModule
+from lite.trainer.optimizers import SchedulerConfig
+
+
+def step_schedulers(trainer: Any, configs: Sequence[SchedulerConfig], number: int) -> None:
+    """Step those whose frequency divides `number`, the count of optimizer steps or epochs.
+
+    Raises:
+        ConfigError: A metric that one monitors was not logged.
+    """
+    module = trainer.module
+    own = overrides(module, "lr_scheduler_step", LightningModule)
+    for config in configs:
+        if number % config.frequency:
+            continue
+        metric = None
+        if config.reduce_on_plateau:
+            metric = monitored_metric(trainer, config)
+            if metric is None:
+                continue
+        if own:
+            module.lr_scheduler_step(config.scheduler, metric)
+        elif metric is None:
+            config.scheduler.step()
+        else:
+            config.scheduler.step(metric)
+
+
+def monitored_metric(trainer: Any, config: SchedulerConfig) -> Any:
+    """The metric that a scheduler follows; None, with a warning, where it is missing and need not be there.
+
+    Raises:
+        ConfigError: It is missing.
+    """
+    found = trainer.callback_metrics
+    metric = found.get(config.monitor)
+    if metric is None:
+        text = (
+            f"the scheduler {type(config.scheduler).__name__} monitors {config.monitor!r}, which nobody has "
+            f"logged; logged were {', '.join(map(repr, found)) or 'no metrics'}."
+        )
+        if config.strict:
+            raise ConfigError(f"{text} Log it, monitor another, or set 'strict': False.")
+        warnings.warn(f"{text} It does not step.", stacklevel=5)
+    return metric

@@ -1,0 +1,126 @@
+"""What a run asks of its Trainer as it goes: to begin and end, to write rows, to hand out optimizers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from lite import collectives
+from lite.errors import ConfigError
+from lite.trainer.arguments import whole
+from lite.trainer.hooks import Hooks
+from lite.trainer.loops.manual_step import manual_optimizers
+from lite.trainer.run import merge_callbacks
+from lite.trainer.state import RunningStage, TrainerFn, TrainerStatus
+from lite.trainer.view import View
+
+
+class Serving(View):
+    """The side of `Trainer` that loops, modules and callbacks call."""
+
+    hooks: Hooks
+    profiler: Any
+    barebones: bool
+    datamodule: Any
+    optimizers: list[Any]
+    _in_hands: list[Any]
+    _loaded: set[str]
+    _own_callbacks: list[Any]
+
+    def begin(self, fn: TrainerFn, module: Any, datamodule: Any) -> None:
+        """A run of this module begins."""
+        self.state.fn, self.state.status = fn, TrainerStatus.RUNNING
+        self.module, self.datamodule = module, datamodule
+        self._loaded.clear()
+        self._eval_data.clear()
+        self._train_raw = None
+        module.attach(self, self.metrics)
+        if datamodule is not None:
+            attach = getattr(datamodule, "attach", None)
+            if attach is None:
+                raise ConfigError(f"datamodule={type(datamodule).__name__} is no LightningDataModule of lite.trainer.")
+            attach(self)
+        self.callbacks = merge_callbacks(self._own_callbacks, module)
+        for callback in self.callbacks:
+            if hasattr(callback, "attach"):
+                callback.attach(module)
+
+    def end(self, module: Any, datamodule: Any) -> None:
+        """It is over: everyone is let go."""
+        self.state.stage = None
+        self.metrics.end_batches()
+        self.metrics.at(self.metrics.place("", "the time after a run"))
+        for callback in self.callbacks:
+            if hasattr(callback, "attach"):
+                callback.attach(None)
+        if self.profiler is not None and hasattr(self.profiler, "describe"):
+            self.profiler.describe(self)
+        self.lite.teardown()
+
+    def agree_on_log_dir(self) -> None:
+        """Every rank writes beside rank 0's logs."""
+        self._log_dir = None
+        self._log_dir = collectives.broadcast(self.log_dir if self.is_global_zero else None)
+
+    @property
+    def wrap_hook(self) -> Any:
+        """What a profiler puts around each hook."""
+        return None if self.profiler is None else self.profiler.wrap_hook
+
+    @contextmanager
+    def in_stage(self, stage: str) -> Iterator[None]:
+        """The block is validation within training."""
+        before = self.state.stage
+        if before is not RunningStage.SANITY_CHECKING:
+            self.state.stage = RunningStage(stage)
+        place = self.metrics.here
+        try:
+            yield
+        finally:
+            self.state.stage = before
+            self.metrics.at(place)
+
+    def set_accumulation(self, batches: int) -> None:
+        """From the next epoch on (or this one, as it begins), so many batches make an optimizer step."""
+        self.accumulate_grad_batches = whole("accumulate_grad_batches", batches, 1)
+
+    def optimizers_for_module(self, counting: bool) -> list[Any]:
+        """The optimizers for the module's own hand."""
+        if not counting or self.module.automatic_optimization:
+            return self.optimizers
+        if not self._in_hands:
+            self._in_hands = manual_optimizers(self)
+        return self._in_hands
+
+    def manual_backward(self, loss: Any, *args: Any, **kwargs: Any) -> None:
+        """Backward with its hooks."""
+        metrics = self.metrics
+        here = metrics.here
+        if self.hooks.on_before_backward:
+            metrics.at(metrics.place("train", "on_before_backward"))
+            self.hooks.call("on_before_backward", loss)
+        self.module.backward(loss, *args, **kwargs)
+        if self.hooks.on_after_backward:
+            metrics.at(metrics.place("train", "on_after_backward"))
+            self.hooks.call("on_after_backward")
+        metrics.at(here)
+
+    def write_row(self, row: Mapping[str, Any], stage: str = "train") -> None:
+        """Give loggers a row, with the epoch and the clocks in it."""
+        if not row or self.sanity_checking or not self.loggers:
+            return
+        step = max(self.fit_loop.progress.stepped - 1, 0)
+        values = dict(row)
+        if "step" in values:
+            step = int(values.pop("step"))
+        self.lite.log_dict({"epoch": self.current_epoch, **self.clocks(), **values}, step)
+
+    def logs_eval_steps(self, stage: str) -> bool:
+        """Whether evaluation may have values of single batches to write."""
+        return bool(self.loggers) and not self.sanity_checking and not self.barebones
+
+    def write_eval_step(self, stage: str) -> None:
+        """Write the values of one evaluation batch, where any were logged with on_step=True."""
+        if self.metrics.has_step_values(stage):
+            self.write_row(self.metrics.step_row(stage), stage)

@@ -1,0 +1,340 @@
+"""What a Trainer tells of its run: properties that users, modules and callbacks read; it changes nothing."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+from lite.loggers import Logger
+from lite.trainer.callbacks.base import Callback, Checkpoint
+from lite.trainer.data import INFINITE
+from lite.trainer.metrics import Metrics
+from lite.trainer.state import RunningStage, TrainerFn, TrainerState, TrainerStatus
+
+
+class View:
+    """The reading side of `Trainer`."""
+
+    lite: Any
+    state: TrainerState
+    callbacks: list[Callback]
+    fit_loop: Any
+    validate_loop: Any
+    test_loop: Any
+    predict_loop: Any
+    metrics: Metrics
+    module: Any
+    loggers: list[Logger]
+    default_root_dir: str
+    accumulate_grad_batches: int
+    _eval_data: dict[str, Any]
+    _log_dir: str | None
+
+    # ---- progress
+
+    @property
+    def current_epoch(self) -> int:
+        """The epoch that is under way, or as many as are complete."""
+        epoch: int = self.fit_loop.progress.epoch
+        return epoch
+
+    @property
+    def global_step(self) -> int:
+        """Optimizer steps so far, over all optimizers."""
+        steps: int = self.fit_loop.progress.updates
+        return steps
+
+    @property
+    def is_last_batch(self) -> bool:
+        """Whether the training batch that is under way is the epoch's last."""
+        return bool(self.fit_loop.progress.batch + 1 >= self.num_training_batches)
+
+    @property
+    def num_training_batches(self) -> float:
+        """Training batches of an epoch; infinite where nobody knows."""
+        found: float = self.fit_loop.data.num_batches
+        return found
+
+    @property
+    def num_val_batches(self) -> list[float]:
+        """Validation batches of each loader."""
+        data = self._eval_data.get("validate")
+        found: list[float] = self.fit_loop.val_data.limits if data is None else data.limits
+        return found
+
+    @property
+    def num_test_batches(self) -> list[float]:
+        """Test batches of each loader."""
+        return list(self._eval_data["test"].limits) if "test" in self._eval_data else []
+
+    @property
+    def num_predict_batches(self) -> list[float]:
+        """Batches to predict of each loader."""
+        return list(self._eval_data["predict"].limits) if "predict" in self._eval_data else []
+
+    @property
+    def num_sanity_val_batches(self) -> list[float]:
+        """Validation batches of the sanity check, of each loader."""
+        return [min(self.num_sanity_val_steps, n) for n in self.num_val_batches]
+
+    num_sanity_val_steps: float
+
+    @property
+    def max_epochs(self) -> int:
+        """Epochs in all; -1 for no limit. `trainer.fit_loop.max_epochs` can be raised for another fit."""
+        epochs: int = self.fit_loop.max_epochs
+        return epochs
+
+    @property
+    def min_epochs(self) -> int:
+        """Epochs before which no wish to stop counts."""
+        epochs: int = self.fit_loop.min_epochs
+        return epochs
+
+    @property
+    def max_steps(self) -> int:
+        """Optimizer steps in all; -1 for no limit."""
+        steps: int = self.fit_loop.max_steps
+        return steps
+
+    @property
+    def min_steps(self) -> int:
+        """Optimizer steps before which no wish to stop counts."""
+        steps: int = self.fit_loop.min_steps
+        return steps
+
+    @property
+    def estimated_stepping_batches(self) -> float:
+        """Optimizer steps of the whole fit, for schedulers that must know; infinite without a limit.
+
+        Asked in `configure_optimizers`, it gets the training loader then.
+        """
+        self._load_train_data()
+        batches, fit = self.num_training_batches, self.fit_loop
+        limit = fit.max_steps if fit.max_steps >= 0 else INFINITE
+        if batches == INFINITE or fit.max_epochs < 0:
+            return limit
+        per_epoch = math.ceil(batches / self.accumulate_grad_batches)
+        total: float = min(per_epoch * fit.max_epochs, limit)
+        return total
+
+    def _load_train_data(self) -> None:
+        raise NotImplementedError
+
+    # ---- state
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether training is to stop; set it to True on any rank, and all stop at the next logging interval."""
+        return bool(self.fit_loop.wants_stop or self.fit_loop.wish)
+
+    @should_stop.setter
+    def should_stop(self, value: bool) -> None:
+        self.fit_loop.ask_to_stop(value, alone=self.world_size == 1)
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether the last run was interrupted."""
+        return self.state.status is TrainerStatus.INTERRUPTED
+
+    @property
+    def received_sigterm(self) -> bool:
+        """Whether a signal has asked this run to end."""
+        return bool(self.fit_loop.stopped_by_signal)
+
+    @property
+    def training(self) -> bool:
+        """Whether training batches run."""
+        return self.state.stage is RunningStage.TRAINING
+
+    @property
+    def validating(self) -> bool:
+        """Whether validation runs."""
+        return self.state.stage is RunningStage.VALIDATING
+
+    @property
+    def testing(self) -> bool:
+        """Whether a test runs."""
+        return self.state.stage is RunningStage.TESTING
+
+    @property
+    def predicting(self) -> bool:
+        """Whether a prediction runs."""
+        return self.state.stage is RunningStage.PREDICTING
+
+    @property
+    def sanity_checking(self) -> bool:
+        """Whether the validation before training runs."""
+        return self.state.stage is RunningStage.SANITY_CHECKING
+
+    @property
+    def evaluating(self) -> bool:
+        """Whether validation or a test runs."""
+        return self.validating or self.testing
+
+    # ---- metrics
+
+    @property
+    def callback_metrics(self) -> dict[str, Any]:
+        """Every logged name's newest value."""
+        return self.metrics.callback_metrics()
+
+    @property
+    def logged_metrics(self) -> dict[str, Any]:
+        """The newest values that loggers got."""
+        return dict(self.metrics.logged)
+
+    @property
+    def progress_bar_metrics(self) -> dict[str, Any]:
+        """What the progress bar shows, as numbers."""
+        return {name: float(value) for name, value in self.metrics.bar_metrics().items()}
+
+    # ---- parts
+
+    @property
+    def model(self) -> Any:
+        """The module."""
+        return self.module
+
+    @property
+    def lightning_module(self) -> Any:
+        """The module."""
+        return self.module
+
+    @property
+    def logger(self) -> Logger | None:
+        """The first logger."""
+        return self.loggers[0] if self.loggers else None
+
+    @property
+    def log_dir(self) -> str:
+        """Where the first logger writes, or `default_root_dir`; rank 0's word on every rank within a run."""
+        if self._log_dir is None:
+            return str(getattr(self.logger, "log_dir", None) or self.default_root_dir)
+        return self._log_dir
+
+    @property
+    def checkpoint_callbacks(self) -> list[Any]:
+        """Callbacks that save."""
+        return [callback for callback in self.callbacks if isinstance(callback, Checkpoint)]
+
+    @property
+    def checkpoint_callback(self) -> Any:
+        """The first of them, or None."""
+        return next(iter(self.checkpoint_callbacks), None)
+
+    @property
+    def early_stopping_callbacks(self) -> list[Any]:
+        """Callbacks that stop early."""
+        from lite.trainer.callbacks.early_stopping import EarlyStopping
+
+        return [callback for callback in self.callbacks if isinstance(callback, EarlyStopping)]
+
+    @property
+    def early_stopping_callback(self) -> Any:
+        """The first of them, or None."""
+        return next(iter(self.early_stopping_callbacks), None)
+
+    @property
+    def progress_bar_callback(self) -> Any:
+        """The progress bar, or None."""
+        from lite.trainer.callbacks.progress_bar import ProgressBar
+
+        return next((callback for callback in self.callbacks if isinstance(callback, ProgressBar)), None)
+
+    @property
+    def train_dataloader(self) -> Any:
+        """Training's loader, as it runs."""
+        return self.fit_loop.data.loaders[0] if self.fit_loop.data.loaders else None
+
+    @property
+    def val_dataloaders(self) -> Any:
+        """Validation's loader, or a list of them."""
+        return self._loaders_of("validate") or _one_or_all(self.fit_loop.val_data.loaders)
+
+    @property
+    def test_dataloaders(self) -> Any:
+        """The test's loader, or a list of them."""
+        return self._loaders_of("test")
+
+    @property
+    def predict_dataloaders(self) -> Any:
+        """The prediction's loader, or a list of them."""
+        return self._loaders_of("predict")
+
+    def _loaders_of(self, stage: str) -> Any:
+        return _one_or_all(self._eval_data[stage].loaders) if stage in self._eval_data else None
+
+    @property
+    def strategy(self) -> Any:
+        """Lite's strategy."""
+        return self.lite.strategy
+
+    @property
+    def accelerator(self) -> Any:
+        """Lite's accelerator."""
+        return self.lite.accelerator
+
+    @property
+    def precision(self) -> str:
+        """The precision's name."""
+        return str(self.lite.precision.name)
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+        return int(self.lite.world_size)
+
+    @property
+    def num_devices(self) -> int:
+        """Devices per machine."""
+        return max(1, self.world_size // self.num_nodes)
+
+    num_nodes: int
+
+    @property
+    def global_rank(self) -> int:
+        """This process's number."""
+        return int(self.lite.global_rank)
+
+    @property
+    def local_rank(self) -> int:
+        """This process's number on its machine."""
+        return int(self.lite.local_rank)
+
+    @property
+    def node_rank(self) -> int:
+        """This machine's number."""
+        return int(self.lite.node_rank)
+
+    @property
+    def is_global_zero(self) -> bool:
+        """Whether this is rank 0."""
+        return bool(self.lite.is_global_zero)
+
+    @property
+    def enable_validation(self) -> bool:
+        """Whether training validates."""
+        return bool(self.fit_loop.val_data.num_batches)
+
+    @property
+    def fitting(self) -> bool:
+        """Whether `fit` runs."""
+        return self.state.fn is TrainerFn.FITTING and self.state.status is TrainerStatus.RUNNING
+
+    def clocks(self) -> dict[str, float]:
+        """The clocks: training batches, optimizer steps, samples over all ranks, seconds of training."""
+        progress = self.fit_loop.progress
+        samples = progress.samples + self.fit_loop.epoch_samples() if progress.within else progress.samples
+        clocks = {"batches": progress.batches, "updates": progress.updates, "samples": samples}
+        return {**clocks, "seconds": progress.elapsed_s()}
+
+    def checkpoint_folders(self) -> list[str]:
+        """Where checkpoints of this Trainer may lie."""
+        found = [str(folder) for c in self.checkpoint_callbacks if (folder := getattr(c, "dirpath", None))]
+        return [*found, os.path.join(self.default_root_dir, "checkpoints"), self.default_root_dir]
+
+
+def _one_or_all(loaders: list[Any]) -> Any:
+    return None if not loaders else loaders[0] if len(loaders) == 1 else loaders

@@ -1,0 +1,485 @@
+"""Behaviours 9 to 18 and 45: what a step does with loss, gradients, optimizers, schedulers and modes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lite.errors import ConfigError, UsageError
+from tests.trainer.modules import Numbers, Tiny, TinyData, numbers, trainer, weights
+
+OPTIONS = {"limit_val_batches": 0}
+
+
+def by_hand(count: int, batch_sizes: list[list[int]], lr: float = 0.05) -> list[float]:
+    """Weights after SGD steps, each on one big batch made of the given parts."""
+    module, start = Tiny(), 0
+    optimizer = torch.optim.SGD(module.parameters(), lr=lr)
+    rows = Numbers(count).rows
+    for parts in batch_sizes:
+        batch = rows[start : start + sum(parts)]
+        start += sum(parts)
+        optimizer.zero_grad()
+        module.loss(batch).backward()
+        optimizer.step()
+    return weights(module)
+
+
+def test_behaviour_9_the_loss_may_be_a_tensor_a_dict_or_none() -> None:
+    """And what on_train_batch_end gets is the loss as it was returned, without its graph."""
+    outputs: list[Any] = []
+
+    class Forms(Tiny):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+            loss = self.loss(batch)
+            return {0: loss, 1: {"loss": loss, "more": loss * 2}, 2: None}[batch_idx]
+
+        def on_train_batch_end(self, found: Any, batch: Any, batch_idx: int) -> None:
+            outputs.append(found)
+
+    module, run = Forms(), trainer(**OPTIONS)
+    with pytest.warns(UserWarning, match="returned None"):
+        run.fit(module, numbers())
+    assert weights(module) == by_hand(12, [[4], [4]])
+    assert set(outputs[0]) == {"loss"}
+    assert float(outputs[1]["more"]) == 2 * float(outputs[1]["loss"])
+    assert not outputs[0]["loss"].requires_grad
+    assert outputs[2] is None
+    assert run.global_step == 3  # as the reference counts
+
+    class Empty(Tiny):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+            return {"losses": 1}
+
+    with pytest.raises(ConfigError, match=r"keys \['losses'\] and without 'loss'"):
+        trainer(**OPTIONS).fit(Empty(), numbers())
+
+
+def test_behaviour_10_a_loss_without_a_graph_is_an_error_that_says_so() -> None:
+    """Detached, or computed without gradients."""
+
+    class Detached(Tiny):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+            return self.loss(batch).detach()
+
+    with pytest.raises(UsageError, match="needs no gradient"):
+        trainer(**OPTIONS).fit(Detached(), numbers())
+
+
+def test_behaviour_10_detect_anomaly_finds_non_finite_gradients() -> None:
+    """And torch's own setting is put back."""
+
+    class Nan(Tiny):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+            return (self.loss(batch) * 0).sqrt() * 0
+
+    with pytest.raises(RuntimeError, match="nan"), pytest.warns(UserWarning, match="Error detected"):
+        trainer(detect_anomaly=True, **OPTIONS).fit(Nan(), numbers())
+    assert not torch.is_anomaly_enabled()
+
+
+def test_behaviour_11_several_optimizers_need_manual_optimisation() -> None:
+    """And the form of older versions is answered with the new one."""
+
+    class Two(Tiny):
+        def configure_optimizers(self) -> Any:
+            return [torch.optim.SGD(self.net[0].parameters(), 0.1), torch.optim.SGD(self.net[3].parameters(), 0.1)]
+
+    with pytest.raises(ConfigError, match=r"2 optimizers.*automatic_optimization = False"):
+        trainer(**OPTIONS).fit(Two(), numbers())
+
+    class Old(Tiny):
+        def training_step(self, batch: Tensor, batch_idx: int, optimizer_idx: int) -> Any:  # type: ignore[override]
+            return self.loss(batch)
+
+    with pytest.raises(ConfigError, match="form of older versions"):
+        trainer(**OPTIONS).fit(Old(), numbers())
+
+
+class Manual(Tiny):
+    """Two optimizers in the module's own hand: the second one every other batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.calls: list[str] = []
+
+    def configure_optimizers(self) -> Any:
+        first = torch.optim.SGD(self.net[0].parameters(), lr=0.1)
+        second = torch.optim.SGD(self.net[3].parameters(), lr=0.1)
+        return [first, second], [torch.optim.lr_scheduler.StepLR(first, 1, 0.5)]
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        first, second = self.optimizers()
+        assert isinstance(first, torch.optim.SGD)
+        loss = self.loss(batch)
+        first.zero_grad()
+        second.zero_grad()
+        self.manual_backward(loss)
+        self.clip_gradients(first, 0.5, "norm")
+        first.step()
+        if batch_idx % 2:
+            second.step(lambda: loss)
+        self.lr_schedulers().step()
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        self.calls.append("step")
+
+    def on_after_backward(self) -> None:
+        self.calls.append("backward")
+
+
+def test_behaviour_12_every_optimizer_step_counts_in_manual_mode() -> None:
+    """global_step, hooks and max_steps; the numbers are those of the same loop by hand."""
+    module, run = Manual(), trainer(**OPTIONS)
+    run.fit(module, numbers())
+    assert (run.global_step, run.fit_loop.progress.batches) == (4, 3)
+    assert module.calls == ["backward", "step", "backward", "step", "step", "backward", "step"]
+    by = Tiny()
+    first = torch.optim.SGD(by.net[0].parameters(), lr=0.1)
+    second = torch.optim.SGD(by.net[3].parameters(), lr=0.1)
+    for i, batch in enumerate(Numbers(12).rows.split(4)):
+        first.zero_grad()
+        second.zero_grad()
+        by.loss(batch).backward()
+        nn.utils.clip_grad_norm_(by.net[0].parameters(), 0.5)
+        first.step()
+        if i % 2:
+            second.step()
+        first.param_groups[0]["lr"] *= 0.5
+    assert weights(module) == weights(by)
+    run = trainer(max_epochs=-1, max_steps=3, **OPTIONS)
+    run.fit(Manual(), numbers())
+    assert run.global_step == 3
+
+
+def test_manual_optimisation_refuses_what_only_automatic_optimisation_does() -> None:
+    """Clipping and accumulation by argument; and manual_backward where it is automatic."""
+    for options in ({"gradient_clip_val": 1.0}, {"accumulate_grad_batches": 2}):
+        with pytest.raises(ConfigError, match="automatic_optimization = False"):
+            trainer(**options, **OPTIONS).fit(Manual(), numbers())
+
+    class Both(Tiny):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+            self.manual_backward(self.loss(batch))
+
+    with pytest.raises(UsageError, match="two backwards"):
+        trainer(**OPTIONS).fit(Both(), numbers())
+
+
+def test_behaviour_13_toggling_restores_what_was_frozen() -> None:
+    """requires_grad of the others, exactly."""
+
+    class Toggles(Manual):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+            self.net[0].bias.requires_grad = False
+            first, second = self.optimizers()
+            with self.toggled_optimizer(second):
+                flags = [p.requires_grad for p in self.parameters()]
+                assert flags == [False, False, True, True]
+            assert [p.requires_grad for p in self.parameters()] == [True, False, True, True]
+            self.toggle_optimizer(first)
+            assert [p.requires_grad for p in self.parameters()] == [True, False, False, False]
+            self.untoggle_optimizer(first)
+
+    trainer(limit_train_batches=1, **OPTIONS).fit(Toggles(), numbers())
+
+
+def scheduled(scheduler: Any, **config: Any) -> Any:
+    class Scheduled(Tiny):
+        rates: list[float] = []  # noqa: RUF012
+
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.parameters(), lr=1.0)
+            made = scheduler(optimizer)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": made, **config}}
+
+        def on_train_batch_start(self, *args: Any) -> None:
+            self.rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
+
+    Scheduled.rates = []
+    return Scheduled()
+
+
+def test_behaviour_14_schedulers_step_when_they_are_due() -> None:
+    """Per epoch, per optimizer step (not per batch), with a frequency, and by a metric."""
+
+    def halving(optimizer: Any) -> Any:
+        return torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+
+    def rates(module: Any, **options: Any) -> list[float]:
+        trainer(max_epochs=2, **{**OPTIONS, **options}).fit(module, numbers(16), numbers())
+        return module.rates
+
+    assert rates(scheduled(halving)) == [1.0] * 4 + [0.5] * 4
+    assert rates(scheduled(halving, interval="step"), accumulate_grad_batches=2) == [
+        1,
+        1,
+        0.5,
+        0.5,
+        0.25,
+        0.25,
+        0.125,
+        0.125,
+    ]
+    assert rates(scheduled(halving, interval="step", frequency=3)) == [1, 1, 1, 0.5, 0.5, 0.5, 0.25, 0.25]
+
+    def plateau(optimizer: Any) -> Any:
+        return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, factor=0.5, threshold=10.0)
+
+    assert rates(scheduled(plateau, monitor="val"), limit_val_batches=1.0) == [1.0] * 4 + [0.5] * 4
+    with pytest.raises(ConfigError, match=r"monitors 'nothing'.*logged were 'loss'"):
+        rates(scheduled(plateau, monitor="nothing"))
+    with pytest.warns(UserWarning, match="does not step"):
+        rates(scheduled(plateau, monitor="nothing", strict=False))
+    with pytest.raises(ConfigError, match="needs a metric"):
+        rates(scheduled(plateau))
+
+
+def test_behaviour_14_estimated_stepping_batches_is_known_in_configure_optimizers() -> None:
+    """OneCycle's total_steps: with accumulation, limits and epochs."""
+
+    class Cycle(Tiny):
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.parameters(), lr=1.0)
+            self.total = self.trainer.estimated_stepping_batches
+            scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1.0, total_steps=self.total)
+            return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+    module, run = Cycle(), trainer(max_epochs=2, accumulate_grad_batches=2, **OPTIONS)
+    run.fit(module, numbers(18))
+    assert module.total == run.global_step == 6
+    module, run = Cycle(), trainer(max_epochs=9, max_steps=4, **OPTIONS)
+    run.fit(module, numbers())
+    assert module.total == run.global_step == 4
+
+
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_behaviour_15_clipping_comes_after_the_hook_and_an_override_wins(algorithm: str) -> None:
+    """on_before_optimizer_step sees gradients as they are."""
+    seen: list[float] = []
+
+    class Clips(Tiny):
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            seen.append(max(float(p.grad.abs().max()) for p in self.parameters() if p.grad is not None))
+
+        def on_train_batch_end(self, *args: Any) -> None:
+            grads = [p.grad for p in self.parameters() if p.grad is not None]
+            size = nn.utils.get_total_norm(grads) if algorithm == "norm" else max(g.abs().max() for g in grads)
+            assert float(size) == pytest.approx(0.01, rel=1e-4)
+
+    trainer(gradient_clip_val=0.01, gradient_clip_algorithm=algorithm, **OPTIONS).fit(Clips(), numbers())
+    assert min(seen) > 0.01
+
+    class Own(Tiny):
+        def configure_gradient_clipping(self, optimizer: Any, value: Any = None, algorithm: Any = None) -> None:
+            assert value == 0.01
+            nn.utils.clip_grad_value_(self.parameters(), 0.0)
+
+    module = Own()
+    before = weights(module)
+    trainer(gradient_clip_val=0.01, **OPTIONS).fit(module, numbers())
+    assert weights(module) == before
+
+
+def test_behaviour_16_modes_are_given_back_as_they_were() -> None:
+    """A submodule that evaluates goes on doing so."""
+
+    class Frozen(Tiny):
+        modes: list[Any] = []  # noqa: RUF012
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+            self.modes.append((self.training, self.net[0].training))
+            return self.loss(batch)
+
+        def validation_step(self, batch: Tensor, batch_idx: int) -> Any:
+            assert not self.training
+            assert not self.net[0].training
+
+    module = Frozen()
+    module.net[0].eval()
+    trainer(max_epochs=2, num_sanity_val_steps=1).fit(module, datamodule=TinyData())
+    assert set(module.modes) == {(True, False)}
+
+
+def test_behaviour_17_evaluation_has_no_gradients_and_they_come_back() -> None:
+    """Also after an exception; inference_mode alone, no_grad within fit."""
+    modes: list[tuple[bool, bool]] = []
+
+    class Looks(Tiny):
+        def validation_step(self, batch: Tensor, batch_idx: int) -> Any:
+            modes.append((torch.is_grad_enabled(), torch.is_inference_mode_enabled()))
+            if self.net[0].bias.requires_grad is False:
+                raise RuntimeError("stop")
+
+    module = Looks()
+    trainer().fit(module, datamodule=TinyData())
+    trainer().validate(module, datamodule=TinyData(), verbose=False)
+    trainer(inference_mode=False).validate(module, datamodule=TinyData(), verbose=False)
+    assert list(dict.fromkeys(modes)) == [(False, False), (False, True)]
+    module.freeze()
+    with pytest.raises(RuntimeError, match="stop"):
+        trainer().validate(module, datamodule=TinyData())
+    assert torch.is_grad_enabled()
+
+
+def test_behaviour_18_optimizer_step_may_call_the_closure_skip_it_or_wait() -> None:
+    """Only real steps count, and LBFGS calls the closure several times."""
+
+    class Every(Tiny):
+        def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+            if batch_idx == 0:
+                optimizer.step(closure=optimizer_closure)
+            elif batch_idx == 1:
+                optimizer_closure()
+                optimizer.step()
+
+    module, run = Every(), trainer(**OPTIONS)
+    run.fit(module, numbers())
+    assert run.global_step == 2
+    assert weights(module) == by_hand(12, [[4], [4]])
+
+    class Newton(Tiny):
+        calls = 0
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+            self.calls += 1
+            return self.loss(batch)
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=4)
+
+    newton, run = Newton(), trainer(limit_train_batches=1, **OPTIONS)
+    run.fit(newton, numbers())
+    assert newton.calls > 1
+    assert run.global_step == 1
+
+
+@pytest.mark.parametrize(("count", "steps"), [(16, 2), (12, 2), (10, 2), (22, 4), (6, 8)])
+def test_behaviour_45_accumulation_gives_the_gradient_of_one_big_batch(count: int, steps: int) -> None:
+    """Full windows, partial last ones and ragged last batches alike."""
+    sizes = [min(4, count - start) for start in range(0, count, 4)]
+    windows = [sizes[i : i + steps] for i in range(0, len(sizes), steps)]
+    module = Tiny()
+    trainer(accumulate_grad_batches=steps, **OPTIONS).fit(module, numbers(count))
+    assert weights(module) == pytest.approx(by_hand(count, windows), rel=0, abs=1e-14)
+
+
+def test_behaviour_45_the_last_window_of_a_loader_without_length_steps_too() -> None:
+    """Nobody knows that a batch was the last before it is asked for another."""
+
+    class Stream:
+        def __iter__(self) -> Any:
+            return iter(Numbers(10).rows.split(4))
+
+    module, run = Tiny(), trainer(accumulate_grad_batches=2, **OPTIONS)
+    run.fit(module, Stream())
+    assert run.global_step == 2
+    assert weights(module) == pytest.approx(by_hand(10, [[4, 4], [2]]), rel=0, abs=1e-14)
+
+
+def test_behaviour_45_weights_count_tokens_and_the_reference_divides_by_the_full_window() -> None:
+    """{"loss", "weight"}, and accumulation="reference"."""
+
+    class Tokens(Tiny):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+            return {"loss": self.loss(batch[: batch_idx + 1]), "weight": batch_idx + 1}
+
+    module = Tokens()
+    trainer(accumulate_grad_batches=3, **OPTIONS).fit(module, numbers())
+    rows = Numbers(12).rows
+    by = Tiny()
+    picked = torch.cat([rows[:1], rows[4:6], rows[8:11]])
+    optimizer = torch.optim.SGD(by.parameters(), lr=0.05)
+    by.loss(picked).backward()
+    optimizer.step()
+    assert weights(module) == pytest.approx(weights(by), rel=0, abs=1e-14)
+
+    reference = Tiny()
+    trainer(accumulate_grad_batches=2, accumulation="reference", **OPTIONS).fit(reference, numbers())
+    by = Tiny()
+    optimizer = torch.optim.SGD(by.parameters(), lr=0.05)
+    for start, end in ((0, 8), (8, 12)):
+        optimizer.zero_grad()
+        for batch in rows[start:end].split(4):
+            (by.loss(batch) / 2).backward()
+        optimizer.step()
+    assert weights(reference) == weights(by)
+
+
+def test_one_process_equals_the_raw_loop_bit_for_bit() -> None:
+    """Weights after two epochs of SGD, with clipping and dropout."""
+    module = Tiny(dropout=0.3)
+    torch.manual_seed(1)
+    trainer(max_epochs=2, gradient_clip_val=0.5, **OPTIONS).fit(module, numbers(18, shuffle=True))
+    raw = Tiny(dropout=0.3)
+    torch.manual_seed(1)
+    loader = numbers(18, shuffle=True)
+    optimizer = torch.optim.SGD(raw.parameters(), lr=0.05)
+    for _ in range(2):
+        for batch in loader:
+            optimizer.zero_grad()
+            raw.loss(batch).backward()
+            nn.utils.clip_grad_norm_(raw.parameters(), 0.5)
+            optimizer.step()
+    assert weights(module) == weights(raw)
+
+
+@pytest.mark.parametrize("form", ["one", "list", "lists", "dict", "dicts", "generator", "none"])
+def test_configure_optimizers_takes_every_form(form: str) -> None:
+    """One optimizer with a scheduler or without, however they are returned."""
+
+    class Forms(Tiny):
+        def configure_optimizers(self) -> Any:
+            optimizer = super().configure_optimizers()
+            scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+            forms = {
+                "one": optimizer,
+                "list": [optimizer],
+                "lists": ([optimizer], [scheduler]),
+                "dict": {"optimizer": optimizer, "lr_scheduler": scheduler},
+                "dicts": [{"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "name": "x"}}],
+                "generator": (one for one in [optimizer]),
+            }
+            return forms.get(form)
+
+    run, module = trainer(**OPTIONS), Forms()
+    if form == "none":
+        before = weights(module)
+        with pytest.warns(UserWarning, match="without an optimizer"):
+            run.fit(module, numbers())
+        assert weights(module) == before
+        return
+    run.fit(module, numbers())
+    assert len(run.optimizers) == 1
+    assert len(run.lr_scheduler_configs) == (form in ("lists", "dict", "dicts"))
+
+
+def test_configure_optimizers_refuses_what_it_does_not_know() -> None:
+    """With the forms that there are."""
+    for wrong, message in (
+        ("adam", "returned a str"),
+        ({"lr": 1}, "without an 'optimizer'"),
+        ([1, 2], "list of optimizers"),
+    ):
+
+        class Wrong(Tiny):
+            def configure_optimizers(self, wrong: Any = wrong) -> Any:
+                return wrong
+
+        with pytest.raises(ConfigError, match=message):
+            trainer(**OPTIONS).fit(Wrong(), numbers())
+
+
+def test_gradient_norms_are_logged_where_asked() -> None:
+    """track_grad_norm, by parameter and in total."""
+    run = trainer(track_grad_norm=2, limit_train_batches=1, **OPTIONS)
+    run.fit(Tiny(), numbers())
+    found = {k: float(v) for k, v in run.callback_metrics.items() if "norm" in k}
+    total = found.pop("grad_2.0_norm_total")
+    assert len(found) == 4
+    assert total == pytest.approx(sum(v**2 for v in found.values()) ** 0.5)

@@ -1,0 +1,276 @@
+"""Behaviours 36 to 40 and the Trainer's arguments: what is refused, what a Trainer object is good for afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lite import Lite
+from lite.errors import ConfigError
+from lite.loggers import CSVLogger
+from lite.trainer import Callback, LightningModule, Trainer
+from lite.trainer.callbacks import (
+    GradientAccumulationScheduler,
+    LambdaCallback,
+    LearningRateMonitor,
+    ModelSummary,
+    Timer,
+    TQDMProgressBar,
+)
+from lite.trainer.profilers import PyTorchProfiler
+from tests.trainer.modules import QUIET, Tiny, TinyData, numbers, trainer, weights
+
+
+def test_behaviour_36_what_is_no_module_or_lacks_a_method_is_named() -> None:
+    """TypeError for another object; ConfigErrors that name the method."""
+    with pytest.raises(TypeError, match=r"fit\(\) got a Linear as the model, not a LightningModule"):
+        trainer().fit(nn.Linear(1, 1), numbers())
+    with pytest.raises(TypeError, match=r"pass an instance, Tiny\(\.\.\.\)"):
+        trainer().fit(Tiny, numbers())
+
+    class Bare(LightningModule):
+        pass
+
+    with pytest.raises(ConfigError, match="Bare has no training_step"):
+        trainer().fit(Bare(), numbers())
+    Bare.training_step = Tiny.training_step  # type: ignore[method-assign]
+    with pytest.raises(ConfigError, match="Bare has no configure_optimizers"):
+        trainer().fit(Bare(), numbers())
+    with pytest.raises(ConfigError, match=r"pass train_dataloaders.*Tiny\.train_dataloader"):
+        trainer().fit(Tiny())
+    with pytest.raises(ConfigError, match="Bare has no validation_step"):
+        trainer().validate(Bare(), numbers())
+    with pytest.raises(ConfigError, match=r"define Tiny\.test_dataloader"):
+        trainer().test(Tiny())
+    with pytest.warns(UserWarning, match="no validation_step"):
+        trainer().fit(
+            type("NoVal", (Tiny,), {"validation_step": LightningModule.validation_step})(), numbers(), numbers()
+        )
+
+
+def test_behaviour_38_a_trainer_is_used_again() -> None:
+    """fit, test, fit with more epochs; a fit with nothing left says so; the module is the user's own afterwards."""
+    module, run = Tiny(), trainer(max_epochs=1)
+    run.fit(module, datamodule=TinyData())
+    assert type(module) is Tiny
+    run.test(module, datamodule=TinyData(), verbose=False)
+    with pytest.warns(UserWarning, match="nothing is left to train: 1 epochs and 3 steps"):
+        run.fit(module, datamodule=TinyData())
+    run.fit_loop.max_epochs = 2
+    run.fit(module, datamodule=TinyData())
+    assert (run.current_epoch, run.global_step) == (2, 6)
+    whole = Tiny()
+    trainer(max_epochs=2).fit(whole, datamodule=TinyData())
+    assert weights(module) == weights(whole)
+
+
+def test_behaviour_40_the_progress_bar_shows_the_run(capsys: Any) -> None:
+    """Epoch, batches and metrics; refresh_rate 0 switches off; a second bar is refused."""
+    options = {"enable_progress_bar": None, "callbacks": TQDMProgressBar()}
+
+    class Bars(Tiny):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = self.loss(batch)
+            self.log("seen", 0.25, prog_bar=True)
+            return loss
+
+    trainer(max_epochs=2, limit_train_batches=2, **options).fit(Bars(), datamodule=TinyData())
+    shown = capsys.readouterr().out
+    assert "Epoch 1" in shown and "2/2" in shown and "seen=0.25" in shown and "Validation" in shown
+    options["callbacks"] = TQDMProgressBar(refresh_rate=0)
+    trainer(**options).fit(Bars(), datamodule=TinyData())
+    assert capsys.readouterr().out == ""
+    with pytest.raises(ConfigError, match="two progress bars"):
+        trainer(**{**options, "callbacks": [TQDMProgressBar(), TQDMProgressBar()]})
+
+
+def test_arguments_have_names_and_defaults_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """argument > environment > default; both prefixes; an empty variable counts as unset."""
+    with pytest.raises(ConfigError, match=r"write Trainer\(accelerator='cpu'"):
+        Trainer("cpu")
+    with pytest.raises(ConfigError, match="Did you mean 'max_epochs'"):
+        trainer(max_epoch=1)
+    monkeypatch.setenv("PL_TRAINER_MAX_EPOCHS", "7")
+    monkeypatch.setenv("LITE_TRAINER_LIMIT_VAL_BATCHES", "0.5")
+    monkeypatch.setenv("PL_TRAINER_MAX_TIME", "00:01:00:00")
+    monkeypatch.setenv("PL_TRAINER_MIN_EPOCHS", "")
+    run = Trainer(accelerator="cpu", **QUIET)
+    assert (run.max_epochs, run.min_epochs, run.limit_val_batches) == (7, 0, 0.5)
+    assert any(isinstance(c, Timer) for c in run.callbacks)
+    assert trainer(max_epochs=2).max_epochs == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_epochs": -2}, "max_epochs=-2"),
+        ({"limit_train_batches": 1.5}, "share above 1.0"),
+        ({"limit_val_batches": -1}, "limit_val_batches=-1"),
+        ({"accumulate_grad_batches": 0}, "accumulate_grad_batches=0"),
+        ({"gradient_clip_val": "x"}, "gradient_clip_val='x'"),
+        ({"gradient_clip_algorithm": "nrom"}, "Did you mean 'norm'"),
+        ({"barebones": True, "logger": True}, "barebones=True, logger=True"),
+        ({"tpu_cores": 8}, "tpu_cores=8"),
+        ({"resume_from_checkpoint": "x"}, "ckpt_path='x'"),
+        ({"profiler": "fast"}, "profiler='fast'"),
+        ({"accumulation": "sum"}, "accumulation='sum'"),
+        ({"check_val_every_n_epoch": 0}, "check_val_every_n_epoch=0"),
+    ],
+)
+def test_wrong_arguments_are_refused_by_name_and_value(options: dict[str, Any], message: str) -> None:
+    """Before anything runs."""
+    with pytest.raises(ConfigError, match=message):
+        trainer(**options)
+
+
+def test_arguments_of_1_8_have_their_present_form() -> None:
+    """Translated with a deprecation."""
+    with pytest.warns(DeprecationWarning, match=r"use_distributed_sampler=False"):
+        assert trainer(replace_sampler_ddp=False).use_distributed_sampler is False
+    run = trainer(accumulate_grad_batches={0: 1, 1: 3})
+    assert any(isinstance(c, GradientAccumulationScheduler) for c in run.callbacks)
+    with pytest.warns(UserWarning, match="1000 epochs"):
+        assert trainer(max_epochs=None).max_epochs == 1000
+    assert trainer(max_epochs=None, max_steps=5).max_epochs == -1
+    assert trainer(max_epochs=None, max_time=timedelta(hours=1)).max_epochs == -1
+
+
+def test_accumulation_changes_with_the_epoch() -> None:
+    """GradientAccumulationScheduler."""
+    run = trainer(max_epochs=3, accumulate_grad_batches={1: 3}, limit_val_batches=0)
+    run.fit(Tiny(), numbers())
+    assert run.global_step == 3 + 1 + 1
+
+
+def test_a_ready_lite_is_used(tmp_path: Path) -> None:
+    """With its precision and its loggers."""
+    lite = Lite(accelerator="cpu", precision="64-true", loggers=CSVLogger(tmp_path))
+    run = trainer(lite=lite, logger=None)
+    assert (run.precision, run.logger) == ("64-true", lite.logger)
+    run.fit(Tiny(), datamodule=TinyData())
+    with pytest.raises(ConfigError, match="pass them to Lite"):
+        trainer(lite=lite, logger=CSVLogger(tmp_path))
+
+
+def test_precision_goes_around_the_steps() -> None:
+    """bf16-mixed computes in bfloat16 and keeps float32 weights; the module is unwrapped after."""
+    seen: list[Any] = []
+
+    class Looks(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 1)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            out = self.layer(batch.float())
+            seen.append(out.dtype)
+            return out.float().pow(2).mean()
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    module = Looks()
+    trainer(precision="bf16-mixed").fit(module, numbers())
+    assert set(seen) == {torch.bfloat16}
+    assert module.layer.weight.dtype is torch.float32
+    assert type(module) is Looks
+
+
+def test_callbacks_keep_their_order_and_a_modules_own_replace_them() -> None:
+    """Tuning ones first, saving ones last; configure_callbacks replaces those of its type."""
+
+    class Tunes(Callback):
+        tunes = True
+
+    class Own(Tiny):
+        def configure_callbacks(self) -> Any:
+            return [Timer(), ModelSummary(max_depth=2)]
+
+    order: list[str] = []
+    run = trainer(callbacks=[Timer(interval="epoch"), Tunes()], enable_checkpointing=True, fast_dev_run=True)
+    run = trainer(callbacks=[Timer(interval="epoch"), Tunes()])
+    assert [type(c).__name__ for c in run.callbacks] == ["Tunes", "Timer"]
+    run.fit(Own(), datamodule=TinyData())
+    assert [type(c).__name__ for c in run.callbacks] == ["Tunes", "Timer", "ModelSummary"]
+    assert run.callbacks[1].interval == "step"
+    run = trainer(callbacks=LambdaCallback(on_train_end=lambda trainer, module: order.append("end")))
+    run.fit(Tiny(), datamodule=TinyData())
+    assert order == ["end"]
+    with pytest.raises(ConfigError, match="Did you mean 'on_train_end'"):
+        LambdaCallback(on_train_ending=print)
+
+
+def test_learning_rates_are_monitored(tmp_path: Path) -> None:
+    """Names by optimizer and group; it needs a logger."""
+
+    class Groups(Tiny):
+        def configure_optimizers(self) -> Any:
+            groups = [{"params": self.net[0].parameters()}, {"params": self.net[3].parameters(), "lr": 0.5}]
+            optimizer = torch.optim.Adam(groups, lr=0.1)
+            return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)]
+
+    monitor = LearningRateMonitor(log_momentum=True)
+    trainer(max_epochs=2, callbacks=monitor, logger=CSVLogger(tmp_path)).fit(Groups(), datamodule=TinyData())
+    assert monitor.lrs["lr-Adam/pg1"] == [0.1, 0.05]
+    assert monitor.lrs["lr-Adam/pg2-momentum"] == [0.9, 0.9]
+    with pytest.raises(ConfigError, match="needs a logger"):
+        trainer(callbacks=LearningRateMonitor()).fit(Tiny(), datamodule=TinyData())
+
+
+def test_hyperparameters_are_logged_once(tmp_path: Path) -> None:
+    """Of module and datamodule, as a run begins."""
+    run = trainer(logger=CSVLogger(tmp_path))
+    run.fit(Tiny(lr=0.25), datamodule=TinyData())
+    assert '"lr": 0.25' in (tmp_path / "version_0" / "hyperparameters.json").read_text()
+
+
+class Hooked(Tiny):
+    def on_train_epoch_end(self) -> None:
+        pass
+
+
+class OwnProfiler:
+    """Another package's."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def profile(self, name: str) -> Any:
+        self.names.append(name)
+        return contextlib.nullcontext()
+
+
+def test_profilers_see_hooks_and_steps(tmp_path: Path, capsys: Any) -> None:
+    """By name, by class, or another package's; each tells of a hook and of the steps, and training is the same."""
+    module = Hooked()
+    trainer(max_epochs=2).fit(module, datamodule=TinyData())
+    expected = weights(module)
+    own = OwnProfiler()
+    for profiler in ("simple", "advanced", PyTorchProfiler(tmp_path / "traces"), own):
+        module = Hooked()
+        trainer(profiler=profiler, max_epochs=2).fit(module, datamodule=TinyData())
+        assert weights(module) == expected
+        out = capsys.readouterr().out
+        told = "\n".join(own.names) if profiler is own else out
+        for name in ("on_train_epoch_end", "training_step", "validation_step"):
+            assert f"[Hooked].{name}" in told or (isinstance(profiler, PyTorchProfiler) and name != "training_step")
+        assert profiler != "simple" or re.search(r"\[Hooked\]\.training_step +6 ", told)
+    trace = (tmp_path / "traces" / "trace-0.json").read_text()
+    assert "[Hooked].training_step" in trace and "aten::linear" in trace
+    with pytest.raises(ConfigError, match="'simple', 'advanced', 'pytorch'"):
+        trainer(profiler="smple")
+
+
+def test_barebones_logs_nothing() -> None:
+    """log is ignored with a warning."""
+    with pytest.warns(UserWarning, match="barebones"):
+        run = Trainer(accelerator="cpu", max_epochs=1, barebones=True)
+        run.fit(Tiny(), numbers(), numbers())
+    assert run.callback_metrics == {}

@@ -1,0 +1,304 @@
+"""Behaviours 23 to 27, 39 and 48: what ends a run, and how."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lite.errors import ConfigError
+from lite.trainer import Callback
+from lite.trainer.callbacks import EarlyStopping, Timer
+from tests.trainer.modules import Tiny, TinyData, numbers, trainer, weights
+
+
+class Counts(Tiny):
+    """Notes every training batch and validation."""
+
+    def __init__(self, stop_at: int = -1, raises: Any = None) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+        self.stop_at, self.raises = stop_at, raises
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        self.calls.append("t")
+        if self.calls.count("t") == self.stop_at:
+            if self.raises is not None:
+                raise self.raises
+            self.trainer.should_stop = True
+        return super().training_step(batch, batch_idx)
+
+    def on_validation_end(self) -> None:
+        self.calls.append("v")
+
+    def on_train_epoch_end(self) -> None:
+        self.calls.append("e")
+
+    def teardown(self, stage: str) -> None:
+        self.calls.append("end")
+
+
+def calls(module: Counts, **options: Any) -> str:
+    trainer(**options).fit(module, numbers(), numbers())
+    return " ".join(module.calls)
+
+
+def test_behaviour_24_max_steps_stops_in_mid_epoch_after_what_is_due() -> None:
+    """Validation that is due at the last step still runs; 0 trains nothing."""
+    assert calls(Counts(), max_epochs=-1, max_steps=4) == "t t t v e t e end"
+    assert calls(Counts(), max_epochs=-1, max_steps=3) == "t t t v e end"
+    assert calls(Counts(), max_epochs=-1, max_steps=2, val_check_interval=2) == "t t v e end"
+    assert calls(Counts(), max_epochs=0) == "end"
+    assert calls(Counts(), max_epochs=2, max_steps=0) == "end"
+
+
+def test_behaviour_24_min_steps_and_min_epochs_outrank_should_stop() -> None:
+    """A wish to stop validates first, so that others see fresh metrics."""
+    assert calls(Counts(stop_at=2), max_epochs=5) == "t t v e end"
+    assert calls(Counts(stop_at=2), max_epochs=5, min_epochs=2) == "t t t v e t t t v e end"
+    assert calls(Counts(stop_at=1), max_epochs=5, min_steps=4) == "t t t v e t v e end"
+
+
+def test_validation_comes_when_it_is_due() -> None:
+    """Shares, numbers of batches, across epochs, every so many epochs, by time."""
+
+    def of(count: int, **options: Any) -> str:
+        module = Counts()
+        trainer(max_epochs=2, **options).fit(module, numbers(count), numbers(4))
+        return " ".join(module.calls)
+
+    assert of(16, val_check_interval=0.5) == "t t v t t v e t t v t t v e end"
+    assert of(12, val_check_interval=2) == "t t v t e t t v t e end"
+    assert of(12, val_check_interval=2, check_val_every_n_epoch=None) == "t t v t e t v t t v e end"
+    assert of(8, check_val_every_n_epoch=2) == "t t e t t v e end"
+    assert of(8, val_check_interval={"hours": 1}) == "t t e t t e end"
+    assert of(4, val_check_interval={"microseconds": 1}) == "t v e t v e end"
+    with pytest.raises(ConfigError, match="more than the 2 of an epoch"):
+        of(8, val_check_interval=3)
+    with pytest.raises(ConfigError, match="must be a number of batches, or a time"):
+        of(8, val_check_interval=0.5, check_val_every_n_epoch=None)
+
+
+class Scores(Tiny):
+    """Logs given scores at the ends of epochs."""
+
+    def __init__(self, scores: list[float]) -> None:
+        super().__init__()
+        self.scores = scores
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("score", self.scores[self.current_epoch])
+
+
+@pytest.mark.parametrize(
+    ("scores", "options", "epochs"),
+    [
+        ([3, 2, 2, 2, 1], {"patience": 2}, 4),
+        ([3, 2.95, 2.9, 2.85, 2.8], {"patience": 2, "min_delta": 0.3}, 3),
+        ([1, 2, 3, 3, 3], {"patience": 1, "mode": "max"}, 4),
+        ([1, float("nan"), 1], {}, 2),
+        ([1, float("nan"), 1], {"check_finite": False, "patience": 9}, 3),
+        ([3, 2, 1], {"stopping_threshold": 2.5}, 2),
+        ([3, 9, 1], {"divergence_threshold": 8.0}, 2),
+    ],
+)
+def test_behaviour_25_early_stopping(scores: list[float], options: dict[str, Any], epochs: int) -> None:
+    """patience counts checks; min_delta, mode, check_finite, both thresholds."""
+    stops = EarlyStopping("score", **options)
+    run = trainer(max_epochs=len(scores), callbacks=stops, num_sanity_val_steps=1)
+    run.fit(Scores(scores), numbers(4), numbers(4))
+    assert run.current_epoch == epochs
+    assert stops.stopped_epoch == (0 if options.get("check_finite") is False else epochs - 1)
+    assert stops.state_key == f"EarlyStopping{{'monitor': 'score', 'mode': '{stops.mode}'}}"
+
+
+def test_behaviour_25_a_missing_metric_is_an_error_unless_told_otherwise() -> None:
+    """It lists what was logged."""
+    with pytest.raises(ConfigError, match=r"monitor='nothing'.*'score'"):
+        trainer(callbacks=EarlyStopping("nothing")).fit(Scores([1]), numbers(4), numbers(4))
+    with pytest.warns(UserWarning, match="nobody has logged it"):
+        trainer(callbacks=EarlyStopping("nothing", strict=False)).fit(Scores([1]), numbers(4), numbers(4))
+    run = trainer(
+        max_epochs=4, limit_val_batches=0, callbacks=EarlyStopping("loss", patience=1, stopping_threshold=1e9)
+    )
+    run.fit(Tiny(), numbers(4))
+    assert run.current_epoch == 1  # without validation it looks at epochs' ends
+
+
+def test_behaviour_26_an_exception_is_told_and_everything_is_torn_down() -> None:
+    """Ctrl-C ends a script with 130; other exceptions propagate."""
+    told: list[str] = []
+
+    class Told(Callback):
+        def on_exception(self, trainer: Any, module: Any, exception: BaseException) -> None:
+            told.append(type(exception).__name__)
+
+    module, run = Counts(stop_at=2, raises=ValueError("bad batch")), trainer(callbacks=Told())
+    with pytest.raises(ValueError, match="bad batch"):
+        run.fit(module, numbers(), numbers())
+    assert module.calls[-1] == "end"
+    assert run.interrupted
+    module, run = Counts(stop_at=2, raises=KeyboardInterrupt()), trainer(callbacks=Told())
+    with pytest.raises(SystemExit) as ended:
+        run.fit(module, numbers(), numbers())
+    assert ended.value.code == 130
+    assert told == ["ValueError", "KeyboardInterrupt"]
+    assert run.fit_loop.progress.batch == 1
+
+
+def test_behaviour_48_ctrl_c_ends_at_the_batch_so_that_the_run_goes_on_exactly(tmp_path: Path) -> None:
+    """The state after an interrupt is that of a batch that is done."""
+
+    class Interrupts(Tiny):
+        def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 1 and self.current_epoch == 0:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    whole = Tiny()
+    trainer(max_epochs=2, limit_val_batches=0).fit(whole, numbers(22, shuffle=True))
+    torch.manual_seed(5)
+    module, run = Interrupts(), trainer(max_epochs=2, limit_val_batches=0)
+    with pytest.raises(SystemExit):
+        run.fit(module, numbers(22, shuffle=True))
+    assert run.fit_loop.progress.batch == 2
+    run.save_checkpoint(tmp_path / "x.ckpt")
+    again = Tiny()
+    trainer(max_epochs=2, limit_val_batches=0).fit(again, numbers(22, shuffle=True), ckpt_path=tmp_path / "x.ckpt")
+    assert weights(again) == weights(whole)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_sigterm_saves_at_the_batch_and_ends_with_its_code(tmp_path: Path) -> None:
+    """And "auto" goes on from there."""
+
+    class Killed(Tiny):
+        def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if self.trainer.fit_loop.progress.batches == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    run = trainer(max_epochs=2, default_root_dir=tmp_path, limit_val_batches=0)
+    with pytest.raises(SystemExit) as ended:
+        run.fit(Killed(), numbers())
+    assert ended.value.code == 143
+    assert run.received_sigterm
+    again = Tiny()
+    one = trainer(max_epochs=2, default_root_dir=tmp_path, limit_val_batches=0)
+    one.fit(again, numbers(), ckpt_path="auto")
+    assert one.fit_loop.progress.batches == 6
+    whole = Tiny()
+    trainer(max_epochs=2, limit_val_batches=0).fit(whole, numbers())
+    assert weights(again) == weights(whole)
+
+
+def test_behaviour_39_slurm_gets_its_checkpoint_and_is_asked_to_requeue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """hpc_ckpt_N in default_root_dir, scontrol, and the next start goes on by itself."""
+    tool = tmp_path / "bin" / "scontrol"
+    tool.parent.mkdir()
+    tool.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
+
+    class Signalled(Tiny):
+        def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 1 and self.current_epoch == 0:
+                monkeypatch.setenv("SLURM_JOB_ID", "17")
+                os.kill(os.getpid(), signal.SIGUSR1)
+
+    options = {"max_epochs": 2, "default_root_dir": tmp_path, "limit_val_batches": 0}
+    with pytest.raises(SystemExit):
+        trainer(**options).fit(Signalled(), numbers())
+    assert (tmp_path / "asked").read_text() == "requeue 17\n"
+    assert (tmp_path / "hpc_ckpt_1.ckpt").exists()
+    monkeypatch.delenv("SLURM_JOB_ID")
+    run = trainer(**options)
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    run.fit(Tiny(), numbers())
+    assert run.ckpt_path == str(tmp_path / "hpc_ckpt_1.ckpt")
+    assert run.fit_loop.progress.batches == 6
+
+
+def test_behaviour_27_a_timer_stops_and_counts_across_interruptions(tmp_path: Path) -> None:
+    """By step and by epoch; max_time makes one; its state goes on."""
+    run = trainer(max_epochs=-1, max_time={"seconds": 0}, limit_val_batches=0)
+    run.fit(Tiny(), numbers())
+    assert run.global_step == 0
+    timer = Timer({"milliseconds": 1}, interval="epoch")
+    run = trainer(max_epochs=-1, callbacks=timer, limit_val_batches=0)
+    run.fit(Tiny(), numbers())
+    assert run.current_epoch >= 1
+    run.save_checkpoint(tmp_path / "x.ckpt")
+    other = Timer("00:00:00:01")
+    other.load_state_dict(timer.state_dict())
+    assert other.time_elapsed() == pytest.approx(timer.time_elapsed())
+    assert other.time_remaining() == pytest.approx(1 - timer.time_elapsed())
+    with pytest.raises(ConfigError, match="DD:HH:MM:SS"):
+        trainer(max_time="1 hour")
+
+
+def test_behaviour_48_a_run_can_be_driven_by_hand(tmp_path: Path) -> None:
+    """steps() gives an event after each batch and epoch; broken off, everything is torn down."""
+    module, run = Counts(), trainer(max_epochs=2)
+    events = [(e.kind, e.epoch, e.batch_idx, e.global_step) for e in run.steps(module, numbers(), numbers())]
+    assert events == [
+        *[("batch", 0, i, i + 1) for i in range(3)],
+        ("epoch", 0, -1, 3),
+        *[("batch", 1, i, i + 4) for i in range(3)],
+        ("epoch", 1, -1, 6),
+    ]
+    module, run = Counts(), trainer(max_epochs=2)
+    for event in run.steps(module, numbers(), numbers()):
+        if event.global_step == 2:
+            run.save_checkpoint(tmp_path / "two.ckpt")
+            break
+    del event
+    import gc
+
+    gc.collect()
+    assert module.calls == ["t", "t", "end"]
+    again, whole = Tiny(), Tiny()
+    trainer(max_epochs=2).fit(again, datamodule=TinyData(), ckpt_path=tmp_path / "two.ckpt")
+    trainer(max_epochs=2).fit(whole, datamodule=TinyData())
+    assert weights(again) == weights(whole)
+
+
+def test_behaviour_23_limits_are_shares_of_each_loader() -> None:
+    """At least one batch, or an error that says which share would be."""
+
+    class Both(Tiny):
+        def validation_step(self, batch: Tensor, batch_idx: int, dataloader_idx: int = 0) -> None:
+            super().validation_step(batch, batch_idx)
+
+    run = trainer(limit_val_batches=0.5, limit_train_batches=0.5)
+    run.fit(Both(), numbers(20), [numbers(24, 2), numbers(8)])
+    assert (run.num_training_batches, run.num_val_batches) == (2, [6, 1])
+    assert run.callback_metrics.keys() >= {"val/dataloader_idx_0", "val/dataloader_idx_1"}
+    with pytest.raises(ConfigError, match=r"limit_val_batches=0.4 of 2 batches is none; give at least 0.5"):
+        trainer(limit_val_batches=0.4).fit(Both(), numbers(), [numbers(24, 2), numbers(8)])
+
+
+def test_limits_and_quick_runs() -> None:
+    """limit_*_batches, fast_dev_run, overfit_batches, num_sanity_val_steps."""
+    assert calls(Counts(), limit_train_batches=2) == "t t v e end"
+    assert calls(Counts(), limit_train_batches=0.4, limit_val_batches=0) == "t e end"
+    assert calls(Counts(), num_sanity_val_steps=1, limit_train_batches=1) == "v t v e end"
+    with pytest.raises(ConfigError, match=r"limit_train_batches=0.1 of 3 batches is none"):
+        calls(Counts(), limit_train_batches=0.1)
+    assert calls(Counts(), fast_dev_run=2, max_epochs=9) == "t t v e end"
+    seen: list[Any] = []
+
+    class Looks(Tiny):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+            seen.append(batch.sum().item())
+            return super().training_step(batch, batch_idx)
+
+    with pytest.warns(UserWarning, match="shuffling is off"):
+        trainer(max_epochs=2, overfit_batches=2).fit(Looks(), numbers(shuffle=True), numbers())
+    assert len(seen) == 4
+    assert seen[:2] == seen[2:]

@@ -1,0 +1,319 @@
+"""Several processes: behaviours 4, 9, 22, 25, 35, 41, 44 and 51, in real gloo jobs of two ranks."""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lite import collectives
+from lite.errors import UsageError
+from lite.trainer import Callback, LightningModule
+from lite.trainer.callbacks import BasePredictionWriter, EarlyStopping, ModelCheckpoint
+from tests.support.processes import run_distributed
+from tests.trainer.modules import Numbers, Tiny, numbers, trainer, weights
+
+STRATEGY = {"strategy": "ddp"}
+
+
+class Everything(Tiny):
+    """Epoch means, sums and extremes over ranks."""
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        loss = self.loss(batch)
+        self.log("loss", loss, on_step=False, on_epoch=True, sync_dist=True)
+        self.log("rows", float(len(batch)), on_step=False, on_epoch=True, sync_dist=True, reduce_fx="sum")
+        return loss
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.log("val", self.loss(batch), sync_dist=True)
+        self.log("largest", batch.max(), sync_dist=True, reduce_fx="max")
+        self.log("rank0", float(self.global_rank), rank_zero_only=True)
+
+
+def whole_run(batch_size: int, accumulate: int) -> dict[str, Any]:
+    """fit, validate, test and predict; 11 and 5 rows don't divide by 2."""
+    module = Everything()
+    run = trainer(max_epochs=2, accumulate_grad_batches=accumulate, **STRATEGY)
+    run.fit(module, numbers(11, batch_size), numbers(5, batch_size))
+    metrics = {k: float(v) for k, v in run.callback_metrics.items() if k != "rank0"}
+    test = run.test(module, numbers(5, batch_size), verbose=False)
+    validated = run.validate(module, numbers(1, batch_size), verbose=False)
+    validated[0].pop("rank0", None)
+    predictions = run.predict(module, numbers(11, batch_size))
+    together = run.predict(module, numbers(11, batch_size), gather=True)
+    steps = (run.global_step, run.fit_loop.progress.batches, run.clocks()["samples"])
+    return {
+        "weights": weights(module),
+        "metrics": metrics,
+        "test": test,
+        "validated": validated,
+        "predictions": [p.tolist() for p in predictions],
+        "together": [p.tolist() for p in together],
+        "steps": steps,
+    }
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_behaviour_44_two_processes_give_what_one_gives(accumulate: int) -> None:
+    """Weights, metrics and predictions: every sample counts once, on ragged and on empty ranks too."""
+    one = whole_run(4, accumulate)
+    first, second = run_distributed(whole_run, 2, accumulate)
+    for rank in (first, second):
+        # Sums are added up in another order: a few units of 2e-16 per step.
+        assert rank["weights"] == pytest.approx(one["weights"], rel=0, abs=1e-13)
+        assert rank["metrics"] == pytest.approx(one["metrics"], rel=1e-12)
+        assert rank["test"][0] == pytest.approx(one["test"][0], rel=1e-12)
+        assert rank["validated"][0] == pytest.approx(one["validated"][0], rel=1e-12)
+        assert rank["steps"] == one["steps"]
+        assert [len(batch) for batch in rank["together"]] == [4, 4, 3]
+        for found, expected in zip(rank["together"], one["together"], strict=True):
+            assert found == pytest.approx(expected, rel=1e-12)
+    assert one["metrics"]["rows"] == 11
+    together = [row for a, b in zip(first["predictions"], second["predictions"], strict=False) for row in a + b]
+    left = [p for side in (first, second) for p in side["predictions"][len(second["predictions"]) :]]
+    together += [row for part in left for row in part]
+    assert together == pytest.approx([row for p in one["predictions"] for row in p], rel=1e-12)
+
+
+class Exact(Tiny):
+    """Weights and rows are multiples of 1/64, so that no sum is rounded, in whatever order it is added up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net[1] = nn.Identity()
+        self.round_weights()
+
+    def round_weights(self) -> None:
+        for parameter in self.parameters():
+            parameter.data = parameter.data.mul(64).round().div(64)
+
+    def loss(self, batch: Tensor) -> Tensor:
+        return super().loss(batch.mul(8).round().div(8))
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        loss = self.loss(batch)
+        self.log("rows", float(len(batch)), on_step=False, on_epoch=True, sync_dist=True, reduce_fx="sum")
+        self.log("loss", loss, on_step=False, on_epoch=True, sync_dist=True)
+        return loss
+
+    def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return super().predict_step(batch.mul(8).round().div(8), batch_idx)
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.round_weights()
+
+
+def exact_run(batch_size: int) -> list[Any]:
+    """Every rank's part of a batch has 4, 2, 1 or no rows, by which a mean is exact too."""
+    module = Exact()
+    run = trainer(max_epochs=2, strategy="ddp")
+    run.fit(module, numbers(10, batch_size), numbers(5, batch_size))
+    found: list[Any] = [weights(module), {k: float(v) for k, v in run.callback_metrics.items()}]
+    found += [run.validate(module, numbers(10, batch_size), verbose=False)]
+    found += [run.test(module, numbers(9, batch_size), verbose=False)]
+    return [*found, [p.tolist() for p in run.predict(module, numbers(9, batch_size), gather=True)]]
+
+
+def test_a_run_at_two_processes_gives_one_processs_metrics_exactly() -> None:
+    """fit, validate, test and predict, where rounding does not depend on the order: equal to the last bit."""
+    one = exact_run(4)
+    assert run_distributed(exact_run, 2) == [one, one]
+
+
+class Writer(BasePredictionWriter):
+    """Keeps what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__("batch_and_epoch")
+        self.batches: list[Any] = []
+        self.epoch: Any = None
+
+    def write_on_batch_end(self, trainer: Any, module: Any, prediction: Any, indices: Any, *args: Any) -> None:
+        self.batches.append((indices, len(prediction)))
+
+    def write_on_epoch_end(self, trainer: Any, module: Any, predictions: Any, indices: Any) -> None:
+        self.epoch = ([len(p) for p in predictions[0]], indices[0])
+
+
+class Several(Tiny):
+    """What else there is to agree on."""
+
+    def __init__(self, case: str) -> None:
+        super().__init__()
+        self.case = case
+
+    def prepare_data(self) -> None:
+        if self.case == "prepare":
+            raise RuntimeError("no such data")
+        print("prepared")
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        if self.case == "stop" and self.global_rank == 1 and batch_idx == 1:
+            self.trainer.should_stop = True
+        self.log("mine", float(self.global_rank), on_step=False, on_epoch=True)
+        return None if self.case == "none" else self.loss(batch)
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        if self.case == "rank":
+            self.log("score", float(self.global_rank) if self.current_epoch else 2.0, rank_zero_only=False)
+        else:
+            self.log("score", 1.0, sync_dist=True)
+
+
+def agreements(folder: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    writer = Writer()
+    run = trainer(callbacks=[writer], **STRATEGY)
+    run.predict(Several(""), numbers(6, 2), return_predictions=False)
+    found["writer"] = (writer.batches, writer.epoch)
+    try:
+        trainer(**STRATEGY).fit(Several("prepare"), numbers(), numbers())
+    except BaseException as error:
+        found["prepare"] = str(error)
+    # One rank's wish to stop is everyone's at the next logging interval.
+    run = trainer(max_epochs=3, log_every_n_steps=3, limit_val_batches=0, **STRATEGY)
+    run.fit(Several("stop"), numbers(32, 2))
+    found["stopped at"] = run.global_step
+    found["local"] = float(run.callback_metrics["mine"])
+    # A save in the middle of an accumulation window of two ranks.
+    module, losses = Tiny(dropout=0.3), []
+    run = trainer(max_epochs=2, accumulate_grad_batches=3, limit_val_batches=0, **STRATEGY)
+    for _ in run.steps(module, numbers(22, 2, shuffle=True)):
+        losses.append(run.global_step)
+        if len(losses) == 2:
+            run.save_checkpoint(f"{folder}/x.ckpt")
+    again = Tiny(dropout=0.3)
+    torch.randn(5)
+    run = trainer(max_epochs=2, accumulate_grad_batches=3, limit_val_batches=0, **STRATEGY)
+    run.fit(again, numbers(22, 2, shuffle=True), ckpt_path=f"{folder}/x.ckpt")
+    found["resumed"] = weights(again) == weights(module)
+    stops = EarlyStopping("score", patience=1)
+    saves = ModelCheckpoint(folder, "{epoch}-{score}", monitor="score", save_top_k=-1)
+    run = trainer(max_epochs=6, callbacks=[stops, saves], enable_checkpointing=True, **STRATEGY)
+    run.fit(Several("early"), numbers(4, 2), numbers(4, 2))
+    found["early"] = (run.current_epoch, stops.stopped_epoch, saves.best_model_path)
+    return found
+
+
+def test_behaviours_22_25_35_41_51_ranks_agree(tmp_path: Path) -> None:
+    """On data that fails, on a stop, on early stopping, on what is saved; and each writes its own predictions."""
+    with tempfile.TemporaryDirectory() as folder:
+        first, second = run_distributed(agreements, folder)
+    assert first["writer"] == ([([0, 1], 2), ([4], 1)], ([2, 1], [[0, 1], [4]]))
+    assert second["writer"] == ([([2, 3], 2), ([5], 1)], ([2, 1], [[2, 3], [5]]))
+    assert "no such data" in first["prepare"]
+    assert "no such data" in second["prepare"]
+    assert first["stopped at"] == second["stopped at"] == 3
+    assert (first["local"], second["local"]) == (0.0, 1.0)
+    assert first["resumed"] and second["resumed"]
+    assert first["early"] == second["early"]
+    assert first["early"][:2] == (2, 1)
+
+
+class Unsynchronised(Tiny):
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.log("own", float(self.global_rank))
+        self.log("shared", float(self.global_rank), sync_dist=True)
+
+
+def own_and_shared() -> tuple[dict[str, float], list[str]]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = trainer(**STRATEGY).validate(Unsynchronised(), numbers(3, 1), verbose=False)
+    return found[0], [str(warning.message) for warning in caught]
+
+
+def test_behaviour_4_values_are_a_ranks_own_unless_they_are_synchronised() -> None:
+    """With a word on it in validation; a mean over ranks is weighed by their samples, here two of rank 0 and one."""
+    for rank, (found, said) in enumerate(run_distributed(own_and_shared)):
+        assert found == {"own": float(rank), "shared": pytest.approx(1 / 3, rel=1e-7)}
+        assert [text for text in said if "sync_dist" in text] == [
+            "log('own') in validation_step without sync_dist=True gives each of the 2 ranks the value of its own "
+            "samples."
+        ]
+
+
+class Gan(LightningModule):
+    """Two networks, stepped by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        torch.manual_seed(2)
+        self.generator, self.critic = nn.Linear(4, 4).double(), nn.Linear(4, 1).double()
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        first, second = self.optimizers()
+        made = self.generator(batch)
+        self.toggle_optimizer(second)
+        second.zero_grad()
+        self.manual_backward((self.critic(made.detach()) - self.critic(batch)).mean())
+        second.step()
+        self.untoggle_optimizer(second)
+        self.toggle_optimizer(first)
+        first.zero_grad()
+        self.manual_backward(-self.critic(made).mean() + made.pow(2).mean())
+        first.step()
+        self.untoggle_optimizer(first)
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(part.parameters(), lr=0.1) for part in (self.generator, self.critic)]
+
+
+def gan(batch_size: int) -> list[float]:
+    module = Gan()
+    trainer(max_epochs=2, **STRATEGY).fit(module, numbers(11, batch_size, drop_last=True))
+    return weights(module)
+
+
+def test_manual_optimisation_on_two_processes_equals_one_with_the_doubled_batch() -> None:
+    """Two backwards per step, each through one of the networks."""
+    one = gan(4)
+    for rank in run_distributed(gan, 2):
+        assert rank == pytest.approx(one, rel=0, abs=1e-13)
+
+
+def refusals() -> list[str]:
+    found = []
+    try:
+        trainer(limit_val_batches=0, **STRATEGY).fit(Several("none"), numbers())
+    except UsageError as error:
+        found.append(str(error))
+    return found
+
+
+def test_behaviour_9_none_is_refused_on_several_processes() -> None:
+    """The other ranks would wait for this one's gradients."""
+    for found in run_distributed(refusals):
+        assert "multiplied by 0" in found[0]
+
+
+class Ragged:
+    """A loader without a length, longer on rank 1."""
+
+    def __iter__(self) -> Any:
+        return iter(Numbers(8 + 4 * collectives.rank()).rows.split(4))
+
+
+class Batches(Callback):
+    count = 0
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.count += 1
+
+
+def uneven() -> int:
+    counts = Batches()
+    trainer(max_epochs=2, callbacks=[counts], limit_val_batches=0, **STRATEGY).fit(Tiny(), Ragged())
+    return counts.count
+
+
+def test_behaviour_44_training_over_uneven_ranks_does_not_hang() -> None:
+    """The epoch ends when the first rank has no batch."""
+    assert run_distributed(uneven) == [4, 4]
