@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -17,6 +18,8 @@ def _clean_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in list(os.environ):
         if name.startswith(_FOREIGN) or name in _TORCHRUN:
             monkeypatch.delenv(name)
+    if "PYTEST_XDIST_WORKER" in os.environ:  # whose processes ignore Ctrl-C
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     yield

@@ -68,6 +68,8 @@ class Checkpoints(Facet):
         """
         self._require_connected("save")
         refuse_alone("lite.save")
+        if not isinstance(state, Mapping):
+            raise ConfigError(f"state={type(state).__name__} must be a dict with string keys, e.g. {{'model': model}}.")
         held = {id(part) for value in state.values() for part in (value, *getattr(value, "windows", ()))}
         if any(window.is_open and id(window) not in held for window, *_ in self._windows):
             warnings.warn(

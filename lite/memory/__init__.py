@@ -81,6 +81,7 @@ def memory_estimate(
             values.
 
     Example:
+        >>> import torch
         >>> from lite import FSDPStrategy
         >>> linear = torch.nn.Linear(10, 10, bias=False)
         >>> estimate = memory_estimate(linear, FSDPStrategy(), optimizer=torch.optim.Adam, world_size=2)

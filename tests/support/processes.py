@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import random
 import signal
 import socket
@@ -57,7 +58,7 @@ class Pool:
                 done = "\n".join(a[1] for a in answers if a[0] == "error")
                 raise WorkerError(f"rank {rank} did not answer within {TIMEOUT_S} s\n{done}")
             try:
-                answers.append(pipe.recv())
+                answers.append(pickle.loads(pipe.recv_bytes()))
             except EOFError:
                 self.close()
                 raise WorkerError(f"the process of rank {rank} died") from None
@@ -208,4 +209,5 @@ def _serve(pipe: Connection, rank: int, world_size: int) -> None:
             answer = ("error", traceback.format_exc())
         if dist.is_initialized():
             dist.destroy_process_group()
-        pipe.send(answer)
+        # Not send(), by which torch keeps a file descriptor for each tensor.
+        pipe.send_bytes(pickle.dumps(answer))
