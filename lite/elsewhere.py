@@ -5,8 +5,8 @@ On the ranks that don't hold a layer its tensors are on the meta device.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,11 +15,13 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
 from lite import collectives
+from lite.checkpoint.stored import resolve
 from lite.sharded import Elsewhere, is_elsewhere
-from lite.state import like
+from lite.state import map_leaves
 
 
-class _Described(NamedTuple):
+@dataclass(frozen=True)
+class _Described:
     """Tells other ranks of a tensor."""
 
     shape: tuple[int, ...]
@@ -38,7 +40,7 @@ def fetch(content: Any, device: torch.device, *, to_all: bool = False) -> Any:
         to_all: Whether every rank wants them.
     """
     leaves: list[Any] = []
-    _gather_leaves(content, leaves)
+    map_leaves(lambda leaf: leaves.append(leaf) if isinstance(leaf, Tensor) else None, content)
     missing = collectives.all_gather_objects([i for i, leaf in enumerate(leaves) if is_elsewhere(leaf)])
     absent = [set(numbers) for numbers in missing]
     rank = collectives.rank()
@@ -56,26 +58,8 @@ def fetch(content: Any, device: torch.device, *, to_all: bool = False) -> Any:
             got = torch.empty(leaf.shape, dtype=leaf.dtype, device=device)
             dist.recv(collectives.as_bytes(got), owner)
             leaves[number] = got.cpu()
-    return _with_leaves(content, iter(leaves))
-
-
-def _gather_leaves(content: Any, leaves: list[Any]) -> None:
-    if isinstance(content, Tensor):
-        leaves.append(content)
-    elif isinstance(content, (Mapping, list, tuple)):
-        for item in content.values() if isinstance(content, Mapping) else content:
-            _gather_leaves(item, leaves)
-
-
-def _with_leaves(content: Any, leaves: Any) -> Any:
-    if isinstance(content, Tensor):
-        return next(leaves)
-    if isinstance(content, Mapping):
-        return like(content, {key: _with_leaves(item, leaves) for key, item in content.items()})
-    if isinstance(content, (list, tuple)):
-        items = [_with_leaves(item, leaves) for item in content]
-        return items if isinstance(content, list) else tuple(items)
-    return content
+    there = iter(leaves)
+    return map_leaves(lambda leaf: next(there) if isinstance(leaf, Tensor) else leaf, content)
 
 
 # ---- hooks
@@ -108,22 +92,15 @@ def complete_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str
     described = tree_map(lambda x: _Described(tuple(x.shape), x.dtype) if isinstance(x, Tensor) else x, own)
     state: dict[Any, Any] = {}
     for other in reversed(collectives.all_gather_objects(described)):
-        state.update(_standing_for(other))
+        state.update(map_leaves(_standing_for, other))
     state.update(own)
     # The same order on all ranks: parameters by their number, then what is kept by other keys.
     ordered = sorted(state, key=lambda key: (not isinstance(key, int), key if isinstance(key, int) else str(key)))
     return {**state_dict, "state": {key: state[key] for key in ordered}}
 
 
-def _standing_for(described: Any) -> Any:
-    if isinstance(described, _Described):
-        return Elsewhere.like(described.shape, described.dtype)
-    if isinstance(described, dict):
-        return {key: _standing_for(item) for key, item in described.items()}
-    if isinstance(described, (list, tuple)):
-        items = [_standing_for(item) for item in described]
-        return items if isinstance(described, list) else tuple(items)
-    return described
+def _standing_for(leaf: Any) -> Any:
+    return Elsewhere.like(leaf.shape, leaf.dtype) if isinstance(leaf, _Described) else leaf
 
 
 def keep_own(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -133,13 +110,5 @@ def keep_own(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]
     if len(held) != len(numbers):
         return state_dict  # the optimizer itself says what doesn't fit
     foreign = {number for number, parameter in zip(numbers, held, strict=True) if parameter.is_meta}
-    state = {key: _read(value) for key, value in state_dict["state"].items() if key not in foreign}
+    state = {key: resolve(value) for key, value in state_dict["state"].items() if key not in foreign}
     return {**state_dict, "state": state}
-
-
-def _read(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _read(item) for key, item in value.items()}
-    if hasattr(value, "read_part"):
-        return value.read()
-    return value.clone() if isinstance(value, Tensor) else value

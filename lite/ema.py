@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from lite.errors import ConfigError, UsageError
+from lite.state import plain_key
 
-_COMPILED = "_orig_mod."
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -140,7 +140,7 @@ class EMA:
         named: dict[str, Tensor] = dict(self._model.named_parameters())
         if self._with_buffers:
             named.update((name, b) for name, b in self._model.named_buffers() if b.is_floating_point())
-        return {name.replace(_COMPILED, ""): tensor for name, tensor in named.items()}
+        return {plain_key(name): tensor for name, tensor in named.items()}
 
     def _find_places(self) -> list[tuple[dict[str, Any], str, Tensor]]:
         """Where modules keep the tensors: a look there each step costs less than to find them by name again."""

@@ -218,7 +218,7 @@ class Resumable:
     # ---- the epoch
 
     def _count(self) -> None:
-        if any(under_way for _, under_way in [loader.progress() for loader in self._loaders]):
+        if self._pass_is_under_way():
             self._steps_within += 1
         else:
             self._steps_after += 1
@@ -226,8 +226,7 @@ class Resumable:
     def _look_for_a_cut(self) -> None:
         """Warn of a break after a step: a run that goes on from that step can't know of it."""
         now = [loader.batches_done for loader in self._loaders]
-        cut = any(under_way for _, under_way in [loader.progress() for loader in self._loaders])
-        if cut and now == self._cuts and not self._warned_of_cut:
+        if self._pass_is_under_way() and now == self._cuts and not self._warned_of_cut:
             self._warned_of_cut = True
             warnings.warn(
                 f"epoch {self.epoch} was left by break after a step, before the loader's end: a run that is resumed "
@@ -238,10 +237,13 @@ class Resumable:
 
     def _passes_have_ended(self) -> bool:
         """Whether loaders were gone through since the epoch began, all that were begun to their end."""
-        now = [loader.progress() for loader in self._loaders]
-        if any(under_way for _, under_way in now):
+        if self._pass_is_under_way():
             return False
-        return any(begun > before for (begun, _), before in zip(now, self._begun, strict=False))
+        now = [loader.progress()[0] for loader in self._loaders]
+        return any(begun > before for begun, before in zip(now, self._begun, strict=False))
+
+    def _pass_is_under_way(self) -> bool:
+        return any(loader.progress()[1] for loader in self._loaders)
 
     # ---- saving
 

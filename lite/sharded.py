@@ -6,7 +6,6 @@ Nothing of DTensor is imported before there is one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
-from lite.state import like
+from lite.state import map_leaves
 
 
 def is_sharded(value: Any) -> bool:
@@ -95,15 +94,14 @@ def gather(content: Any, *, keep: bool) -> Any:
         content: Nested dicts, lists and tuples.
         keep: Whether this rank wants the result; others get the nesting with None where a DTensor was.
     """
-    if is_sharded(content):
-        full = whole(content)
+
+    def together(leaf: Any) -> Any:
+        if not is_sharded(leaf):
+            return leaf
+        full = whole(leaf)
         return full.cpu() if keep else None
-    if isinstance(content, Mapping):
-        return like(content, {key: gather(item, keep=keep) for key, item in content.items()})
-    if isinstance(content, (list, tuple)):
-        items = [gather(item, keep=keep) for item in content]
-        return items if isinstance(content, list) else tuple(items)
-    return content
+
+    return map_leaves(together, content)
 
 
 def whole_tensors(data: Any) -> Any:

@@ -140,6 +140,21 @@ def like(mapping: Mapping[Any, Any], items: dict[Any, Any]) -> dict[Any, Any]:
     return ordered
 
 
+def map_leaves(change: Callable[[Any], Any], content: Any) -> Any:
+    """Nested dicts, lists and tuples with what `change` makes of each of their leaves; mappings stay `like` they are.
+
+    Example:
+        >>> map_leaves(str, {"a": [1, (2,)]})
+        {'a': ['1', ('2',)]}
+    """
+    if isinstance(content, Mapping):
+        return like(content, {key: map_leaves(change, item) for key, item in content.items()})
+    if isinstance(content, (list, tuple)):
+        items = [map_leaves(change, item) for item in content]
+        return items if isinstance(content, list) else tuple(items)
+    return change(content)
+
+
 def sanitise(value: Any, where: str) -> Any:
     """Turn a value into types that `torch.load(weights_only=True)` reads, or refuse it by its key `where`.
 
@@ -219,4 +234,6 @@ def _from_numpy(value: np.ndarray[Any, Any], where: str) -> torch.Tensor:
 
 
 def is_stateful(value: Any) -> bool:
-    return isinstance(value, Stateful) and not isinstance(value, type)
+    """Whether it keeps a state of its own: an object with both methods, not a class."""
+    methods = (getattr(value, name, None) for name in ("state_dict", "load_state_dict"))
+    return not isinstance(value, type) and all(map(callable, methods))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lite.errors import CheckpointError
-from lite.state import like
+from lite.state import map_leaves
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -79,13 +79,10 @@ def _narrow(tensor: Tensor, box: Box, origin: tuple[int, ...]) -> Tensor:
 
 def resolve(value: Any) -> Any:
     """Nested data with every stored tensor read whole, and with tensors that a file backs copied into memory."""
-    if isinstance(value, StoredTensor):
-        return value.read()
-    if isinstance(value, Tensor):
-        return value.clone()
-    if isinstance(value, Mapping):
-        return like(value, {key: resolve(item) for key, item in value.items()})
-    if isinstance(value, (list, tuple)):
-        items = [resolve(item) for item in value]
-        return items if isinstance(value, list) else tuple(items)
-    return value
+
+    def here(leaf: Any) -> Any:
+        if isinstance(leaf, StoredTensor):
+            return leaf.read()
+        return leaf.clone() if isinstance(leaf, Tensor) else leaf
+
+    return map_leaves(here, value)

@@ -11,9 +11,9 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from lite.data.checksum import checksum
 from lite.data.shares import Shard, Share, slice_evenly
-from lite.data.stream import is_stateful
 from lite.errors import UsageError
 from lite.seed import RandomState, drawing_under, mix, seed_here
+from lite.state import is_stateful
 
 
 class StridedStream(IterableDataset[Any]):

@@ -17,10 +17,11 @@ from lite.data.position import VERSION, Pass, Start, check_state
 from lite.data.sampler import ShardedSampler
 from lite.data.shares import BatchWeight, Shard
 from lite.data.split import generators_of, samplers_of
-from lite.data.stream import StreamTracker, is_stateful, warn_of_reading_again
+from lite.data.stream import StreamTracker, warn_of_reading_again
 from lite.data.workers import start_shielded
 from lite.errors import UsageError
 from lite.seed import Moment, RandomState, drawing_under, mix
+from lite.state import is_stateful
 
 Sync = Callable[[Any], Any]
 

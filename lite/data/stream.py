@@ -14,6 +14,7 @@ from lite.data.position import Pass
 from lite.data.seeded import SeededRequests, end_pass
 from lite.errors import CheckpointError
 from lite.seed import RandomState, drawing_under, mix
+from lite.state import is_stateful
 
 _ENDED = "ended"
 
@@ -163,11 +164,6 @@ class _Restoring:
             end_pass(self._seed)
         elif state is not None:
             info.dataset.load_state_dict(state)
-
-
-def is_stateful(dataset: Any) -> bool:
-    """Whether the dataset keeps its own position."""
-    return callable(getattr(dataset, "state_dict", None)) and callable(getattr(dataset, "load_state_dict", None))
 
 
 def warn_of_reading_again(dataset: Any, batches: int) -> None:

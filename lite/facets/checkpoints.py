@@ -68,15 +68,6 @@ class Checkpoints(Facet):
         """
         self._require_connected("save")
         refuse_alone("lite.save")
-        if not isinstance(state, Mapping):
-            raise ConfigError(f"state={type(state).__name__} must be a dict with string keys, e.g. {{'model': model}}.")
-        held = {id(part) for value in state.values() for part in (value, *getattr(value, "windows", ()))}
-        if any(window.is_open and id(window) not in held for window, *_ in self._windows):
-            warnings.warn(
-                "lite.save came within an accumulation window, whose gradients are not in the checkpoint: a run that "
-                "goes on from it begins the window anew. Save when window.ready, or put the window into the state.",
-                stacklevel=2,
-            )
         busy = choose("busy", busy, ["wait", "skip"])
         before = self._background
         if before is not None:
@@ -105,6 +96,7 @@ class Checkpoints(Facet):
         asked = {"path": str(os.fspath(path)), "state's names": sorted(state)} if problem is None else None
         self._agree(problem, False, asked)
         assert content is not None
+        self._warn_of_open_windows(state)
         content[manifest.KEY] = self._manifest(content, state, rng, besides)
         if not is_folder and self.world_size > 1:
             content = gather(self._with_all_layers(content, state), keep=self.is_global_zero)
@@ -258,6 +250,15 @@ class Checkpoints(Facet):
         self._agree(problem, False)
 
     # ---- pieces
+
+    def _warn_of_open_windows(self, state: Mapping[str, Any]) -> None:
+        held = {id(part) for value in state.values() for part in (value, *getattr(value, "windows", ()))}
+        if any(window.is_open and id(window) not in held for window, *_ in self._windows):
+            warnings.warn(
+                "lite.save came within an accumulation window, whose gradients are not in the checkpoint: a run that "
+                "goes on from it begins the window anew. Save when window.ready, or put the window into the state.",
+                stacklevel=4,
+            )
 
     def _manifest(self, content: dict[str, Any], state: Mapping[str, Any], rng: bool, besides: Any) -> dict[str, Any]:
         """What a checkpoint holds besides the user's state, whose parts of each rank are put together. Collective."""

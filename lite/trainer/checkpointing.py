@@ -14,12 +14,13 @@ from typing import Any
 import torch
 
 from lite import collectives
-from lite.checkpoint.per_rank import parts_of_ranks
+from lite.checkpoint.per_rank import parts_of_ranks, restore_random_state
 from lite.errors import CheckpointError, choose
 from lite.loading import restore_object
-from lite.seed import RandomState, mix, seed_everything
+from lite.seed import Moment, RandomState
 from lite.sharded import is_sharded
-from lite.state import module_state
+from lite.state import is_stateful, module_state
+from lite.trainer.entries import is_torchmetric
 from lite.trainer.foreign import progress_of_foreign
 from lite.trainer.hparams import storable
 from lite.trainer.loops.train_epoch import discard
@@ -97,22 +98,18 @@ def _exact_state(trainer: Any) -> dict[str, Any]:
     """What only an exact resume needs: positions in the data, and of every rank its random states and sums."""
     fit, metrics = trainer.fit_loop, trainer.metrics
     loader = fit.data.loaders[0] if fit.data.loaders else None
-    position = loader.state_dict() if _has_position(loader) else None  # type: ignore[union-attr]
+    position = loader.state_dict() if is_stateful(loader) else None  # type: ignore[union-attr]
     per_rank = bool(getattr(loader, "state_is_per_rank", False))
     mine: dict[str, Any] = {
         "random": RandomState.capture(cuda=True).state_dict(),
         "metrics": fit.metrics_before if fit.metrics_before is not None else metrics.state_dict(),
         "position": position if per_rank else None,
         "validation": fit.val_loop.state_dict()["position"],
-        "val_loaders": [loader.state_dict() if _has_position(loader) else None for loader in fit.val_data.loaders],
+        "val_loaders": [loader.state_dict() if is_stateful(loader) else None for loader in fit.val_data.loaders],
         "torchmetrics": torchmetrics_state(trainer.module),
     }
     ranks = collectives.all_gather_objects(mine)
     return {"ranks": ranks, "position": None if per_rank else position}
-
-
-def _has_position(loader: Any) -> bool:
-    return hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
 
 
 # ---- restoring
@@ -179,7 +176,7 @@ def restore_training(trainer: Any, checkpoint: dict[str, Any], parts: set[str], 
             "metrics so far are rank 0's.",
             stacklevel=4,
         )
-    fit.moment = _moment(ranks, trainer.world_size, trainer.global_rank)
+    fit.moment = _moment(ranks)
     fit.val_loop.loader_state = mine["validation"]
     _restore_val_loaders(fit, mine["val_loaders"])
     restore_torchmetrics(module, mine["torchmetrics"])
@@ -209,7 +206,7 @@ def _restore_val_loaders(fit: Any, states: list[Any]) -> None:
     """Passes over validation's loaders are counted: random numbers in their workers follow from that."""
     running = fit.val_loop.loader if fit.val_loop.restoring and fit.val_loop.batch else None
     for index, (loader, state) in enumerate(zip(fit.val_data.loaders, states, strict=False)):
-        if state is not None and _has_position(loader) and index != running:
+        if state is not None and is_stateful(loader) and index != running:
             try:
                 loader.load_state_dict(state)
             except CheckpointError:  # validation on other data than before is nobody's mistake
@@ -233,12 +230,10 @@ def _mean(states: list[dict[str, Any]]) -> dict[str, Any]:
     return mean
 
 
-def _moment(ranks: list[Any], world_size: int, rank: int) -> RandomState:
-    if len(ranks) == world_size or rank == 0:
-        return RandomState.from_state_dict(ranks[rank if len(ranks) == world_size else 0]["random"])
+def _moment(ranks: list[Any]) -> Moment:
+    """What the run goes on under when it has come to where the state was taken; until then nothing changes."""
     now = RandomState.capture(cuda=True)
-    seed_everything(mix(RandomState.from_state_dict(ranks[0]["random"]).digest(), world_size, rank) & (2**32 - 1))
-    moment = RandomState.capture(cuda=True)
+    moment = restore_random_state([mine["random"] for mine in ranks])
     now.restore()
     return moment
 
@@ -247,10 +242,7 @@ def _moment(ranks: list[Any], world_size: int, rank: int) -> RandomState:
 
 
 def _torchmetrics(module: Any) -> dict[str, Any]:
-    torchmetrics = sys.modules.get("torchmetrics")
-    if torchmetrics is None:
-        return {}
-    return {name: part for name, part in module.named_modules() if isinstance(part, torchmetrics.Metric)}
+    return {name: part for name, part in module.named_modules() if is_torchmetric(part)}
 
 
 def torchmetrics_state(module: Any) -> dict[str, Any]:

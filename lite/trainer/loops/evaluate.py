@@ -7,7 +7,6 @@ epoch-end hooks; the metrics; end hooks; the model back into its modes
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from itertools import islice
@@ -17,7 +16,8 @@ import torch
 from torch import nn
 
 from lite.errors import ConfigError
-from lite.trainer.data import INFINITE, StageData
+from lite.trainer.data import INFINITE, StageData, length
+from lite.trainer.entries import is_torchmetric
 from lite.trainer.hooks import overrides
 from lite.trainer.loops.calling import signature_of
 from lite.trainer.module import LightningModule
@@ -169,7 +169,7 @@ class EvaluationLoop:
             next(islice(batches, done, done), None)
         if go_on is not None:
             go_on()
-        return islice(batches, int(limit - done)) if limit < INFINITE and _is_short(loader, limit) else batches
+        return islice(batches, int(limit - done)) if limit < INFINITE and length(loader) != limit else batches
 
     def _call(self, trainer: Any, name: str) -> None:
         trainer.metrics.at(trainer.metrics.place(self.stage, name))
@@ -231,18 +231,10 @@ def no_gradients(inference_mode: bool) -> Callable[[], AbstractContextManager[An
 @contextmanager
 def unchanged_metrics(module: nn.Module) -> Iterator[None]:
     """Within the block the module's torchmetrics count nothing: the batch only keeps this rank in step."""
-    torchmetrics = sys.modules.get("torchmetrics")
-    found = [m for m in module.modules() if torchmetrics is not None and isinstance(m, torchmetrics.Metric)]
+    found: list[Any] = [part for part in module.modules() if is_torchmetric(part)]
     before = [(m, m._copy_state_dict(), m._update_count, m._computed) for m in found]
     yield
     for metric, state, count, computed in before:
         for name, value in state.items():
             setattr(metric, name, value)
         metric._update_count, metric._computed = count, computed
-
-
-def _is_short(loader: Any, limit: float) -> bool:
-    try:
-        return len(loader) != limit
-    except (TypeError, NotImplementedError):
-        return True

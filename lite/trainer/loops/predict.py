@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import DataLoader, SequentialSampler
 
+from lite.data.shares import Shard, slice_evenly
 from lite.trainer.data import StageData
 from lite.trainer.loops.evaluate import EvaluationLoop, evaluating
 
@@ -87,10 +88,10 @@ def dataset_indices(loader: Any, number: int, world_size: int, rank: int) -> lis
     total = len(loader.dataset)  # type: ignore[arg-type]
     begin = number * loader.batch_size * world_size
     group = range(begin, min(begin + loader.batch_size * world_size, total))
-    each, rest = divmod(len(group), world_size)
-    count = each + (rank < rest)
-    start = rank * each + min(rank, rest)
-    return list(group[start : start + count])
+    if not group:
+        return []
+    mine, share = slice_evenly(group, Shard(rank, world_size))
+    return list(mine) if share.num_real else []
 
 
 def _on_cpu(outputs: Any) -> Any:
