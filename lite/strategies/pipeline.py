@@ -83,10 +83,14 @@ class PipelineStrategy(Strategy):
 
     def plan_pipeline(self, module: nn.Module, plan: PipelinePlan) -> None:
         if self._world_size > 1:
-            order = running_order(module, plan.layers)
-            names = plan.stages if isinstance(plan.stages, tuple) else None
-            cut(order, names, plan.num_stages(self._world_size))
+            self._cut(module, plan)
         self._plans[module] = plan
+
+    def _cut(self, module: nn.Module, plan: PipelinePlan) -> tuple[dict[str, nn.Module], list[list[str]]]:
+        """The layers in the order in which they run, and the names of those of each stage."""
+        order = running_order(module, plan.layers)
+        names = plan.stages if isinstance(plan.stages, tuple) else None
+        return order, cut(order, names, plan.num_stages(self._world_size))
 
     def check_module(self, module: nn.Module) -> None:
         if self._world_size > 1 and module not in self._plans:
@@ -111,9 +115,7 @@ class PipelineStrategy(Strategy):
 
         refuse_alone("lite.setup_pipeline")
         plan = self._plans.pop(module)
-        order = running_order(module, plan.layers)
-        names = plan.stages if isinstance(plan.stages, tuple) else None
-        stages = cut(order, names, plan.num_stages(self._world_size))
+        order, stages = self._cut(module, plan)
         engine = PipelineEngine(module, [[order[n] for n in part] for part in stages], plan, self._precision, device)
         self._all = [ref for ref in self._all if ref() is not None]
         self._all.append(weakref.ref(engine))
