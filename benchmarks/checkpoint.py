@@ -195,7 +195,8 @@ def work(rank: int, world_size: int, port: int, folder: str, repeats: int, megab
     for number in range(-1, repeats):
         for name in names[number % len(names) :] + names[: number % len(names)]:
             contender = found[name]
-            os.sync() if rank == 0 else None  # what the one before left to be written is not this one's
+            gc.collect()
+            os.sync() if rank == 0 else None  # what the one before left, in memory or to be written, is not this one's
             dist.barrier()
             seconds, fsync_s, result = blocked(contender.save)
             contender.settle(result)

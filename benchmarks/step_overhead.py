@@ -85,7 +85,7 @@ def measure_evaluation(dataset: TensorDataset, rounds: int) -> list[dict[str, An
 
 
 def main() -> None:
-    options = arguments(__doc__, repeats=40, steps=300)
+    options = arguments(__doc__, repeats=200, steps=60)
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     rows = []

@@ -23,7 +23,7 @@ from lite.guards.stop import StopAgreement
 from lite.seed import RandomState
 
 KEY = "resumable"
-_LEFT = re.compile(r"^\.(step-\d{8,}(?:\.ckpt)?)\.[0-9a-f]{32}\.tmp$")
+_LEFT = re.compile(r"^\.(step-\d{8,}(?:\.ckpt)?)\.[0-9a-f]{32}\.(?:tmp|lock)$")
 _NAME = re.compile(r"^step-(\d{8,})(\.ckpt)?$")
 
 

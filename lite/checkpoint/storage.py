@@ -22,7 +22,7 @@ from lite.errors import ConfigError, MissingExtraError
 
 _DAY_S = 24 * 3600
 _LARGE_BYTES = 1 << 24
-_TEMPORARY = re.compile(r"^\.(.+)\.[0-9a-f]{32}\.tmp$")
+_TEMPORARY = re.compile(r"^\.(.+)\.[0-9a-f]{32}\.(?:tmp|lock)$")
 
 
 class Storage:
@@ -142,27 +142,39 @@ class Storage:
         made durable, leaves the new file. What killed writers of `path` left beside it is removed first.
 
         Returns:
-            A path that exists and is empty; of `UrlStorage` an open file.
+            A path where nothing is yet; of `UrlStorage` an open file.
         """
         folder, name = self.split(path)
         self.make_folder(folder)
         self.sweep(folder, name)
         beside = self.join(folder, f".{name}.{uuid.uuid4().hex}.tmp")
-        try:
-            with self.lock(beside):
+        # The lock is another file: a writer that empties a file which is there waits for the disk on ext4 as it closes.
+        with self.lock(_lock_of(beside)):
+            try:
                 yield beside
                 self.flush(beside)
                 self.rename(beside, path)
-        except BaseException:
-            self.remove(beside)
-            raise
+            except BaseException:
+                self.remove(beside)
+                raise
+            finally:
+                self.remove(_lock_of(beside))
 
     def sweep(self, folder: str, name: str) -> None:
         """Remove what writers of `name` left that don't run any more."""
         for other in self.names(folder):
             match = _TEMPORARY.match(other)
-            if match and match[1] == name and self.is_abandoned(self.join(folder, other)):
-                self.remove(self.join(folder, other))
+            if match and match[1] == name:
+                self._sweep(self.join(folder, other))
+
+    def _sweep(self, path: str) -> None:
+        beside = f"{path.rpartition('.')[0]}.tmp"
+        lock = _lock_of(beside)
+        # Written files go before their lock, so that one without is nobody's.
+        if self.kind(lock) is None or self.is_abandoned(lock):
+            if self.kind(beside) == "file":
+                self.remove(beside)
+            self.remove(lock)
 
     @contextmanager
     def lock(self, path: str) -> Iterator[int]:
@@ -277,6 +289,10 @@ class UrlStorage(Storage):
                 self.remove(beside)
             raise
 
+    def _sweep(self, path: str) -> None:
+        if self.is_abandoned(path):
+            self.remove(path)
+
     @contextmanager
     def lock(self, path: str) -> Iterator[int]:
         with self.create(path):
@@ -314,6 +330,10 @@ def locate(path: str | os.PathLike[str]) -> tuple[Storage, str, bool]:
     except ValueError as error:
         raise ConfigError(f"path={text!r} is no URL that fsspec knows: {error}") from error
     return UrlStorage(fs), str(inside).rstrip("/"), is_folder
+
+
+def _lock_of(beside: str) -> str:
+    return f"{beside.removesuffix('.tmp')}.lock"
 
 
 @contextmanager

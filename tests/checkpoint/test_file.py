@@ -154,15 +154,17 @@ def test_leftovers_of_a_killed_save_go_with_the_next_one(tmp_path: Path) -> None
     """Not those of a save that still runs, nor other files."""
     lite = Lite(accelerator="cpu")
     dead, other = tmp_path / f".a.ckpt.{'0' * 32}.tmp", tmp_path / f".b.ckpt.{'0' * 32}.tmp"
-    dead.write_bytes(b"half")
-    other.write_bytes(b"half")
+    early = tmp_path / f".a.ckpt.{'1' * 32}.lock"
+    for left in (dead, other, dead.with_suffix(".lock"), early):
+        left.write_bytes(b"half")
     from lite.checkpoint.storage import Storage
 
     with Storage().replace(str(tmp_path / "a.ckpt")) as running:
         Path(running).write_bytes(b"half")
         # A lock belongs to an open file, so that this process's own counts as another's.
         lite.save(tmp_path / "a.ckpt", {"n": 1})
-        assert Path(running).exists() and other.exists() and not dead.exists()
+        left = {path.name for path in tmp_path.iterdir()}
+        assert left == {"a.ckpt", Path(running).name, Path(running).with_suffix(".lock").name, other.name}
         torch.save({"n": 2}, running)
     assert lite.load(tmp_path / "a.ckpt") == {"n": 2}
 
