@@ -282,6 +282,11 @@ class Lite(Resuming, Pipelines):
             raise ConfigError("setup_dataloaders() got no loader; pass at least one DataLoader.")
         if shard not in (None, "stride"):
             raise ConfigError(f"shard={shard!r} is not known; use None or 'stride'.")
+        if shard is not None and not use_distributed_sampler:
+            raise ConfigError(
+                f"shard={shard!r} splits the stream over the ranks, and use_distributed_sampler=False leaves it whole "
+                "on every rank; give one of them."
+            )
         _check_move(move_to_device)
         self._prepared.check_loaders(loaders, shard)
         parts, index = self.strategy.data_shards(self.world_size, self.global_rank)

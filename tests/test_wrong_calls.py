@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from lite import CheckpointError, ConfigError, DDPStrategy, Lite, NonFiniteError, UsageError, seed_everything
 from lite.accelerators import DeviceProbe
@@ -84,6 +84,11 @@ def test_misspelt_variables_are_warned_of() -> None:
         with pytest.warns(UserWarning, match=f"^{name}=1 .* did you mean {meant}\\?$"):
             resolve({}, {name: "1"}, DeviceProbe())
     resolve({}, {"LITE_DEBUG": "1", "LITE_CACHE_DIR": "x", "ELITE_DEVICE": "2"}, DeviceProbe())
+
+
+class Stream(IterableDataset):
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(4))
 
 
 def lite(**arguments: Any) -> Lite:
@@ -204,6 +209,12 @@ CALLS: list[tuple[Callable[[], Any], type[Exception], list[str]]] = [
     (lambda: lite().setup_optimizers(), ConfigError, ["no optimizer"]),
     (lambda: lite().setup_dataloaders(), ConfigError, ["no loader"]),
     (lambda: lite().setup_dataloaders([1, 2]), ConfigError, ["list", "DataLoader"]),
+    (lambda: lite().setup_dataloaders([DataLoader(range(2))]), ConfigError, ["list of DataLoaders", "(*loaders)"]),
+    (
+        lambda: lite().setup_dataloaders(DataLoader(Stream()), shard="stride", use_distributed_sampler=False),
+        ConfigError,
+        ["shard='stride'", "use_distributed_sampler=False", "one of them"],
+    ),
     (lambda: lite().setup_dataloaders(DataLoader(range(2)), shard="rank"), ConfigError, ["shard='rank'", "stride"]),
     (
         lambda: lite().setup_dataloaders(DataLoader(range(2)), use_distributed_sampler="x"),
@@ -250,6 +261,8 @@ CALLS: list[tuple[Callable[[], Any], type[Exception], list[str]]] = [
     (lambda: lite().save("x.ckpt", {"m": 1}, {"n": bool}), ConfigError, ["filter has the key 'n'", "'m'"]),
     (lambda: lite().log("loss", torch.ones(2)), ConfigError, ["'loss'", "(2,)"]),
     (lambda: lite().log("loss", "high"), ConfigError, ["'loss'", "str"]),
+    (lambda: lite().log("loss", 1, step="a"), ConfigError, ["step='a'", "step=100"]),  # type: ignore[arg-type]
+    (lambda: lite().request_stop("late", after_s="x"), ConfigError, ["after_s='x'"]),  # type: ignore[arg-type]
     (lambda: lite().log(3, 1), ConfigError, ["the name 3", "log('loss', 0.5)"]),  # type: ignore[arg-type]
     (lambda: lite().log_dict(3), ConfigError, ["metrics=3", "dict"]),  # type: ignore[arg-type]
     (lambda: lite().log_hyperparameters(3), ConfigError, ["params=3", "vars(args)"]),  # type: ignore[arg-type]

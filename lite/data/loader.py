@@ -54,6 +54,11 @@ def setup_dataloader(
         ConfigError: `loader` is no DataLoader, or it can't be split as asked.
         UsageError: It is set up already.
     """
+    if isinstance(loader, (list, tuple)) and any(isinstance(one, DataLoader) for one in loader):
+        raise ConfigError(
+            f"setup_dataloaders got a {type(loader).__name__} of DataLoaders; unpack it: "
+            "lite.setup_dataloaders(*loaders)."
+        )
     if not isinstance(loader, DataLoader):
         raise ConfigError(
             f"setup_dataloaders got a {type(loader).__name__}, not a torch DataLoader; wrap it in one, or split it "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
@@ -39,7 +40,7 @@ class Guards(Facet):
         self._require_connected("request_stop")
         if not isinstance(reason, str) or not reason:
             raise ConfigError(f"reason={reason!r} must say in words why the run stops.")
-        if after_s < 0:
+        if not isinstance(after_s, Real) or not after_s >= 0:
             raise ConfigError(f"after_s={after_s!r} must be a number of seconds from now, of at least 0.")
         self._stopping().request(reason, after_s=after_s)
 

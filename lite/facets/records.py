@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from numbers import Real
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
@@ -45,10 +46,13 @@ class Records(Facet):
         """Write numbers to every logger, on rank 0. Values stay on the device until a logger writes them out.
 
         Raises:
-            ConfigError: A name is no string, or a value is neither a number nor a tensor with one element.
+            ConfigError: A name is no string, `step` is no number, or a value is neither a number nor a tensor with one
+                element.
         """
         if not isinstance(metrics, Mapping):
             raise ConfigError(f"log_dict got metrics={shown(metrics)}; pass a dict of names and numbers.")
+        if step is not None and (isinstance(step, bool) or not isinstance(step, Real)):
+            raise ConfigError(f"log got step={shown(step)}; pass the number of the step, e.g. step=100.")
         for name, value in metrics.items():
             if not isinstance(name, str):
                 raise ConfigError(f"log: the name {shown(name)} is no string; the name comes first: log('loss', 0.5).")
