@@ -1,7 +1,8 @@
 """Seconds that a training loop is blocked by saving, peak extra memory, and load time, of a model with Adam.
 
 torch.save, torch.distributed.checkpoint (DCP), lite, and Fabric and Accelerate where they are installed; on one process
-and on two. Every contender overwrites its own checkpoint, in turn with the others. "blocked" leaves fsync out, which
+and on two. Every contender overwrites its own checkpoint, once per round and in another order each time: memory that one
+has freed makes the next one's page cache faster, and memory that it has taken, slower. "blocked" leaves fsync out, which
 stands beside it: lite and DCP wait for the disk, the others don't. Background saves are waited for between the timings;
 their first one, which allocates the copy, is not counted, and "extra memory" is what comes on top of what is held
 between saves.
@@ -13,6 +14,7 @@ import gc
 import importlib.util
 import logging
 import os
+import random
 import shutil
 import socket
 import statistics
@@ -191,9 +193,8 @@ def work(rank: int, world_size: int, port: int, folder: str, repeats: int, megab
     size = sum(p.nbytes for p in model.parameters()) * 3
     found = contenders(Path(folder), rank, model, optimizer)
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in found}
-    names = list(found)
     for number in range(-1, repeats):
-        for name in names[number % len(names) :] + names[: number % len(names)]:
+        for name in random.Random(number).sample(list(found), len(found)):  # alike on all ranks
             contender = found[name]
             gc.collect()
             os.sync() if rank == 0 else None  # what the one before left, in memory or to be written, is not this one's
