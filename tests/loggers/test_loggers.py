@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 from pathlib import Path
 
 import pytest
@@ -85,7 +86,8 @@ def test_tensorboard_files_are_written(tmp_path: Path) -> None:
     lite = Lite(accelerator="cpu", loggers=TensorBoardLogger(tmp_path))
     lite.log_hyperparameters({"lr": 0.1, "where": tmp_path})
     lite.log("loss", torch.tensor(1.5), 7)
-    del lite  # its end writes what is open
+    del lite
+    gc.collect()  # its end writes what is open
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(7, 1.5)]
 
