@@ -1,11 +1,11 @@
 """Seconds that a training loop is blocked by saving, peak extra memory, and load time, of a model with Adam.
 
 torch.save, torch.distributed.checkpoint (DCP), lite, and Fabric and Accelerate where they are installed; on one process
-and on two. Every contender overwrites its own checkpoint, once per round and in another order each time: memory that one
-has freed makes the next one's page cache faster, and memory that it has taken, slower. "blocked" leaves fsync out, which
-stands beside it: lite and DCP wait for the disk, the others don't. Background saves are waited for between the timings;
-their first one, which allocates the copy, is not counted, and "extra memory" is what comes on top of what is held
-between saves.
+and on two. Every contender overwrites its own checkpoint, once per round and in another order each time: memory that
+one has freed makes the next one's page cache faster, and memory that it has taken, slower. "blocked" leaves fsync out,
+which stands beside it: lite and DCP wait for the disk, the others don't. Background saves are waited for between the
+timings; their first one, which allocates the copy, is not counted, and "extra memory" is what comes on top of what is
+held between saves.
 """
 
 from __future__ import annotations

@@ -62,6 +62,21 @@ def fetch(content: Any, device: torch.device, *, to_all: bool = False) -> Any:
     return map_leaves(lambda leaf: next(there) if isinstance(leaf, Tensor) else leaf, content)
 
 
+def names_of_divided(content: dict[str, Any]) -> list[str]:
+    """The names of values of which some rank's tensors are elsewhere. Collective: call on all ranks.
+
+    Args:
+        content: Nested data by name.
+    """
+    found: list[str] = []
+    for name, value in content.items():
+        leaves: list[Any] = []
+        map_leaves(leaves.append, value)
+        if any(map(is_elsewhere, leaves)):
+            found.append(name)
+    return sorted(set().union(*collectives.all_gather_objects(found)))
+
+
 # ---- hooks
 
 

@@ -1,7 +1,7 @@
 """An exponential moving average of a model's weights, kept beside it.
 
 Made by `Lite.ema`. It works on each rank's own part of the weights, so nothing communicates, and parameters that are
-sharded (DTensor) are averaged shard by shard.
+sharded (DTensor) are averaged shard by shard. Of a pipeline's model a rank averages its own layers.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from lite.errors import ConfigError, UsageError
+from lite.sharded import Elsewhere
 from lite.state import plain_key
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -116,7 +117,8 @@ class EMA:
                 "a checkpoint with the ema within ema.swap() would hold averages in the model's place; save outside "
                 "of it, or leave the ema out of state to save the averaged model alone."
             )
-        return {"decay": self.decay, "num_updates": self.num_updates, "averages": dict(self._averages)}
+        averages = {name: _marked(average) for name, average in self._averages.items()}
+        return {"decay": self.decay, "num_updates": self.num_updates, "averages": averages}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -133,7 +135,8 @@ class EMA:
             if saved[name].shape != average.shape:
                 raise ValueError(f"{name} is {list(saved[name].shape)} there and {list(average.shape)} here")
         for name, average in self._averages.items():
-            _local(average).copy_(_local(_as(saved[name], average)))
+            if not average.is_meta:  # else another rank's, of a pipeline
+                _local(average).copy_(_local(_as(saved[name], average)))
         self.num_updates = int(state_dict["num_updates"])
 
     def _find(self) -> dict[str, Tensor]:
@@ -189,6 +192,10 @@ def _start(tensor: Tensor) -> Tensor:
     with torch.no_grad():
         copy = tensor.detach().clone()
         return copy.float() if copy.dtype in _HALF else copy
+
+
+def _marked(average: Tensor) -> Tensor:
+    return Elsewhere.like(average.shape, average.dtype) if average.is_meta else average
 
 
 def _as(value: Tensor, average: Tensor) -> Tensor:

@@ -98,11 +98,12 @@ class Checkpoints(Facet):
         assert content is not None
         self._warn_of_open_windows(state)
         content[manifest.KEY] = self._manifest(content, state, rng, besides)
+        replicated = self._replicated(content, state)
         if not is_folder and self.world_size > 1:
-            content = gather(self._with_all_layers(content, state), keep=self.is_global_zero)
+            content = gather(self._with_all_layers(content, replicated), keep=self.is_global_zero)
         if async_save:
             content = self._staged(content, needed=is_folder or self.is_global_zero)
-        write = self._writer(path, content, state, is_folder, async_save)
+        write = self._writer(path, content, replicated, is_folder, async_save)
         if async_save:
             self._in_background().start(write)
             return True
@@ -241,7 +242,7 @@ class Checkpoints(Facet):
         self._require_connected("export")
         problem: Exception | None = None
         try:
-            weights = self._with_all_layers({"model": module_state(model)}, {"model": model})["model"]
+            weights = self._with_all_layers({"model": module_state(model)}, ["model"])["model"]
             weights = gather(weights, keep=self.is_global_zero)
             if self.is_global_zero:
                 export_safetensors(weights, path, max_shard_size=max_shard_size)
@@ -282,14 +283,22 @@ class Checkpoints(Facet):
         manifest.check_names(content)
         return is_folder, content
 
-    def _with_all_layers(self, content: dict[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:
-        """On rank 0, with the layers of other ranks in models and optimizers. Collective."""
+    def _replicated(self, content: dict[str, Any], state: Mapping[str, Any]) -> list[str]:
+        """The names of what is the same on every rank, or lies in parts on all. Collective where layers are divided."""
+        names = [name for name in content if isinstance(state.get(name), (nn.Module, Optimizer))]
+        if self.strategy.distributes_layers:
+            from lite.elsewhere import names_of_divided
+
+            names += [name for name in names_of_divided(content) if name not in names]
+        return names
+
+    def _with_all_layers(self, content: dict[str, Any], names: list[str]) -> dict[str, Any]:
+        """On rank 0, with the layers of other ranks in what has one of the names. Collective."""
         if not self.strategy.distributes_layers:
             return content
         from lite.elsewhere import fetch
 
-        held = {k: v for k, v in content.items() if isinstance(state.get(k), (nn.Module, Optimizer))}
-        return {**content, **fetch(held, self._device)}
+        return {**content, **fetch({name: content[name] for name in names}, self._device)}
 
     def _staged(self, content: dict[str, Any], *, needed: bool) -> dict[str, Any]:
         """A copy of the content where it is needed; a rank that has no memory for it tells all. Collective."""
@@ -306,7 +315,7 @@ class Checkpoints(Facet):
         return content
 
     def _writer(
-        self, path: Path, content: dict[str, Any], state: Mapping[str, Any], is_folder: bool, async_save: bool
+        self, path: Path, content: dict[str, Any], replicated: list[str], is_folder: bool, async_save: bool
     ) -> Callable[[], None]:
         if not is_folder:
             from lite.checkpoint.file import save_file
@@ -321,7 +330,6 @@ class Checkpoints(Facet):
             if "group" not in keep:
                 keep["group"] = collectives.new_cpu_group()
             group = keep["group"]
-        replicated = [name for name, value in state.items() if isinstance(value, (nn.Module, Optimizer))]
         return lambda: save_directory(path, content, replicated=replicated, group=group)
 
     def _in_background(self) -> Background:

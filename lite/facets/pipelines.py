@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lite.errors import ConfigError
+from lite.errors import ConfigError, UsageError
 from lite.facets.records import Records
 from lite.facets.steps import Steps
 
@@ -84,7 +84,11 @@ class Pipelines(Steps, Records):
         plan = PipelinePlan.checked(layers, stages, schedule, microbatches)
         found = list(running_order(model, plan.layers).values())
         self.strategy.plan_pipeline(model, plan)
-        self._prepared.check("setup_pipeline", (model,), optimizers)
+        try:
+            self._prepared.check("setup_pipeline", (model,), optimizers)
+        except (ConfigError, UsageError):
+            self.strategy.drop_pipeline(model)
+            raise
         self._prepared.add_module(model, self._device, move=True)
         self._prepared.add_optimizers(optimizers, self._prepare_optimizer, self._methods("on_after_optimizer_step"))
         self.call("on_after_setup", self, model)

@@ -236,7 +236,8 @@ class Steps(Facet):
         it goes into what you give to `save` and `load`, and a resumed average is exact.
 
         Args:
-            model: A set-up model, on any strategy; of sharded parameters each rank averages its shard.
+            model: A set-up model, on any strategy; of sharded parameters each rank averages its shard, and of
+                a pipeline's model its own layers.
             decay: How much of the average stays at each update.
             buffers: Whether floating-point buffers (BatchNorm's statistics) are averaged as well; if not, the model's
                 present ones are used within `swap`.

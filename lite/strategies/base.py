@@ -114,6 +114,9 @@ class Strategy:
                 "use Lite(strategy='pipeline'), or lite.setup."
             )
 
+    def drop_pipeline(self, module: nn.Module) -> None:
+        """Forget that plan: the model was refused."""
+
     def data_shards(self, world_size: int, rank: int) -> tuple[int, int]:
         """How many parts a loader's batches are split into, and which is this rank's."""
         return world_size, rank

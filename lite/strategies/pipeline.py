@@ -86,6 +86,9 @@ class PipelineStrategy(Strategy):
             self._cut(module, plan)
         self._plans[module] = plan
 
+    def drop_pipeline(self, module: nn.Module) -> None:
+        self._plans.pop(module, None)
+
     def _cut(self, module: nn.Module, plan: PipelinePlan) -> tuple[dict[str, nn.Module], list[list[str]]]:
         """The layers in the order in which they run, and the names of those of each stage."""
         order = running_order(module, plan.layers)

@@ -75,7 +75,7 @@ LOOPS = ("plain", "ragged", "accumulate", "no sync", "norm", "value", "scheduler
 # Averaged weights are those of the averaged gradient where a step is linear in it: without clipping, and not by AdamW.
 NOT_IN_LOCAL_SGD = ("norm", "value")
 # A pipeline's forward and backward are one call, and its microbatches divide every batch.
-NOT_IN_PIPELINES = ("ragged", "no sync", "method", "ema")
+NOT_IN_PIPELINES = ("ragged", "no sync", "method")
 
 
 def loops(name: str) -> list[str]:
