@@ -53,8 +53,8 @@ class Lite(Resuming, Pipelines):
             [0, 1]. On the CPU a number of processes.
         num_nodes: Number of machines.
         precision: "32-true", "64-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", and with extras "fp8",
-            "int8-frozen", "nf4-frozen"; 64, 32, 16 and "bf16" stand for the first, second, third and fourth of
-            "64-true", "32-true", "16-mixed", "bf16-mixed".
+            "transformer-engine", "int8-frozen", "nf4-frozen"; 64, 32, 16 and "bf16" stand for the first, second, third
+            and fourth of "64-true", "32-true", "16-mixed", "bf16-mixed".
         plugins: A Precision or an Environment of your own, or a list of them.
         callbacks: Objects with any of the methods `on_launch(lite)` (the processes run and have met),
             `on_after_setup(lite, model)`, `on_after_optimizer_step(strategy, optimizer)`, and others that `call` names.

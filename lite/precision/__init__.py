@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lite.precision.fp8 import Float8Precision
     from lite.precision.frozen import FrozenPrecision
     from lite.precision.mixed import MixedPrecision
+    from lite.precision.transformer_engine import TransformerEnginePrecision
     from lite.precision.true import TruePrecision
 
 __all__ = [
@@ -22,12 +23,13 @@ __all__ = [
     "FrozenPrecision",
     "MixedPrecision",
     "Precision",
+    "TransformerEnginePrecision",
     "TruePrecision",
     "make_precision",
 ]
 
 PRECISIONS = ("64-true", "32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true")
-EXTRA_PRECISIONS = ("fp8", "int8-frozen", "nf4-frozen")  # which need an extra
+EXTRA_PRECISIONS = ("fp8", "transformer-engine", "int8-frozen", "nf4-frozen")  # which need an extra
 PRECISION_ALIASES = {"64": "64-true", "32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 _TRUE = {"64-true": torch.float64, "16-true": torch.float16, "bf16-true": torch.bfloat16}
 
@@ -44,6 +46,10 @@ def make_precision(name: str, device_type: str) -> Precision:
         from lite.precision.fp8 import Float8Precision
 
         return Float8Precision(device_type)
+    if name == "transformer-engine":
+        from lite.precision.transformer_engine import TransformerEnginePrecision
+
+        return TransformerEnginePrecision(device_type)
     if name in EXTRA_PRECISIONS:
         from lite.precision.frozen import FrozenPrecision
 
@@ -61,6 +67,8 @@ def __getattr__(name: str) -> Any:
         from lite.precision.true import TruePrecision as found  # type: ignore[assignment]
     elif name == "Float8Precision":
         from lite.precision.fp8 import Float8Precision as found  # type: ignore[assignment]
+    elif name == "TransformerEnginePrecision":
+        from lite.precision.transformer_engine import TransformerEnginePrecision as found  # type: ignore[assignment]
     elif name == "FrozenPrecision":
         from lite.precision.frozen import FrozenPrecision as found  # type: ignore[assignment]
     else:

@@ -124,13 +124,114 @@ def test_float8_layers_train_the_same_parameters() -> None:
         lite.setup(nn.Sequential(nn.Linear(3, 3)))
 
 
+ENGINE = """
+from contextlib import contextmanager
+import torch
+from torch import nn
+
+seen = []
+
+
+class Linear(nn.Module):
+    def __init__(self, in_features, out_features, bias, params_dtype, device):
+        super().__init__()
+        kwargs = {"dtype": params_dtype, "device": device}
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, **kwargs))
+        self.bias = nn.Parameter(torch.empty(out_features, **kwargs)) if bias else None
+
+    def get_extra_state(self):
+        return torch.zeros(3)
+
+    def set_extra_state(self, state):
+        raise AssertionError
+
+    def forward(self, x):
+        seen.append(inside)
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
+inside = None
+
+
+@contextmanager
+def autocast(enabled, recipe):
+    global inside
+    inside = type(recipe).__name__ if enabled else None
+    try:
+        yield
+    finally:
+        inside = None
+"""
+RECIPES = """
+class Float8CurrentScaling: pass
+class DelayedScaling: pass
+"""
+
+
+def test_transformer_engines_layers_take_the_same_parameters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a stand-in with its interface, which needs no GPU: layers, keys, tied ones, the context around them."""
+    for name, text in {
+        "__init__.py": "",
+        "pytorch.py": ENGINE,
+        "common/__init__.py": "",
+        "common/recipe.py": RECIPES,
+    }.items():
+        path = tmp_path / "transformer_engine" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    with monkeypatch.context() as patch:
+        patch.syspath_prepend(str(tmp_path))
+        for name in [key for key in sys.modules if key.startswith("transformer_engine")]:
+            patch.delitem(sys.modules, name)
+        from transformer_engine.common.recipe import DelayedScaling  # type: ignore[import-not-found,unused-ignore]
+        from transformer_engine.pytorch import seen  # type: ignore[import-not-found,unused-ignore]
+
+        from lite.precision import TransformerEnginePrecision
+
+        with pytest.raises(ConfigError, match="no checkpoint of the raw model's keys"):
+            TransformerEnginePrecision("cuda", DelayedScaling())
+        precision = TransformerEnginePrecision("cuda")
+        shared = nn.Linear(16, 16, bias=False)
+        model = nn.Sequential(nn.Linear(16, 16), shared, nn.Sequential(shared, nn.Linear(16, 3))).eval()
+        parameters, state = list(model.parameters()), model.state_dict()
+        x = torch.randn(4, 16)
+        wanted = model(x)
+        precision.convert_module(model)
+        assert type(model[2][1]) is nn.Linear  # whose sizes don't fit
+        assert not isinstance(model[0], nn.Linear) and model[1] is model[2][0] and not model[0].training
+        assert list(model.state_dict()) == list(state)
+        model.load_state_dict(state)
+        assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+        around = precision.autocast()
+        for _ in range(2):
+            with around:
+                assert torch.equal(model(x), wanted)
+        assert seen == ["Float8CurrentScaling"] * 6
+        precision.release_module(model)
+        assert model[1] is shared and isinstance(model[0], nn.Linear)
+        for name in [key for key in sys.modules if key.startswith("transformer_engine")]:
+            sys.modules.pop(name)
+
+
+def test_transformer_engine_is_for_gpus() -> None:
+    """What else there is, is named."""
+    with pytest.raises(ConfigError, match=r"precision='transformer-engine' on 'cpu'.*'fp8'.*'bf16-mixed'"):
+        Lite(accelerator="cpu", precision="transformer-engine")
+
+
 @pytest.mark.parametrize(
-    ("name", "package"), [("fp8", "torchao"), ("int8-frozen", "torchao"), ("nf4-frozen", "bitsandbytes")]
+    ("name", "package"),
+    [
+        ("fp8", "torchao"),
+        ("transformer-engine", "transformer_engine"),
+        ("int8-frozen", "torchao"),
+        ("nf4-frozen", "bitsandbytes"),
+    ],
 )
 def test_a_missing_extra_is_named(name: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the command that installs it, before anything is set up."""
     for module in [key for key in sys.modules if key == package or key.startswith(f"{package}.")]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(MissingExtraError, match=r"pip install 'lite\["):
-        make_precision(name, "cpu")
+    with pytest.raises(MissingExtraError, match=r"pip install '(lite|transformer_engine)\["):
+        make_precision(name, "cuda" if name == "transformer-engine" else "cpu")
