@@ -163,6 +163,11 @@ def resolve(
     strategy = _strategy(asked["strategy"], asked["devices"], world_size, environment, accelerator, strategies)
     strategy.check_world_size(world_size)
     precision = extra.get("precision") or _precision(asked["precision"], accelerator)
+    if world_size > 1 and strategy.divides_models and not precision.divisible:
+        raise ConfigError(
+            f"precision={precision.name!r} with {asked['strategy']}: the layers that it makes can't be divided over "
+            "ranks; use strategy='ddp', where each rank holds the whole model."
+        )
     launcher = _launcher(strategy, asked["strategy"], world_size, environment, notebook)
     what_came = {
         "accelerator": accelerator.name,

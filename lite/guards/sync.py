@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from lite import collectives
 from lite.errors import DesyncError
+from lite.precision.base import is_packed
 from lite.strategies.base import Engine
 
 _CHUNK = 1 << 18  # 2 MiB at a time: it stays in a cache, and needs next to no memory
@@ -115,6 +116,10 @@ def hash_tensor(value: Tensor) -> Tensor:
     The bits are read as 64-bit words, mixed with their positions, and summed modulo 2**64: one flipped bit always
     changes it; several, or words that trade places, do but for rare chances. NaNs are equal when their bits are.
     """
+    if is_packed(value):
+        names, _ = value.__tensor_flatten__()  # type: ignore[attr-defined]
+        hashes = torch.stack([hash_tensor(getattr(value, name)) for name in names])
+        return hash_tensor(hashes)
     value = value.detach()
     if value.layout != torch.strided:
         value = value.to_dense()

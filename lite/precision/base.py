@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_flatten, tree_is_leaf, tree_unflatten
 
 _LEAVES = (type(None), bool, int, float, str)
@@ -31,6 +32,7 @@ class Precision:
         output_dtype: What floating-point outputs of half precision are converted to; None leaves them as they are.
         changes_forward: Whether a forward needs anything around it at all.
         changes_step: Whether `step` is more than the optimizer's own step.
+        divisible: Whether ranks can hold parts of the models that it converts.
     """
 
     name = "32-true"
@@ -39,6 +41,7 @@ class Precision:
     output_dtype: torch.dtype | None = None
     changes_forward = False
     changes_step = False
+    divisible = True
 
     def connect(self, device: torch.device) -> None:
         """This process computes on `device`; refuse one that the precision was not made for."""
@@ -138,6 +141,11 @@ class Uncast(Precision):
 
     def __init__(self, precision: Precision) -> None:
         self.name = precision.name
+
+
+def is_packed(tensor: Tensor) -> bool:
+    """Whether it is a frozen parameter whose values a precision keeps in a form of its own, alike on all ranks."""
+    return not tensor.requires_grad and is_traceable_wrapper_subclass(tensor) and not hasattr(tensor, "device_mesh")
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lite import collectives
 from lite.errors import ConfigError, MissingExtraError
 from lite.precision.base import Precision
 
@@ -19,7 +20,7 @@ class FrozenPrecision(Precision):
 
     For adapters (LoRA) on a base that is too large: freeze the base, add trainable layers, and make the optimizer of
     what trains. Each frozen `nn.Linear` gives its weight up at `setup`, and has one again at `teardown`, rounded to
-    what could be kept. State dicts and checkpoints have raw keys and whole weights; what is loaded is rounded again.
+    what could be kept. Each rank holds the whole model; weights are rank 0's. State dicts and checkpoints have raw keys and whole weights; what is loaded is rounded again.
 
     Args:
         name: "int8-frozen" (8-bit integers, scaled for each row, by torchao; pip install lite[int8]), or "nf4-frozen"
@@ -28,11 +29,14 @@ class FrozenPrecision(Precision):
     Source: https://arxiv.org/abs/2106.09685 (LoRA), https://arxiv.org/abs/2305.14314 (QLoRA, nf4)
     """
 
+    divisible = False
+
     def __init__(self, name: str) -> None:
         self.name = name
         self._packing: Any = _Int8() if name == "int8-frozen" else _NF4()
         self._packed: weakref.WeakKeyDictionary[nn.Module, list[_Packed]] = weakref.WeakKeyDictionary()
 
+    @torch.no_grad()
     def convert_module(self, module: nn.Module) -> nn.Module:
         found = [
             (parent, key, child)
@@ -55,6 +59,13 @@ class FrozenPrecision(Precision):
                 f"precision={self.name!r}: the weight of the frozen layer {tied[0]!r} is also used by another one, "
                 "which would lose it; untie them (layer.weight = nn.Parameter(layer.weight.clone())), or train it."
             )
+        if any(child.weight.is_meta for _, _, child in found):
+            raise ConfigError(
+                f"precision={self.name!r}: the frozen layers of {type(module).__name__} are on the meta device, and "
+                "are packed before they have values; make the model without empty_init='meta'."
+            )
+        for _, _, child in found:  # alike on all ranks: what is packed is not sent
+            child.weight.copy_(collectives.broadcast(child.weight.detach()))
         self._packed[module] = [_Packed(parent, key, child, self._packing) for parent, key, child in found]
         return module
 

@@ -22,7 +22,7 @@ class TransformerEnginePrecision(ExchangedLayers):
 
     Parameters, gradients and optimizer state stay float32, and the layers keep their parameters and keys: they become
     `transformer_engine.pytorch.Linear` from `setup` to `teardown`. A batch's rows (of all its dimensions but the last)
-    must be a multiple of 8. Scales are those of the present tensors, without a
+    must be a multiple of 8. Each rank holds the whole model. Scales are those of the present tensors, without a
     history, so that a resumed run is exact and checkpoints have the raw model's keys. It needs a GPU with a compute
     capability of 8.9 (Ada, Hopper) or more, and the package: pip install 'transformer_engine[pytorch]'.
 
@@ -35,6 +35,8 @@ class TransformerEnginePrecision(ExchangedLayers):
 
     Source: https://docs.nvidia.com/deeplearning/transformer-engine/user-guide/api/pytorch.html
     """
+
+    divisible = False
 
     def __init__(self, device_type: str, recipe: Any = None, wanted: Wanted | None = None) -> None:
         if device_type != "cuda":

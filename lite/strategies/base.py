@@ -56,6 +56,7 @@ class Strategy:
     Attributes:
         name: As users write it.
         distributed: Whether it can run on several processes.
+        divides_models: Whether ranks hold parts of a model where there are several; `shards` knows of this job.
         shards: Whether ranks hold parts of parameters and gradients, once it is connected.
         distributes_layers: Whether a model's layers lie on different ranks, once it is connected.
         start_method: How `Lite.launch` starts processes for it: "spawn", "fork" or "forkserver".
@@ -63,6 +64,7 @@ class Strategy:
 
     name: ClassVar[str] = "single"
     distributed: ClassVar[bool] = False
+    divides_models: ClassVar[bool] = False
     shards: bool = False
     distributes_layers: bool = False
     start_method: str = "spawn"

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lite.errors import UsageError, some
+from lite.precision.base import is_packed
 from lite.strategies.comm_hooks import Register
 
 _requires_grad, _dtype = attrgetter("requires_grad"), attrgetter("dtype")
@@ -29,6 +30,7 @@ class Averaged:
         ddp: The newest one; None for a model of which nothing was ever trained.
         names: The model's parameters at setup, id to name.
         ignored: Names of parameters and buffers that DDP leaves alone, as torch's users know how to ask for.
+        packed: Names of those that it can't send, nor needs to.
         reduced: Names of the parameters that the newest DDP averages, in its own order.
         generation: How many DDPs there were.
     """
@@ -38,6 +40,7 @@ class Averaged:
         self._register = register
         self._options = options
         self.ignored: set[str] = set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
+        self.packed = {name for name, p in module.named_parameters() if is_packed(p)}
         self.names = {id(p): name for name, p in module.named_parameters()}
         self._parameters = self._first = list(module.parameters())  # kept, so that no id is given to another one
         self._tables = Tables(module)
@@ -120,8 +123,8 @@ class Averaged:
         """Make a DDP for the parameters that are to be trained; the first one broadcasts rank 0's weights."""
         self.ddp = None
         adapter = _Adapter(self.module)
-        if self.ignored:
-            adapter._ddp_params_and_buffers_to_ignore = [f"module.{name}" for name in self.ignored]  # type: ignore[assignment]
+        if left_alone := self.ignored | self.packed:
+            adapter._ddp_params_and_buffers_to_ignore = [f"module.{name}" for name in left_alone]  # type: ignore[assignment]
         self.ddp = nn.parallel.DistributedDataParallel(adapter, init_sync=first, **self._options)
         if self._register is not None:
             self._register(self.ddp)
@@ -134,7 +137,7 @@ class Averaged:
     def _broadcast(self, module: nn.Module) -> None:
         """Rank 0's weights for a model without a parameter to train, for which there is no DDP."""
         for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-            if name not in self.ignored and tensor.numel():
+            if name not in self.ignored and tensor.numel() and not is_packed(tensor):
                 sent = tensor.detach().contiguous()
                 dist.broadcast(sent.view(-1).view(torch.uint8), src=0)
                 if sent.data_ptr() != tensor.data_ptr():

@@ -18,6 +18,7 @@ from lite import collectives
 from lite.disguise import disguise
 from lite.errors import CheckpointError, ConfigError, UsageError
 from lite.first_rank import refuse_alone
+from lite.precision.base import is_packed
 from lite.strategies.base import Engine
 from lite.strategies.ddp import DDPStrategy
 
@@ -353,7 +354,7 @@ def _average(tensors: Sequence[Tensor]) -> None:
 
 
 def _broadcast(tensor: Tensor) -> None:
-    if tensor.numel():
+    if tensor.numel() and not is_packed(tensor):
         sent = tensor.detach().contiguous()
         dist.broadcast(sent.view(-1).view(torch.uint8), src=0)
         if sent.data_ptr() != tensor.data_ptr():

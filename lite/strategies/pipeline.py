@@ -43,6 +43,7 @@ class PipelineStrategy(Strategy):
 
     name = "pipeline"
     distributed = True
+    divides_models = True
 
     def __init__(
         self,

@@ -49,6 +49,7 @@ class ShardedStrategy(Strategy):
     """
 
     distributed = True
+    divides_models = True
 
     def __init__(
         self,

@@ -10,7 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from lite import ConfigError, Lite, MissingExtraError
-from lite.precision import make_precision
+from lite.accelerators import DeviceProbe
+from lite.plan import resolve
+from lite.precision import Precision, make_precision
+from tests.support.processes import run_distributed
 
 ROUNDING = {"int8-frozen": ("torchao", 0.01), "nf4-frozen": ("bitsandbytes", 0.12)}
 pytestmark = pytest.mark.filterwarnings("ignore")  # torchao's and bitsandbytes' own
@@ -76,6 +79,50 @@ def test_adapters_train_on_a_base_in_few_bits(name: str, tmp_path: Path) -> None
     assert type(model[0].base) is nn.Linear
     assert list(model.state_dict()) == list(raw)
     assert type(model[0].base.weight) is nn.Parameter and model[0].base.weight.dtype == torch.float32
+
+
+def train_apart(name: str, strategy: str) -> tuple[list[float], list[Tensor], list[str]]:
+    """From weights of each rank's own making, each with its half of a batch."""
+    lite = Lite(accelerator="cpu", strategy=strategy, precision=name)
+    torch.manual_seed(lite.global_rank)
+    frozen = name.endswith("frozen")
+    model = nn.Sequential(Adapted(), nn.Tanh(), Adapted())
+    if not frozen:
+        model.requires_grad_(True)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    lite.setup(model, optimizer)
+    generator = torch.Generator().manual_seed(5)
+    x, y = torch.randn(16, 32, generator=generator), torch.randn(16, 32, generator=generator)
+    half = slice(8 * lite.global_rank, 8 * lite.global_rank + 8)
+    losses = train(lite, model, optimizer, x[half], y[half])
+    lite.check_sync()
+    with torch.no_grad():
+        outputs = model(x[:2])
+    lite.teardown()
+    return losses, [outputs, *model.state_dict().values()], [type(part).__name__ for part in model[0].children()]
+
+
+@pytest.mark.parametrize(
+    ("name", "strategy"), [("fp8", "ddp"), ("fp8", "fsdp"), ("int8-frozen", "ddp"), ("nf4-frozen", "ddp")]
+)
+def test_ranks_have_the_same_model(name: str, strategy: str) -> None:
+    """Rank 0's, packed weights included; what they train stays in step, and teardown gives plain layers."""
+    pytest.importorskip("bitsandbytes" if name == "nf4-frozen" else "torchao")
+    (losses, mine, kinds), (others, theirs, _) = run_distributed(train_apart, name, strategy)
+    assert losses[-1] + others[-1] < 0.8 * (losses[0] + others[0])
+    assert all(map(torch.equal, mine, theirs))
+    assert kinds == ["Linear"] * 3
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "pipeline"])
+def test_packed_weights_are_not_divided(strategy: str) -> None:
+    """Told before any process starts."""
+    probe, asked = DeviceProbe(), {"strategy": strategy, "devices": 2, "accelerator": "cpu"}
+    precision = Precision()
+    precision.name, precision.divisible = "int8-frozen", False
+    with pytest.raises(ConfigError, match=rf"'int8-frozen' with strategy='{strategy}'.*use strategy='ddp'"):
+        resolve(asked, {}, probe, plugins=precision)
+    resolve({**asked, "devices": 1}, {}, probe, plugins=precision)
 
 
 @pytest.mark.parametrize("name", ROUNDING)
