@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, redirect_stdout
@@ -71,6 +72,16 @@ def trainer_20_logs(make: Callable[[], nn.Module], precision: str, loader: DataL
     return _train_with(make, precision, loader, 20, **off)
 
 
+class Fed:
+    """Batches that the benchmark hands in."""
+
+    def __init__(self) -> None:
+        self.batches: Any = ()
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.batches)
+
+
 def _csv() -> Any:
     from lite.loggers import CSVLogger
 
@@ -100,15 +111,6 @@ def _train_with(
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.SGD(self.parameters(), lr=0.01)
 
-    class Fed:
-        """Batches that the benchmark hands in."""
-
-        def __init__(self) -> None:
-            self.batches: Any = ()
-
-        def __iter__(self) -> Iterator[Batch]:
-            return iter(self.batches)
-
     fed = Fed()
     run = Trainer(accelerator="cpu", precision=precision, max_epochs=-1, **options)
     source: Any = fed if loader is None else loader
@@ -120,6 +122,89 @@ def _train_with(
             next(events)
 
     return train, loader
+
+
+def lightning(make: Callable[[], nn.Module], precision: str, loader: DataLoader[Any] | None) -> tuple[Train, Any]:
+    """Lightning's Trainer, bare."""
+    return _train_with_lightning(make, precision, loader, 0, logger=False, enable_progress_bar=False)
+
+
+def lightning_defaults(
+    make: Callable[[], nn.Module], precision: str, loader: DataLoader[Any] | None
+) -> tuple[Train, Any]:
+    """Lightning's Trainer with progress bar, CSV logger and one log per step."""
+    from lightning.pytorch.loggers import CSVLogger
+
+    return _train_with_lightning(make, precision, loader, 1, logger=CSVLogger(tempfile.mkdtemp()))
+
+
+def lightning_20_logs(
+    make: Callable[[], nn.Module], precision: str, loader: DataLoader[Any] | None
+) -> tuple[Train, Any]:
+    """Lightning's bare Trainer with twenty logs per step."""
+    return _train_with_lightning(make, precision, loader, 20, logger=False, enable_progress_bar=False)
+
+
+def _train_with_lightning(
+    make: Callable[[], nn.Module], precision: str, loader: DataLoader[Any] | None, logs: int, **options: Any
+) -> tuple[Train, Any]:
+    """One fit in a thread of its own, which waits at the end of each epoch until it is asked for the next one."""
+    from lightning.pytorch import Callback, Trainer
+
+    ready, go, done = (threading.Semaphore(0) for _ in range(3))
+
+    class Turns(Callback):
+        def on_train_epoch_start(self, *unused: Any) -> None:
+            ready.release()
+            go.acquire()
+
+        def on_train_epoch_end(self, *unused: Any) -> None:
+            done.release()
+
+    fed = Fed()
+    off = {"enable_checkpointing": False, "enable_model_summary": False}
+    run = Trainer(
+        accelerator="cpu", devices=1, precision=precision, max_epochs=-1, callbacks=[Turns()], **off, **options
+    )
+    module = _lightning_module(make, [f"metric {i}" for i in range(logs)])
+    source: Any = fed if loader is None else loader
+    with redirect_stdout(io.StringIO()):  # where its progress bar writes from now on
+        threading.Thread(target=run.fit, args=(module, source), daemon=True).start()
+        ready.acquire()
+
+    def train(batches: Any) -> None:
+        fed.batches = batches
+        go.release()
+        done.acquire()
+
+    return train, loader
+
+
+def _lightning_module(make: Callable[[], nn.Module], names: list[str]) -> Any:
+    from lightning.pytorch import LightningModule
+
+    class Module(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = make()
+
+        def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+            x, y = batch
+            loss = F.cross_entropy(self.model(x), y)
+            for name in names:
+                self.log(name, loss, prog_bar=True)
+            return loss
+
+        def validation_step(self, batch: Batch, batch_idx: int) -> None:
+            x, y = batch
+            loss = F.cross_entropy(self.model(x), y)
+            for name in names:
+                self.log(name, loss)
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.01)
+
+    return Module()
 
 
 def evaluate_raw(make: Callable[[], nn.Module], loader: DataLoader[Any]) -> Callable[[], Any]:
@@ -151,6 +236,16 @@ def evaluate_trainer(make: Callable[[], nn.Module], loader: DataLoader[Any], log
 
     off = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     run, module = Trainer(accelerator="cpu", max_epochs=1, logger=False, **off), Module()
+    return lambda: run.validate(module, loader, verbose=False)
+
+
+def evaluate_lightning(make: Callable[[], nn.Module], loader: DataLoader[Any], logs: bool) -> Callable[[], Any]:
+    """The same by Lightning's Trainer."""
+    from lightning.pytorch import Trainer
+
+    off = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    run = Trainer(accelerator="cpu", devices=1, max_epochs=1, logger=False, **off)
+    module = _lightning_module(make, ["val_loss"] if logs else [])
     return lambda: run.validate(module, loader, verbose=False)
 
 
@@ -194,6 +289,7 @@ def installed() -> dict[str, Callable[..., tuple[Train, Any]]]:
     found |= {"trainer": trainer, "defaults": trainer_defaults, "20 logs": trainer_20_logs}
     if importlib.util.find_spec("lightning") is not None:
         found["fabric"] = fabric
+        found |= {"L trainer": lightning, "L defaults": lightning_defaults, "L 20 logs": lightning_20_logs}
     if importlib.util.find_spec("accelerate") is not None:
         found["accelerate"] = accelerate
     return found

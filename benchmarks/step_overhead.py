@@ -2,7 +2,8 @@
 
 A tiny MLP with a batch of 4, where overhead shows most, with preloaded batches and with a DataLoader; and a small GPT,
 where it should vanish. Each in 32-true and bf16-mixed. Then batches of the MLP's evaluation. All contenders run in turn
-in one process; "raw again" is raw against itself.
+in one process; "raw again" is raw against itself. "trainer" is lite's Trainer, bare; "defaults" with progress bar, CSV
+logger and one log per step; "20 logs" bare with twenty. "L ..." are the same by Lightning's.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader, TensorDataset
 
-from benchmarks.contenders import evaluate_raw, evaluate_trainer, installed, quiet
+from benchmarks.contenders import evaluate_lightning, evaluate_raw, evaluate_trainer, installed, quiet
 from benchmarks.harness import arguments, compare, finish, interleave
 
 
@@ -81,11 +82,14 @@ def measure_evaluation(dataset: TensorDataset, rounds: int) -> list[dict[str, An
         "trainer": evaluate_trainer(mlp, loader, logs=False),
         "one log": evaluate_trainer(mlp, loader, logs=True),
     }
+    if "fabric" in installed():
+        contenders["L trainer"] = evaluate_lightning(mlp, loader, logs=False)
+        contenders["L one log"] = evaluate_lightning(mlp, loader, logs=True)
     return compare("MLP, evaluation, batch 4, DataLoader", interleave(contenders, rounds, len(loader)))
 
 
 def main() -> None:
-    options = arguments(__doc__, repeats=200, steps=60)
+    options = arguments(__doc__, repeats=120, steps=100)
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     rows = []
@@ -101,9 +105,9 @@ def main() -> None:
                 title = f"MLP, batch 4, {source}, {precision}"
                 rows += measure(title, mlp, points, batch_size=4, use_loader=use_loader, steps=options.steps, **common)
             title = f"small GPT, batch 8, preloaded batches, {precision}"
-            few = max(1, options.steps // 30)
-            rows += measure(title, gpt, texts, batch_size=8, use_loader=False, steps=few, **common)
-        rows += measure_evaluation(points, max(1, options.repeats // 4))
+            few: dict[str, Any] = {"steps": max(1, options.steps // 10), "rounds": max(2, options.repeats // 3)}
+            rows += measure(title, gpt, texts, batch_size=8, use_loader=False, **(common | few))
+        rows += measure_evaluation(points, max(2, options.repeats // 4))
     finish(rows, options.json)
 
 
