@@ -16,6 +16,7 @@ from lite.sharded import is_sharded, whole
 from lite.strategies.parallel_plan import shared_names
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+_STATE_HOOKS = ("_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
 _HOOK_OPTIONS = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
 
 
@@ -60,6 +61,8 @@ class Original:
         for part, kind, key in self._added:
             for table in (kind, *_HOOK_OPTIONS):
                 getattr(part, table).pop(key, None)
+        for part in self._root.modules():
+            _drop_state_hooks(part)
         for part, raw in self._classes.items():
             if type(part) is not raw:
                 _leave_fsdp(part)
@@ -67,6 +70,15 @@ class Original:
             for mark in ("_is_fsdp_managed_module", "_fsdp_use_orig_params"):
                 part.__dict__.pop(mark, None)
         return successors
+
+
+def _drop_state_hooks(module: nn.Module) -> None:
+    """Take off what fully_shard has put around state dicts, some of it at the first forward."""
+    for kind in _STATE_HOOKS:
+        table: dict[int, Any] = getattr(module, kind)
+        for key, hook in list(table.items()):
+            if getattr(hook, "hook", hook).__module__.startswith("torch.distributed.fsdp."):
+                del table[key]
 
 
 def _plain_parameters(module: nn.Module) -> dict[int, nn.Parameter]:

@@ -202,7 +202,7 @@ def train(name: str, loop: str) -> tuple[list[float], dict[str, torch.Tensor], d
     assert type(model) is TinyGPT
     assert all(type(p) is nn.Parameter for p in model.parameters())
     assert {id(p) for g in optimizer.param_groups for p in g["params"]} <= {id(p) for p in model.parameters()}
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert not any(table for m in model.modules() for name, table in vars(m).items() if name.endswith("_hooks"))
     return losses, sharded, {k: v.clone() for k, v in model.state_dict().items()}
 
 
