@@ -81,6 +81,36 @@ def test_behaviour_44_two_processes_give_what_one_gives(accumulate: int) -> None
     assert together == pytest.approx([row for p in one["predictions"] for row in p], rel=1e-12)
 
 
+def sharded_run(strategy: Any, root: str, batch_size: int) -> list[Any]:
+    """fit with checkpoints, test of the best one, and the second half of the fit again by another Trainer."""
+    found: list[Any] = []
+    options = {"enable_checkpointing": True, "strategy": strategy, "accumulate_grad_batches": 2}
+    for start in (None, f"{root}/epoch=0-step=2.ckpt"):
+        module = Tiny()
+        keep = ModelCheckpoint(root, monitor="val", save_last=True, every_n_epochs=1, save_top_k=-1)
+        run = trainer(max_epochs=3, callbacks=[keep], gradient_clip_val=0.1, **options)
+        run.fit(module, numbers(16, batch_size), numbers(6, batch_size), ckpt_path=start)
+        found.append([weights(module), {k: float(v) for k, v in run.callback_metrics.items()}, run.global_step])
+        if start is None:
+            found.append(run.test(module, numbers(6, batch_size), ckpt_path="best", verbose=False))
+    return found
+
+
+def test_strategies_are_there_by_the_arguments(tmp_path: Path) -> None:
+    """Sharded models give what one process gives, from checkpoints of the whole model, and resume exactly."""
+    one = sharded_run("auto", str(tmp_path / "one"), 4)
+    assert one[2] == one[0]
+    for strategy in ("fsdp", "ddp"):
+        for fit, test, resumed in run_distributed(sharded_run, strategy, str(tmp_path / strategy), 2):
+            assert resumed == fit
+            assert fit[0] == pytest.approx(one[0][0], rel=0, abs=1e-13)
+            assert fit[1]["val"] == pytest.approx(one[0][1]["val"], rel=1e-12)
+            assert fit[2] == one[0][2]
+            assert test[0] == pytest.approx(one[1][0], rel=1e-12)
+        saved = [torch.load(tmp_path / name / "last.ckpt", weights_only=True) for name in ("one", strategy)]
+        torch.testing.assert_close(saved[1]["state_dict"], saved[0]["state_dict"], rtol=0, atol=1e-13)
+
+
 class Exact(Tiny):
     """Weights and rows are multiples of 1/64, so that no sum is rounded, in whatever order it is added up."""
 
