@@ -20,7 +20,8 @@ class FrozenPrecision(Precision):
 
     For adapters (LoRA) on a base that is too large: freeze the base, add trainable layers, and make the optimizer of
     what trains. Each frozen `nn.Linear` gives its weight up at `setup`, and has one again at `teardown`, rounded to
-    what could be kept. Each rank holds the whole model; weights are rank 0's. State dicts and checkpoints have raw keys and whole weights; what is loaded is rounded again.
+    what could be kept. Each rank holds the whole model, whose weights are rank 0's. State dicts and checkpoints have
+    raw keys and whole weights; what is loaded is rounded again.
 
     Args:
         name: "int8-frozen" (8-bit integers, scaled for each row, by torchao; pip install lite[int8]), or "nf4-frozen"
