@@ -12,7 +12,7 @@ import weakref
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
 from lite.data.delivery import Delivery
 from lite.data.iterable import StridedStream, identity
@@ -139,6 +139,16 @@ def _copy(loader: DataLoader[Any]) -> DataLoader[Any]:
     twin.__dict__.update(loader.__dict__)
     # Private in torch, and checked with 2.13: where a DataLoader keeps the iterator of its persistent workers.
     twin.__dict__["_iterator"] = None
+    return twin
+
+
+def in_order(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """The same loader once more, with its dataset's items in their order; it has no batch sampler of the user's."""
+    twin = _copy(loader)
+    sampler = SequentialSampler(loader.dataset)  # type: ignore[arg-type]
+    twin.__dict__["sampler"] = sampler
+    if loader.batch_sampler is not None:
+        twin.__dict__["batch_sampler"] = BatchSampler(sampler, loader.batch_size or 1, loader.drop_last)
     return twin
 
 

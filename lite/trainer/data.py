@@ -9,6 +9,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
+from lite.data.loader import in_order
 from lite.errors import ConfigError
 from lite.trainer.combined import CombinedLoader
 from lite.trainer.datamodule import LightningDataModule
@@ -218,24 +219,11 @@ def without_shuffling(loader: Any) -> Any:
         return loader
     if isinstance(loader.sampler, SequentialSampler):
         return loader
-    if loader.batch_size is None:
+    if loader.batch_size is None and loader.batch_sampler is not None:
         warnings.warn("overfit_batches: a custom batch sampler stays as it is, shuffling included.", stacklevel=5)
         return loader
     warnings.warn("overfit_batches trains on the same batches in each epoch: shuffling is off.", stacklevel=5)
-    return DataLoader(
-        loader.dataset,
-        batch_size=loader.batch_size,
-        sampler=SequentialSampler(loader.dataset),  # type: ignore[arg-type]
-        num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
-        pin_memory=loader.pin_memory,
-        drop_last=loader.drop_last,
-        timeout=loader.timeout,
-        worker_init_fn=loader.worker_init_fn,
-        multiprocessing_context=loader.multiprocessing_context,
-        generator=loader.generator,
-        persistent_workers=loader.persistent_workers,
-    )
+    return in_order(loader)
 
 
 def _is_data(value: Any) -> bool:
