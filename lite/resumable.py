@@ -120,7 +120,8 @@ class Resumable:
         self._begun_at = 0
         self._damaged: set[str] = set()
         self._loaders = [value for value in state.values() if hasattr(value, "go_on_under")]
-        self._begun: list[int] = []  # passes over each of them as the epoch began
+        self._counting = self._loaders  # without those that are gone through over several epochs
+        self._begun: list[int] = []  # passes over each of these as the epoch began
         self._steps_within = self._steps_after = 0  # of this epoch: while a pass was under way, and with none
         self._cuts: list[int] = []  # batches that each had given out at the newest step
         self._warned_of_cut = False
@@ -141,17 +142,24 @@ class Resumable:
         An epoch that is cut short by `break`: let what is in `state` decide, at the top of the loop (`for batch in
         loader: if loader.batches_done > 100: break`), so that a run that goes on from the step before decides alike.
 
+        A loader that is gone through again and again beside the epochs' own: hold its iterator (`other = iter(loader)`
+        before this call), and take `other = iter(loader)` anew where it ends. What an iterator has given out before
+        this call does not count.
+
         Args:
             count: Epochs in all.
         """
         if self._random_state is not None:  # whatever the script has drawn or looked at since it was loaded
             for loader, position in self._positions:
-                loader.load_state_dict(position)
+                if not loader.is_held(unread=True):
+                    loader.load_state_dict(position)
             self._random_state.restore()
             self._random_state = None
         any_left = self.epoch < count
         while self.epoch < count:
-            self._begun = [loader.progress()[0] - loader.progress()[1] for loader in self._loaders]
+            # A pass that is under way as an epoch begins is one over several epochs.
+            self._counting = [loader for loader in self._loaders if not loader.is_held()]
+            self._begun = [loader.progress()[0] - loader.progress()[1] for loader in self._counting]
             self._steps_within = self._steps_after = 0
             yield self.epoch
             if self._agreement.agreed is not None:
@@ -226,7 +234,8 @@ class Resumable:
     def _look_for_a_cut(self) -> None:
         """Warn of a break after a step: a run that goes on from that step can't know of it."""
         now = [loader.batches_done for loader in self._loaders]
-        if self._pass_is_under_way() and now == self._cuts and not self._warned_of_cut:
+        is_cut = self._pass_is_under_way() and not self._a_pass_has_ended() and now == self._cuts
+        if is_cut and not self._warned_of_cut:
             self._warned_of_cut = True
             warnings.warn(
                 f"epoch {self.epoch} was left by break after a step, before the loader's end: a run that is resumed "
@@ -237,13 +246,14 @@ class Resumable:
 
     def _passes_have_ended(self) -> bool:
         """Whether loaders were gone through since the epoch began, all that were begun to their end."""
-        if self._pass_is_under_way():
-            return False
-        now = [loader.progress()[0] for loader in self._loaders]
-        return any(begun > before for begun, before in zip(now, self._begun, strict=False))
+        return not self._pass_is_under_way() and self._a_pass_has_ended()
+
+    def _a_pass_has_ended(self) -> bool:
+        now = [loader.progress() for loader in self._counting]
+        return any(begun - open > before for (begun, open), before in zip(now, self._begun, strict=False))
 
     def _pass_is_under_way(self) -> bool:
-        return any(loader.progress()[1] for loader in self._loaders)
+        return any(loader.progress()[1] for loader in self._counting)
 
     # ---- saving
 

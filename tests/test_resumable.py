@@ -360,6 +360,57 @@ def seen_epochs(folder: Path, count: int, how: str = "steps", stop_after: int | 
     return seen
 
 
+def beside(folder: Path, when: str, stop_after: int | None = None) -> list[Any]:
+    """Two epochs over one loader, and batches of another, which ends at other times; begun `when`."""
+    lite = Lite(accelerator="cpu")
+    torch.manual_seed(1)
+    loader, other = lite.setup_dataloaders(
+        DataLoader(torch.arange(20.0), batch_size=4, shuffle=True),
+        DataLoader(torch.arange(9.0), batch_size=3, shuffle=True),
+    )
+    run = lite.resumable({"loader": loader, "other": other}, folder, every_steps=1, signals=())
+    seen: list[Any] = []
+    extra = iter(other)
+    if when == "looked at":
+        next(extra, None)
+    for epoch in run.epochs(2):
+        if when == "looked at" and not seen:
+            extra = iter(other)
+        for batch in loader:
+            try:
+                also = next(extra)
+            except StopIteration:
+                extra = iter(other)
+                also = next(extra)
+            seen.append([epoch, batch.tolist(), also.tolist()])
+            if when != "per epoch":
+                run.step()
+            if len(seen) == stop_after:
+                run.close()
+                return seen
+        if when == "per epoch":
+            run.step()
+    return seen
+
+
+@pytest.mark.parametrize("when", ["before", "looked at"])
+def test_a_loader_beside_the_epochs_own_goes_on_too(tmp_path: Path, when: str) -> None:
+    """Over the end of its passes and of epochs; what its iterator gave out before `epochs` does not count."""
+    whole = beside(tmp_path / "whole", when)
+    assert len(whole) == 10 and sorted(sum((row[2] for row in whole[:3]), [])) == list(range(9))
+    for stop_after in range(1, 10):
+        folder = tmp_path / str(stop_after)
+        assert beside(folder, when, stop_after) + beside(folder, when) == whole
+
+
+def test_a_step_after_the_loop_ends_an_epoch_whatever_goes_on_beside(tmp_path: Path) -> None:
+    """With a loader in the state that is in mid-pass."""
+    whole = beside(tmp_path / "whole", "per epoch")
+    first = beside(tmp_path / "run", "per epoch", stop_after=7)
+    assert first == whole[:7]
+    assert beside(tmp_path / "run", "per epoch") == whole[5:]
+
+
 def test_a_run_that_is_made_longer_goes_on_with_the_next_epoch(tmp_path: Path) -> None:
     """Whether it had come to its end or was interrupted between two calls."""
     assert seen_epochs(tmp_path, 2) == [0, 0, 1, 1]

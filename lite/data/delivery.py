@@ -19,6 +19,12 @@ from lite.data.transfer import move_to_device
 from lite.disguise import disguise
 from lite.errors import UsageError
 
+_REPLACED = (
+    "this iterator of the loader was begun before a state was loaded into the loader, whose next pass gives out the "
+    "same batches; begin it anew, by iter(loader) or another for loop, after lite.load, and within run.epochs where a "
+    "batch was taken from it before."
+)
+
 
 class Delivery:
     """Hands out the batches of one loader, pass after pass.
@@ -119,6 +125,8 @@ class Delivery:
 
     def _count(self, batches: Iterator[Any], current: Pass) -> Iterator[Any]:
         for batch in self._started(batches, current):
+            if current.replaced:
+                raise UsageError(_REPLACED)
             current.consumed += 1
             yield batch
         current.finished = True
@@ -128,6 +136,8 @@ class Delivery:
         outer = weight.outer()
         try:
             for number, batch in enumerate(self._started(batches, current)):
+                if current.replaced:
+                    raise UsageError(_REPLACED)
                 if tell:
                     self._tell(current, number)
                 current.consumed += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
 from typing import Any
@@ -67,6 +68,7 @@ class Iteration:
         self._next: Pass | None = None  # the pass that a loaded state asks for
         self._moment: Moment | None = None  # the random state of the moment from which that pass goes on
         self._pass: Pass | None = None  # the newest one
+        self._iterator: weakref.ref[Any] | None = None  # what gives out its batches
         self.epoch = 0
 
     # ---- a pass
@@ -120,7 +122,9 @@ class Iteration:
 
     def around(self, batches: Iterator[Any], current: Pass) -> Iterator[Any]:
         """Give out the batches of a pass."""
-        return self._delivery.around(batches, current)
+        iterator = self._delivery.around(batches, current)
+        self._iterator = weakref.ref(iterator)
+        return iterator
 
     def watch(self, batches: Any) -> Any:
         """The iterator that reads the batches, which a class that iterates in a way of its own goes through."""
@@ -172,6 +176,12 @@ class Iteration:
         current = self._next or self._pass
         return self.epoch, current is not None and not current.finished
 
+    def is_held(self, *, unread: bool = False) -> bool:
+        """Whether somebody holds the iterator of a pass that is under way; `unread`: and was given no batch of it."""
+        current = self._pass
+        held = self._next is None and self._iterator is not None and self._iterator() is not None
+        return held and current is not None and not current.finished and not (unread and current.consumed)
+
     @property
     def batches_done(self) -> int:
         """Batches of the newest pass that the loop was given, those before an interruption included."""
@@ -194,6 +204,8 @@ class Iteration:
             CheckpointError: The state means nothing here.
         """
         self.check_state_dict(state)
+        if self._pass is not None:
+            self._pass.replaced = True
         self._pass = self._moment = None
         self.epoch = state["epoch"]
         if "items" not in state:
@@ -270,6 +282,8 @@ class Iteration:
         return batches
 
     def _stream_state(self, current: Pass) -> Any:
+        if current.resumed and not current.consumed:
+            return current.stream  # which the dataset may be given at its first sample alone
         if self._tracker is not None:
             return self._tracker.state(current)
         if self.strided is not None and self.strided.num_workers == 0 and is_stateful(self._dataset):

@@ -73,6 +73,7 @@ class Pass:
         uses: The number of both as the newest batch was given out.
         ahead: The loop has taken a batch before it had used the one before.
         finished: The user's loop has come to the end.
+        replaced: A state was loaded, so that another pass goes on from there.
     """
 
     epoch: int = 0
@@ -92,6 +93,7 @@ class Pass:
     uses: int = 0
     ahead: bool = False
     finished: bool = False
+    replaced: bool = False
     _crcs: list[int] = field(default_factory=list)
 
     def note(self, group: list[Any]) -> None:

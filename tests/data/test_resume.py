@@ -509,6 +509,40 @@ def test_a_stateful_stream_goes_on_by_its_state(workers: int, persistent: bool) 
     )
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("shard", [None, "stride"])
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_loaded_state_can_be_stored_before_the_next_batch(shard: str | None, workers: int, begun: bool) -> None:
+    """As it was, though a dataset is given its own state late."""
+
+    def fresh() -> Any:
+        return prepare(DataLoader(StatefulStream(), batch_size=2, num_workers=workers), iterable_shard=shard)
+
+    first = fresh()
+    passing = iter(first)
+    for _ in range(3):
+        next(passing)
+    state = first.state_dict()
+    wanted = [batch[:, 0].tolist() for batch in passing]
+    second, third = fresh(), fresh()
+    second.load_state_dict(state)
+    held = iter(second) if begun else None
+    third.load_state_dict(second.state_dict())
+    assert [batch[:, 0].tolist() for batch in third] == wanted
+    assert [batch[:, 0].tolist() for batch in held or second] == wanted
+
+
+def test_an_iterator_that_was_begun_before_a_state_was_loaded_gives_nothing_more() -> None:
+    """Its batches would come twice."""
+    loader = prepare(DataLoader(Augmented(), batch_size=4))
+    passing = iter(loader)
+    next(passing)
+    loader.load_state_dict(loader.state_dict())
+    with pytest.raises(UsageError, match="begin it anew"):
+        next(passing)
+    assert [batch[0, 0].item() for batch in loader] == [4, 8, 12, 16, 20]
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_other_streams_are_read_again_which_is_said(workers: int) -> None:
     """Exact with workers, whose draws depend on the batch's number."""
