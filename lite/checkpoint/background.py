@@ -24,9 +24,11 @@ class Background:
 
     Attributes:
         keep: What the writes need from one to the next (buffers, a process group); dropped with this object.
+        settled: All ranks have heard what became of the last one.
     """
 
     def __init__(self) -> None:
+        self.settled = True
         self.keep: dict[str, Any] = {}
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -40,6 +42,7 @@ class Background:
     def start(self, write: Callable[[], None]) -> None:
         """Run `write` in a thread; wait for the one before it first."""
         self.wait()
+        self.settled = False
         _wait_at_exit()
         _running.add(self)
         # Not a daemon: the interpreter waits for it.

@@ -11,6 +11,7 @@ import logging
 import os
 import pickle
 import re
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -40,6 +41,9 @@ def save_file(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
         with storage.replace(target) as sink, _checksums():
             torch.save(content, sink)
     except Exception as error:
+        # torch's writer is still held by the frames that the errors came through, and its open file fills the disk.
+        for one in _chain(error):
+            traceback.clear_frames(one.__traceback__)
         raise CheckpointError(
             f"path={str(path)!r} could not be written: {reason(error)}; what it held before is unharmed."
         ) from error
@@ -164,14 +168,20 @@ def _without_advice(text: str) -> str:
 
 def reason(error: BaseException) -> str:
     """The operating system's word where there is one: torch's writer reports a failed write by its own, later error."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, OSError):
-            return str(seen)
-        seen = seen.__cause__ or seen.__context__
+    for one in _chain(error):
+        if isinstance(one, OSError):
+            return str(one)
     if "inline_container" in str(error) and "unexpected pos" in str(error):  # so in torch 2.13, without errno
         return f"torch's writer could not write all of it, as when the disk is full ({error})"
     return str(error) or type(error).__name__
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """The error and those that it came of."""
+    seen: BaseException | None = error
+    while seen is not None:
+        yield seen
+        seen = seen.__cause__ or seen.__context__
 
 
 def _is_archive(storage: Storage, target: str) -> bool:

@@ -29,7 +29,7 @@ def split(content: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]
     places: dict[str, Path] = {}
 
     def take(value: Any, place: Path) -> Any:
-        if isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized:
+        if isinstance(value, Tensor) and _is_dense(value):
             name = _free(".".join(map(str, place)), tensors)
             tensors[name], places[name] = value, place
             return None
@@ -41,6 +41,10 @@ def split(content: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]
         return value
 
     return take(content, ()), tensors, places
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_nested
 
 
 def join(rest: Any, tensors: Mapping[str, Tensor], places: Mapping[str, Path]) -> Any:

@@ -76,6 +76,7 @@ class Checkpoints(Facet):
             problem = before.take_error()
             if self._agree(problem, is_busy):  # before anything is exchanged
                 return False
+            before.settled = True
         with self.strategy.saving() as besides:
             return self._save(path, state, filter, async_save, rng, besides)
 
@@ -126,6 +127,7 @@ class Checkpoints(Facet):
         self._require_connected("wait_for_save")
         if self._background is not None:
             self._background.wait()
+            self._background.settled = True
             self._agree(self._background.take_error(), False)
 
     # ---- loading
@@ -360,7 +362,7 @@ class Checkpoints(Facet):
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         from lite.checkpoint.reading import read
 
-        if self._background is not None:
+        if self._background is not None and not self._background.settled:
             self.wait_for_save()
         return read(path, verify=verify, weights_only=weights_only, lazily=lazily)
 

@@ -119,7 +119,11 @@ def _failure(path: str, call: str) -> str:
             lite.load(path)
         else:
             lite.wait_for_save()
-    lite.save(path, {"n": 3})  # heard once, it is over
+    lite.save(path, {"n": 2.5}, async_save=True)  # heard once, it is over
+    lite.wait_for_save()
+    if lite.is_global_zero:  # there is nothing left to wait for together
+        assert lite.load(path) == {"n": 2.5}
+    lite.save(path, {"n": 3})
     assert lite.load(path) == {"n": 3}
     lite.teardown()
     return str(caught.value)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import traceback
 import zipfile
 from pathlib import Path
@@ -167,6 +169,30 @@ def test_leftovers_of_a_killed_save_go_with_the_next_one(tmp_path: Path) -> None
         assert left == {"a.ckpt", Path(running).name, Path(running).with_suffix(".lock").name, other.name}
         torch.save({"n": 2}, running)
     assert lite.load(tmp_path / "a.ckpt") == {"n": 2}
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
+@pytest.mark.parametrize("async_save", [False, True])
+def test_a_failed_save_gives_its_disk_space_back(tmp_path: Path, async_save: bool) -> None:
+    """At once: the next try needs it."""
+    import resource
+
+    lite = Lite(accelerator="cpu")
+    lite.save(tmp_path / "a.ckpt", {"n": 1})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    gc.collect()
+    gc.disable()
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+        with pytest.raises(CheckpointError, match="what it held before is unharmed"):
+            lite.save(tmp_path / "a.ckpt", {"w": torch.ones(300_000)}, async_save=async_save)
+            lite.wait_for_save()
+        held = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        gc.enable()
+    assert not [path for path in held if str(tmp_path) in path]
+    assert lite.load(tmp_path / "a.ckpt") == {"n": 1}
 
 
 def test_the_file_has_checksums_also_where_torch_was_told_to_leave_them_out(tmp_path: Path) -> None:
