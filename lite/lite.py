@@ -62,7 +62,9 @@ class Lite(Resuming, Pipelines):
 
     The first five fall back to LITE_ACCELERATOR, LITE_STRATEGY, LITE_DEVICES, LITE_NUM_NODES and LITE_PRECISION: an
     argument outranks the environment, which outranks the default. LITE_DEBUG=1 compares each collective over the ranks
-    before it runs, so that one that doesn't match on all of them is named instead of hanging; it is slow.
+    before it runs, so that one that doesn't match on all of them is named instead of hanging; it is slow. DDP's own
+    averaging is not compared: ranks that wait for it, or in it, for two minutes (or the strategy's timeout) end with
+    where each of them is.
 
     Raises:
         ConfigError: A setting is wrong, unavailable, or contradicts another one or the job.

@@ -45,6 +45,7 @@ class Prepared:
         modules: The models that are set up, each with its engine.
         optimizers: The optimizers that are set up.
         weight: What the current batch counts; loaders write it.
+        clipped: The optimizers whose gradients are clipped, each with the model that was named with it.
         facts: What was done, a line each, for `explain`.
     """
 
@@ -53,6 +54,7 @@ class Prepared:
         self._precision = precision
         self.modules: dict[nn.Module, Engine | None] = {}
         self.weight = BatchWeight()
+        self.clipped: dict[Optimizer, nn.Module | None] = {}
         self.facts: list[str] = []
         self.optimizers: list[Optimizer] = []
         self._schedulers: list[LRScheduler] = []
@@ -140,6 +142,7 @@ class Prepared:
         for optimizer in [o for o in others if isinstance(o, Optimizer)]:
             prepare(optimizer)
             self.optimizers.append(optimizer)
+            self.weight.trains = True
             self._own(optimizer)
             if after_step:
                 _hooks[optimizer] = [
@@ -163,8 +166,9 @@ class Prepared:
             _release(thing)
             if isinstance(thing, nn.Module):
                 self._precision.release_module(thing)
-        for kept in (self.modules, self.optimizers, self._schedulers, self._loaders, self.facts):
+        for kept in (self.modules, self.optimizers, self._schedulers, self._loaders, self.clipped, self.facts):
             kept.clear()
+        self.weight.trains = False
 
     def _own(self, thing: Any) -> None:
         _owners[thing] = weakref.ref(self)

@@ -149,6 +149,41 @@ def scaled_step_without_backward() -> None:
     optimizer.step()
 
 
+def scaled_backward_without_optimizer() -> None:
+    it = lite(precision="16-mixed")
+    it.backward(it.setup(MLP())(torch.ones(2, 4)).sum())
+
+
+def second_model_unscaled() -> None:
+    it = lite(precision="16-mixed")
+    for backward in (it.backward, torch.Tensor.backward):
+        model, optimizer = it.setup(*model_and_optimizer())
+        backward(model(torch.ones(2, 4)).sum())
+        optimizer.step()
+
+
+def clip_of_another_model() -> None:
+    it, (model, optimizer), (other, others) = lite(), model_and_optimizer(), model_and_optimizer()
+    it.setup(model, optimizer)
+    it.setup(other, others)
+    it.clip_gradients(model, others, max_norm=1.0)
+
+
+def clip_of_a_foreign_optimizer() -> None:
+    it, (model, optimizer) = lite(), model_and_optimizer()
+    it.setup(model)
+    it.clip_gradients(model, optimizer, max_norm=1.0)
+
+
+def gather_a_list_of(*parts: Any) -> Callable[[], Any]:
+    def call() -> None:
+        it = lite()
+        for _ in it.setup_dataloaders(DataLoader(range(4), batch_size=4)):
+            it.gather_for_metrics((torch.ones(4), list(parts)))
+
+    return call
+
+
 def lazy_model() -> None:
     lite().setup(nn.LazyLinear(2))
 
@@ -237,6 +272,14 @@ CALLS: list[tuple[Callable[[], Any], type[Exception], list[str]]] = [
     (lambda: lite().clip_gradients(max_norm=1.0), ConfigError, ["neither a model nor an optimizer"]),
     (lambda: lite(precision="16-mixed").clip_gradients(MLP(), max_norm=1.0), ConfigError, ["optimizer=", "16-mixed"]),
     (scaled_step_without_backward, UsageError, ["lite.backward(loss)", "16-mixed"]),
+    (scaled_backward_without_optimizer, UsageError, ["loss scale", "lite.setup(model, optimizer)"]),
+    (second_model_unscaled, UsageError, ["lite.backward(loss)", "16-mixed"]),
+    (clip_of_another_model, UsageError, ["MLP and a SGD that holds none of its parameters"]),
+    (clip_of_a_foreign_optimizer, UsageError, ["SGD", "lite.setup has not prepared"]),
+    *[
+        (gather_a_list_of(*parts), UsageError, ["a list of 2", "4 samples", "into a tuple or a dict"])
+        for parts in ((torch.ones(4), torch.ones(4)), (torch.ones(4), ("a", "b", "c", "d")))
+    ],
     (lbfgs_with_scale, ConfigError, ["LBFGS", "bf16-mixed"]),
     (lazy_model, ConfigError, ["LazyLinear", "one forward"]),
     (meta_model, ConfigError, ["meta device", "reset_parameters()"]),

@@ -41,7 +41,10 @@ def describe_dataloader(
         return f"{text}split {whose} over {parts} ranks{_steps(ready)}{_padding(sampler)}"
     batch, source = loader.batch_size, loader.sampler
     if batch is None:
-        return f"{text}each of its batches is split over {parts} ranks{_steps(ready)}"
+        dealt = f"its batches go to the {parts} ranks in turn"
+        if loader.batch_sampler is not None:
+            return f"{text}{dealt}, the rest of them divided in the last step{_steps(ready)}"
+        return f"{text}{dealt}{_steps(ready)}; in the last one a rank without one repeats another's, which counts 0"
     text += f"global batch {batch * parts} ({batch} on each of {parts} ranks){_steps(ready)}"
     rest = len(source) % (batch * parts) if isinstance(source, Sized) else 0
     if not rest:

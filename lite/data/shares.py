@@ -40,6 +40,7 @@ class BatchWeight:
         given: The weight that the user gave the current batch's last loss, or None.
         giver: The pass that the current batch is of.
         once: The ragged batch's loop was left before its loss was weighed: the weight holds for one backward.
+        trains: An optimizer is set up.
         ask_size: Returns how many samples the newest pass gave out last, or None; None where a loader can't tell.
     """
 
@@ -52,24 +53,26 @@ class BatchWeight:
         "num_real",
         "once",
         "owed",
+        "trains",
         "uses",
         "value",
     )
 
     def __init__(self) -> None:
         self.ask_size: Callable[[], int | None] | None = None
-        self.filler_pending = self.owed = False
+        self.filler_pending = self.owed = self.trains = False
         self.uses = 0
         self.giver: Any = None
         self.clear()
 
     def clear(self) -> None:
         """The current batch is full; a ragged one before it should have been weighed."""
-        if self.owed and torch.is_grad_enabled():
+        if self.owed and self.trains and torch.is_grad_enabled():
             warnings.warn(
-                "the last, ragged batch of a loader was trained on without its weight, since no lite.backward came "
-                "before the next batch. Call lite.backward instead of loss.backward(), and torch.no_grad() in "
-                "evaluation; where one step draws from two loaders, use drop_last=True or lite.accumulate's weight.",
+                "no lite.backward came between the last, ragged batch of a loader and the next one, so if it was "
+                "trained on, it was without its weight. Call lite.backward instead of loss.backward(); where one step "
+                "draws from two loaders, use drop_last=True or lite.accumulate's weight; and where nothing is trained "
+                "(evaluation, statistics of the data), go through the loader under torch.no_grad().",
                 stacklevel=4,
             )
         self.owed = self.after_end = self.once = False

@@ -167,7 +167,9 @@ class Guards(Facet):
         self._sync_calls = {}
         if self._store is not None and self.world_size > 1:
             from lite.guards.failure import watch_failures
+            from lite.launchers.notes import end_with_launcher
 
+            end_with_launcher()
             self._watch = watch_failures(self._store)
             self._stop_name = self._watch.new_name("stop")
 

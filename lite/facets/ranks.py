@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from lite import collectives
-from lite.data.shares import BatchWeight
 from lite.facets.base import Facet
 from lite.first_rank import FirstRank
 from lite.nesting import flatten
@@ -67,8 +66,8 @@ class BetweenRanks(Facet):
 
         Raises:
             UsageError: (on all ranks) it comes after the loop, and a batch in it held a sample twice; or the current
-                batch is ragged, and `data` has not one row or object for each of its samples; or a list holds whole
-                batches instead of samples.
+                batch is ragged, and `data` has not one row for each of its samples; or a list has not one object for
+                each sample of the current batch.
         """
         self._require_connected("gather_for_metrics")
         weight, refusal = self._weight, None
@@ -79,7 +78,7 @@ class BetweenRanks(Facet):
                 "inside the loop."
             )
         else:
-            refusal = _whole_batches(data, weight)
+            refusal = _no_samples(data, weight.size())
             if refusal is None and weight.num_real is not None:
                 refusal = _misfit(data, max(weight.num_real, 1))
         weight.filler_pending = weight.owed = False
@@ -141,16 +140,15 @@ def _misfit(data: Any, size: int) -> str | None:
     return None
 
 
-def _whole_batches(data: Any, weight: BatchWeight) -> str | None:
-    """What is wrong with a list of tensors that have each a row for every sample of the current batch."""
+def _no_samples(data: Any, size: int | None) -> str | None:
+    """What is wrong with a list that has not one object for each of the current batch's samples."""
     for leaf in flatten(data, split_lists=False)[0]:
-        if not isinstance(leaf, list) or not all(isinstance(part, Tensor) and part.ndim > 0 for part in leaf):
-            continue
-        rows = {len(part) for part in leaf}
-        if len(rows) == 1 and len(leaf) not in rows and rows == {weight.size()}:
+        if isinstance(leaf, list) and size is not None and len(leaf) != size:
+            kinds = ", ".join(dict.fromkeys(type(part).__name__ for part in leaf[:8]))
             return (
-                f"lite.gather_for_metrics got a list of {len(leaf)} tensors of {rows.pop()} rows each, as many as this "
-                "rank's current batch has samples; but a list is one object per sample. Pass a tuple or a dict of "
-                "tensors: lite.gather_for_metrics((predictions, targets))."
+                f"lite.gather_for_metrics got a list of {len(leaf)} ({kinds}), but this rank's current batch has "
+                f"{size} samples, and a list is one object per sample. Put whole batches of tensors or strings into a "
+                "tuple or a dict, as lite.gather_for_metrics((predictions, targets)); torch's collate function makes "
+                "lists of the tuples that a dataset returns: tuple(targets)."
             )
     return None

@@ -18,6 +18,8 @@ from lite.wrapping.optimizer import move_optimizer_state, wrap_optimizer
 if TYPE_CHECKING:
     from lite.ema import EMA
 
+_UNKNOWN: Any = object()
+
 
 class Steps(Facet):
     """The side of `Lite` that a training step calls."""
@@ -209,6 +211,8 @@ class Steps(Facet):
         if optimizer is not None:
             if not isinstance(optimizer, Optimizer):
                 raise ConfigError(f"clip_gradients got optimizer={shown(optimizer)}, which is no torch optimizer.")
+            if self._prepared.clipped.get(optimizer, _UNKNOWN) is not model:
+                self._check_clipped(model, optimizer)
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
         elif model is not None:
             parameters = list(model.parameters())
@@ -224,6 +228,21 @@ class Steps(Facet):
             norm_type=norm_type,
             nonfinite=policy,
         )
+
+    def _check_clipped(self, model: nn.Module | None, optimizer: Optimizer) -> None:
+        """Refuse an optimizer that trains nothing that is set up, or nothing of the model."""
+        name = type(optimizer).__name__
+        if not any(optimizer is one for one in self._prepared.optimizers):
+            raise UsageError(
+                f"clip_gradients got a {name} that lite.setup has not prepared; pass the optimizer that it returned."
+            )
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if model is not None and held.isdisjoint(map(id, model.parameters())):
+            raise UsageError(
+                f"clip_gradients got a {type(model).__name__} and a {name} that holds none of its parameters, which "
+                "are the ones that are clipped; pass the model's own optimizer."
+            )
+        self._prepared.clipped[optimizer] = model
 
     def step_was_skipped(self, optimizer: Optimizer) -> bool:
         """Whether the optimizer's last step was left out because a loss scale made gradients inf or NaN."""

@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from torch import multiprocessing
+
 # Set by a launcher that runs a script again, whose processes have nobody around them to catch what they raise.
 VARIABLE = "LITE_LAUNCH_NOTES"
 
@@ -28,6 +30,13 @@ def asked_for() -> Path | None:
     """Where this process's launcher wants a note, if it does: the process that set VARIABLE is this one's parent."""
     parent, _, folder = os.environ.get(VARIABLE, "").partition(":")
     return Path(folder) if parent == str(os.getppid()) and os.path.isdir(folder) else None
+
+
+def end_with_launcher() -> None:
+    """Let the system end this process when the launcher that runs the script again is killed; on Linux alone."""
+    if asked_for() is not None:
+        # What torch's own started processes do; private, and checked with 2.13.
+        multiprocessing._prctl_pr_set_pdeathsig(signal.SIGTERM)  # type: ignore[attr-defined]
 
 
 def first_failure(folder: Path, error: Any) -> str:

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+from lite.errors import UsageError
+
 
 class LossScaling:
     """What has happened to each optimizer's gradients since the scale was updated last.
@@ -35,21 +37,36 @@ class LossScaling:
         self._stepped: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._accepted: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._skipped: weakref.WeakKeyDictionary[Optimizer, bool | Tensor] = weakref.WeakKeyDictionary()
+        self._num_scaled = 0
+        self._scaled_at_step: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
         self._counts: weakref.WeakKeyDictionary[Optimizer, tuple[int, int | Tensor]] = weakref.WeakKeyDictionary()
 
     def scale(self, loss: Tensor) -> Tensor:
-        """The loss to call backward on; a new iteration begins where something was stepped or unscaled before."""
+        """The loss to call backward on; a new iteration begins where something was stepped or unscaled before.
+
+        Raises:
+            UsageError: No optimizer is set up, which would bring its gradients back to their true size.
+        """
+        if not self._known:
+            raise UsageError(
+                "lite.backward multiplies the loss by a loss scale, and no optimizer is set up, whose step would take "
+                "that back; pass it to lite.setup(model, optimizer) or lite.setup_optimizers, or take gradients "
+                "without a step by torch.autograd.grad."
+            )
+        self._num_scaled += 1
         self.renew()
         return self.scaler.scale(loss)
 
     def begin(self) -> Tensor:
         """What to multiply losses by, where `scale` is not asked for each of them; as it, it may begin an iteration."""
+        self._num_scaled += 1
         self.renew()
         return self._now()
 
     def add(self, optimizer: Optimizer) -> None:
         """From now on keep this optimizer's gradients in mind."""
         self._known.add(optimizer)
+        self._scaled_at_step[optimizer] = self._num_scaled
 
     def forget(self, optimizer: Optimizer) -> None:
         """Let go of an optimizer; its gradients stay as they are."""
@@ -58,6 +75,7 @@ class LossScaling:
             self.renew()
         self._known.discard(optimizer)
         self._skipped.pop(optimizer, None)
+        self._scaled_at_step.pop(optimizer, None)
         self._counts.pop(optimizer, None)
 
     def unscale(self, optimizer: Optimizer) -> None:
@@ -105,6 +123,9 @@ class LossScaling:
             if not self.was_skipped(optimizer):
                 raw_step(*args, **kwargs)
             return
+        if self._scaled_at_step[optimizer] == self._num_scaled and _gradients(optimizer):
+            raise AssertionError("no loss was scaled since the optimizer's last step")
+        self._scaled_at_step[optimizer] = self._num_scaled
         self._skipped[optimizer] = True
         if optimizer in self._accepted:
             raw_step(*args, **kwargs)

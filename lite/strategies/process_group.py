@@ -16,6 +16,7 @@ from lite.environments.base import Environment, check_company
 from lite.errors import ConfigError, choose
 
 _GLOO_DRAIN_S = 0.1
+_PATIENCE_IN_DEBUG = timedelta(minutes=2)  # what waits for another group's collective is not compared
 
 
 class ProcessGroup:
@@ -23,7 +24,8 @@ class ProcessGroup:
 
     Args:
         backend: "gloo", "nccl", ...; None chooses by device.
-        timeout: How long a collective may wait for the other ranks; None is torch's default.
+        timeout: How long a collective may wait for the other ranks; None is torch's default, or two minutes where
+            collectives are compared (LITE_DEBUG).
 
     Raises:
         ConfigError: `timeout` is no timedelta, or this torch has no such backend.
@@ -56,6 +58,8 @@ class ProcessGroup:
                 )
             return dist.distributed_c10d._get_default_store()
         backend = self.backend or ("nccl" if device.type == "cuda" else "gloo")
+        if self.timeout is None and _is_compared():
+            self.timeout = _PATIENCE_IN_DEBUG
         store, _, _ = next(rendezvous(environment.init_method() or "env://", rank, world_size))
         store.set_timeout(self.timeout or timedelta(minutes=30))
         check_company(store, environment, device)
@@ -78,10 +82,10 @@ class ProcessGroup:
         Where the default group compares collectives (LITE_DEBUG, or torch's TORCH_DISTRIBUTED_DEBUG=DETAIL), it is one
         that doesn't: torch 2.13's DDP ends the process (SIGSEGV) on a group that does.
         """
-        level: Any = dist.DebugLevel  # type: ignore[attr-defined]
-        if dist.get_debug_level() != level.DETAIL:  # type: ignore[attr-defined]
+        if not _is_compared():
             return None
         if self._silent is None:
+            level: Any = dist.DebugLevel  # type: ignore[attr-defined]
             dist.set_debug_level(level.INFO)  # type: ignore[attr-defined]
             try:
                 self._silent = dist.new_group(backend=dist.get_backend(), timeout=self.timeout)
@@ -101,6 +105,11 @@ class ProcessGroup:
                 time.sleep(_GLOO_DRAIN_S)
         self._owned = False
         self._silent = None
+
+
+def _is_compared() -> bool:
+    """Whether collectives are compared over the ranks before they run."""
+    return bool(dist.get_debug_level() == dist.DebugLevel.DETAIL)  # type: ignore[attr-defined]
 
 
 def _check_backend(backend: Any) -> None:

@@ -76,6 +76,10 @@ def main() -> None:
         Lite(accelerator="cpu", devices=2).launch(killed)
     elif what == "wait":
         Lite(accelerator="cpu", devices=2).launch(wait, rest[0])
+    elif what == "wait-script":
+        lite = Lite(accelerator="cpu", devices=2)
+        lite.launch()
+        wait(lite, rest[0])
     elif what == "contradiction":
         Lite(accelerator="cpu", devices=4)
 

@@ -119,11 +119,21 @@ def test_a_script_without_a_main_guard_is_told_so(tmp_path: Path) -> None:
     assert "if __name__ == '__main__':" in done.stderr
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 143)])
-def test_no_process_survives_the_one_that_launched(number: signal.Signals, status: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("what", "number", "status"),
+    [
+        ("wait", signal.SIGINT, -signal.SIGINT),
+        ("wait", signal.SIGTERM, 143),
+        ("wait", signal.SIGKILL, -signal.SIGKILL),
+        ("wait-script", signal.SIGKILL, -signal.SIGKILL),
+    ],
+)
+def test_no_process_survives_the_one_that_launched(
+    what: str, number: signal.Signals, status: int, tmp_path: Path
+) -> None:
     """A signal to the parent alone; it ends as Python does by that signal."""
     process = subprocess.Popen(
-        [sys.executable, *MODULE, "wait", str(tmp_path)],
+        [sys.executable, *MODULE, what, str(tmp_path)],
         cwd=ROOT,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
@@ -136,8 +146,10 @@ def test_no_process_survives_the_one_that_launched(number: signal.Signals, statu
         time.sleep(0.1)
     process.send_signal(number)
     assert process.wait(timeout=40) == status
-    for file in files:
-        assert not alive(int(file.read_text()))
+    deadline = time.monotonic() + (10 if number == signal.SIGKILL else 0)
+    while any(alive(int(file.read_text())) for file in files):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def interruptible() -> None:

@@ -32,7 +32,7 @@ def test_what_computes_in_which_dtype(precision: str, param: torch.dtype, comput
     model = MLP()
     seen = []
     model.body[0].register_forward_hook(lambda m, i, o: seen.append(o.dtype))
-    model = lite.setup(model)
+    model, _ = lite.setup(model, torch.optim.SGD(model.parameters()))
     x = torch.ones(2, 4, dtype=param if precision == "32-true" else torch.float32)
     out = model(x)
     assert next(model.parameters()).dtype == param
