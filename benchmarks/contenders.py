@@ -94,27 +94,11 @@ def _train_with(
     """One fit that is driven from outside, so that its beginning and end are not among the steps."""
     from lite.trainer import LightningModule, Trainer
 
-    names = [f"metric {i}" for i in range(logs)]
-
-    class Module(LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = make()
-
-        def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-            x, y = batch
-            loss = F.cross_entropy(self.model(x), y)
-            for name in names:
-                self.log(name, loss, prog_bar=True)
-            return loss
-
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.SGD(self.parameters(), lr=0.01)
-
+    module = _module(LightningModule, make, [f"metric {i}" for i in range(logs)])
     fed = Fed()
     run = Trainer(accelerator="cpu", precision=precision, max_epochs=-1, **options)
     source: Any = fed if loader is None else loader
-    events = run.steps(Module(), source, events=("epoch",))
+    events = run.steps(module, source, events=("epoch",))
 
     def train(batches: Any) -> None:
         fed.batches = batches
@@ -149,7 +133,7 @@ def _train_with_lightning(
     make: Callable[[], nn.Module], precision: str, loader: DataLoader[Any] | None, logs: int, **options: Any
 ) -> tuple[Train, Any]:
     """One fit in a thread of its own, which waits at the end of each epoch until it is asked for the next one."""
-    from lightning.pytorch import Callback, Trainer
+    from lightning.pytorch import Callback, LightningModule, Trainer
 
     ready, go, done = (threading.Semaphore(0) for _ in range(3))
 
@@ -166,7 +150,7 @@ def _train_with_lightning(
     run = Trainer(
         accelerator="cpu", devices=1, precision=precision, max_epochs=-1, callbacks=[Turns()], **off, **options
     )
-    module = _lightning_module(make, [f"metric {i}" for i in range(logs)])
+    module = _module(LightningModule, make, [f"metric {i}" for i in range(logs)])
     source: Any = fed if loader is None else loader
     with redirect_stdout(io.StringIO()):  # where its progress bar writes from now on
         threading.Thread(target=run.fit, args=(module, source), daemon=True).start()
@@ -180,10 +164,10 @@ def _train_with_lightning(
     return train, loader
 
 
-def _lightning_module(make: Callable[[], nn.Module], names: list[str]) -> Any:
-    from lightning.pytorch import LightningModule
+def _module(base: Any, make: Callable[[], nn.Module], names: list[str]) -> Any:
+    """The same module for either Trainer, from its LightningModule; each step logs the loss under each name."""
 
-    class Module(LightningModule):
+    class Module(base):
         def __init__(self) -> None:
             super().__init__()
             self.model = make()
@@ -223,29 +207,19 @@ def evaluate_trainer(make: Callable[[], nn.Module], loader: DataLoader[Any], log
     """lite's Trainer.validate, whose beginning and end are among the batches; with one epoch mean, or none."""
     from lite.trainer import LightningModule, Trainer
 
-    class Module(LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = make()
-
-        def validation_step(self, batch: Batch, batch_idx: int) -> None:
-            x, y = batch
-            loss = F.cross_entropy(self.model(x), y)
-            if logs:
-                self.log("val_loss", loss)
-
     off = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    run, module = Trainer(accelerator="cpu", max_epochs=1, logger=False, **off), Module()
+    run = Trainer(accelerator="cpu", max_epochs=1, logger=False, **off)
+    module = _module(LightningModule, make, ["val_loss"] if logs else [])
     return lambda: run.validate(module, loader, verbose=False)
 
 
 def evaluate_lightning(make: Callable[[], nn.Module], loader: DataLoader[Any], logs: bool) -> Callable[[], Any]:
     """The same by Lightning's Trainer."""
-    from lightning.pytorch import Trainer
+    from lightning.pytorch import LightningModule, Trainer
 
     off = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     run = Trainer(accelerator="cpu", devices=1, max_epochs=1, logger=False, **off)
-    module = _lightning_module(make, ["val_loss"] if logs else [])
+    module = _module(LightningModule, make, ["val_loss"] if logs else [])
     return lambda: run.validate(module, loader, verbose=False)
 
 
