@@ -22,7 +22,13 @@ from lite.strategies import DDPStrategy, PowerSGD, SingleStrategy, Strategy
 
 if TYPE_CHECKING:
     from lite.memory import memory_estimate
-    from lite.strategies import FSDPStrategy, LocalSGDStrategy, ModelParallelStrategy, PipelineStrategy
+    from lite.strategies import (
+        DeepSpeedStrategy,
+        FSDPStrategy,
+        LocalSGDStrategy,
+        ModelParallelStrategy,
+        PipelineStrategy,
+    )
 
 __version__ = "0.1.0"
 
@@ -30,6 +36,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DDPStrategy",
+    "DeepSpeedStrategy",
     "DesyncError",
     "FSDPStrategy",
     "LaunchError",

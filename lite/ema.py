@@ -33,6 +33,8 @@ class EMA:
         buffers: Whether floating-point buffers (BatchNorm's statistics) are averaged as well. If not, evaluation within
             `swap` takes the model's present ones, as torch's AveragedModel does unless it is told otherwise.
         skipped: Says whether the last optimizer step was left out.
+        partition: What reads and writes this rank's parts of parameters that are no tensors of their own
+            (`Strategy.partition`); with it, `state_dict` puts averages together, and is collective.
 
     Attributes:
         num_updates: How many updates were made.
@@ -41,7 +43,13 @@ class EMA:
     """
 
     def __init__(
-        self, model: nn.Module, *, decay: float, buffers: bool = False, skipped: Callable[[], bool] = lambda: False
+        self,
+        model: nn.Module,
+        *,
+        decay: float,
+        buffers: bool = False,
+        skipped: Callable[[], bool] = lambda: False,
+        partition: Any = None,
     ) -> None:
         if isinstance(decay, bool) or not isinstance(decay, (int, float)) or not 0 <= decay < 1:
             raise ConfigError(f"decay={decay!r} must be a number from 0 to below 1, e.g. 0.999.")
@@ -49,13 +57,17 @@ class EMA:
         self.num_updates = 0
         self._model = model
         self._skipped = skipped
+        self._partition = partition
         self._is_swapped = False
         self._with_buffers = buffers
         self._sharded = _sharded_modules(model)
         self._reshard()
         self._tensors = self._find()
         self._places = self._find_places()
-        self._averages = {name: _start(tensor) for name, tensor in self._tensors.items()}
+        self._averages = {
+            name: _start(partition.part(tensor) if self._divided(tensor) else tensor)
+            for name, tensor in self._tensors.items()
+        }
         self._average = get_ema_multi_avg_fn(self.decay)  # type: ignore[no-untyped-call]
         kinds: dict[Any, list[str]] = {}
         for name, average in self._averages.items():
@@ -81,7 +93,7 @@ class EMA:
             return
         self._check_same()
         for tensors, averages in self._groups:
-            present = [_local(tensor).to(average.dtype) for tensor, average in zip(tensors, averages, strict=True)]
+            present = [self._own(tensor).to(average.dtype) for tensor, average in zip(tensors, averages, strict=True)]
             self._average(averages, present, self.num_updates)
         self.num_updates += 1
 
@@ -97,7 +109,7 @@ class EMA:
         if self._is_swapped:
             raise UsageError("ema.swap() is open already; leave the first block before you enter another.")
         self._check_same(added=True)
-        own = [(tensor, _local(tensor).detach().clone()) for tensor in self._tensors.values()]
+        own = [(tensor, self._own(tensor).detach().clone()) for tensor in self._tensors.values()]
         self._is_swapped = True
         try:
             self._put((tensor, _local(self._averages[name])) for name, tensor in self._tensors.items())
@@ -118,6 +130,8 @@ class EMA:
                 "of it, or leave the ema out of state to save the averaged model alone."
             )
         averages = {name: _marked(average) for name, average in self._averages.items()}
+        if self._partition is not None:
+            averages = {name: self._whole(name, average) for name, average in averages.items()}
         return {"decay": self.decay, "num_updates": self.num_updates, "averages": averages}
 
     @torch.no_grad()
@@ -132,11 +146,12 @@ class EMA:
             differing = sorted(saved.keys() ^ self._averages.keys())
             raise ValueError(f"the averages are of other names: {', '.join(differing[:8])} on one side alone")
         for name, average in self._averages.items():
-            if saved[name].shape != average.shape:
-                raise ValueError(f"{name} is {list(saved[name].shape)} there and {list(average.shape)} here")
+            shape = self._shape(name, average)
+            if tuple(saved[name].shape) != shape:
+                raise ValueError(f"{name} is {list(saved[name].shape)} there and {list(shape)} here")
         for name, average in self._averages.items():
             if not average.is_meta:  # else another rank's, of a pipeline
-                _local(average).copy_(_local(_as(saved[name], average)))
+                _local(average).copy_(self._cut(name, saved[name], average))
         self.num_updates = int(state_dict["num_updates"])
 
     def _find(self) -> dict[str, Tensor]:
@@ -154,6 +169,8 @@ class EMA:
     def _check_same(self, *, added: bool = False) -> None:
         """Refuse a model whose tensors are others now, or with `added` also one that has more of them."""
         self._reshard()
+        if self._partition is not None and self._partition.closed:
+            raise UsageError("the model is divided no more; make the average anew, and use it before lite.teardown.")
         if not added and all(table.get(key) is tensor for table, key, tensor in self._places):
             return
         now = self._find()
@@ -168,7 +185,33 @@ class EMA:
     def _put(self, pairs: Iterator[tuple[Tensor, Tensor]]) -> None:
         self._reshard()
         for tensor, value in pairs:
-            _local(tensor).copy_(value)
+            self._own(tensor).copy_(value)
+        if self._partition is not None:
+            self._partition.rewritten()
+
+    # ---- this rank's parts
+
+    def _divided(self, tensor: Tensor) -> bool:
+        return self._partition is not None and isinstance(tensor, nn.Parameter)
+
+    def _own(self, tensor: Tensor) -> Tensor:
+        """This rank's part, sharing memory."""
+        part: Tensor = self._partition.part(tensor) if self._divided(tensor) else _local(tensor)
+        return part
+
+    def _whole(self, name: str, average: Tensor) -> Tensor:
+        tensor = self._tensors[name]
+        whole: Tensor = self._partition.whole(tensor, average).cpu() if self._divided(tensor) else average
+        return whole
+
+    def _shape(self, name: str, average: Tensor) -> tuple[int, ...]:
+        tensor = self._tensors[name]
+        return tuple(self._partition.shape(tensor) if self._divided(tensor) else average.shape)
+
+    def _cut(self, name: str, value: Tensor, average: Tensor) -> Tensor:
+        tensor = self._tensors[name]
+        part: Tensor = self._partition.cut(tensor, value) if self._divided(tensor) else _local(_as(value, average))
+        return part
 
     def _reshard(self) -> None:
         """Drop the gathered copies that fully_shard may have kept: they would not see a change of the shards."""

@@ -123,7 +123,7 @@ def _check_optimizer(optimizer: Optimizer, loaded: Any, name: str) -> None:
     numbers = (number for group in saved for number in group["params"])
     parameters = (parameter for group in groups for parameter in group["params"])
     for position, (number, parameter) in enumerate(zip(numbers, parameters, strict=True)):
-        shape = tuple(parameter.shape)
+        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # DeepSpeed leaves an empty tensor
         others = {"row_var": (*shape[:-1], 1), "col_var": (*shape[:-2], 1, *shape[-1:])}
         for entry, value in loaded["state"].get(number, {}).items():
             if entry not in _MOMENTS or not isinstance(value, torch.Tensor) or value.ndim == 0:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from lite import collectives
 from lite.errors import ConfigError, NonFiniteError, UsageError
 from lite.precision.base import Precision
-from lite.sharded import is_sharded
+from lite.sharded import is_emptied, is_sharded
 from lite.strategies.base import Strategy
 
 NONFINITE = ("raise", "skip", "zero", "ignore")
@@ -41,8 +41,7 @@ def clip(
     if nonfinite != "ignore" and _bad_on_any_rank(total_norm, strategy):
         if nonfinite == "raise":
             raise NonFiniteError(_describe(total_norm))
-        for parameter in parameters:
-            parameter.grad = None if nonfinite == "skip" or parameter.grad is None else torch.zeros_like(parameter.grad)
+        strategy.replace_gradients(parameters, by_zeros=nonfinite == "zero")
         if nonfinite == "zero" and optimizer is not None:
             precision.accept(optimizer)
         return total_norm
@@ -121,6 +120,7 @@ class Accumulation:
         scaled: Callable[[Scale], AbstractContextManager[None]],
         is_filler: Callable[[], bool],
         device: torch.device,
+        strategy: Strategy,
     ) -> None:
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise ConfigError(
@@ -135,6 +135,7 @@ class Accumulation:
         self._scaled = scaled
         self._is_filler = is_filler
         self._device = device
+        self._strategy = strategy
         self._weighted: bool | None = None
         self._total: Tensor | float = 0.0
         self._unit: float | None = None
@@ -262,9 +263,7 @@ class Accumulation:
             self._multiply(self.steps / self.count)
 
     def _multiply(self, factor: Tensor | float) -> None:
-        for parameter in {id(p): p for p in self._parameters()}.values():
-            if parameter.grad is not None:
-                parameter.grad.mul_(factor.to(parameter.grad.dtype) if isinstance(factor, Tensor) else factor)
+        self._strategy.multiply_gradients({id(p): p for p in self._parameters()}.values(), factor)
 
 
 def _refuse_unweighted(loss: Tensor) -> Tensor:
@@ -279,7 +278,7 @@ def waiting_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor | None]
     """
     copies: list[Tensor | None] = []
     for parameter in parameters:
-        if is_sharded(parameter):
+        if is_sharded(parameter) or is_emptied(parameter):
             raise UsageError("the gradients of an open accumulation window can't be saved from a sharded model.")
         copies.append(None if parameter.grad is None else parameter.grad.detach().to("cpu", copy=True))
     return copies

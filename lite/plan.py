@@ -168,6 +168,7 @@ def resolve(
             f"precision={precision.name!r} with {asked['strategy']}: the layers that it makes can't be divided over "
             "ranks; use strategy='ddp', where each rank holds the whole model."
         )
+    strategy.check_precision(precision)
     launcher = _launcher(strategy, asked["strategy"], world_size, environment, notebook)
     what_came = {
         "accelerator": accelerator.name,

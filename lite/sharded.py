@@ -21,6 +21,11 @@ def is_sharded(value: Any) -> bool:
     return isinstance(value, Tensor) and hasattr(value, "device_mesh")
 
 
+def is_emptied(parameter: Tensor) -> bool:
+    """Whether DeepSpeed takes its gradient from it in backward (see lite.strategies.deepspeed_engine)."""
+    return hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id")
+
+
 class Elsewhere(Tensor):
     """Stands in a state for a tensor that another rank holds, as a tensor on the meta device of its shape and dtype."""
 

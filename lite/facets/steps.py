@@ -154,6 +154,7 @@ class Steps(Facet):
             self._scaled,
             lambda: self._weight.num_real == 0,
             self._device,
+            self.strategy,
         )
         held = set(models)
         others = [
@@ -289,7 +290,8 @@ class Steps(Facet):
             theirs = [o for o in held if any(id(p) in mine for g in o.param_groups for p in g["params"])]
             return bool(theirs) and all(map(precision.step_was_skipped, theirs))
 
-        return EMA(model, decay=decay, buffers=buffers, skipped=skipped if precision.changes_step else _never)
+        told = skipped if precision.changes_step else _never
+        return EMA(model, decay=decay, buffers=buffers, skipped=told, partition=self.strategy.partition(model))
 
     @contextmanager
     def _scaled(self, scale: gradients.Scale) -> Iterator[None]:

@@ -173,7 +173,8 @@ class LossScaling:
         """Update the scale where an iteration has ended, and bring gradients that are still held to the new one."""
         if not self._stepped and not self._unscaled:
             return
-        holding = [(o, grads) for o in self._known if o not in self._stepped and (grads := _gradients(o))]
+        waiting = [o for o in self._known if o not in self._stepped]
+        holding = [(o, grads) for o in waiting if (grads := self._held(o))]
         before = self._now() if holding else torch.ones(())
         self.scaler.update()
         for optimizer, grads in holding:
@@ -181,6 +182,10 @@ class LossScaling:
             for grad in grads:
                 grad.mul_(factor.to(grad.device))
         self._clear()
+
+    def _held(self, optimizer: Optimizer) -> list[Tensor]:
+        """The gradients that wait for its step."""
+        return _gradients(optimizer) or (self._local(_parameters(optimizer)) if self._local is not None else None) or []
 
     def _now(self) -> Tensor:
         """The present scale, 0-dim, without waiting for the device."""

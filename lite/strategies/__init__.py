@@ -11,6 +11,7 @@ from lite.strategies.comm_hooks import PowerSGD
 from lite.strategies.ddp import DDPStrategy
 
 if TYPE_CHECKING:
+    from lite.strategies.deepspeed import DeepSpeedStrategy
     from lite.strategies.fsdp import FSDPStrategy
     from lite.strategies.local_sgd import LocalSGDStrategy
     from lite.strategies.model_parallel import ModelParallelStrategy
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = [
     "STRATEGIES",
     "DDPStrategy",
+    "DeepSpeedStrategy",
     "Engine",
     "FSDPStrategy",
     "LocalSGDStrategy",
@@ -43,6 +45,15 @@ def _local_sgd() -> Strategy:
     return LocalSGDStrategy()
 
 
+def _deepspeed(stage: int) -> Callable[[], Strategy]:
+    def make() -> Strategy:
+        from lite.strategies.deepspeed import DeepSpeedStrategy
+
+        return DeepSpeedStrategy(stage)
+
+    return make
+
+
 def _pipeline() -> Strategy:
     from lite.strategies.pipeline import PipelineStrategy
 
@@ -56,6 +67,10 @@ STRATEGIES: dict[str, Callable[[], Strategy]] = {
     "ddp_spawn": lambda: DDPStrategy(start_method="spawn"),
     "ddp_fork": lambda: DDPStrategy(start_method="fork"),
     "ddp_notebook": lambda: DDPStrategy(start_method="fork"),
+    "deepspeed": _deepspeed(2),
+    "deepspeed_stage_1": _deepspeed(1),
+    "deepspeed_stage_2": _deepspeed(2),
+    "deepspeed_stage_3": _deepspeed(3),
     "fsdp": _fsdp,
     "local_sgd": _local_sgd,
     "pipeline": _pipeline,
@@ -83,6 +98,8 @@ def __getattr__(name: str) -> Any:
     """What not every script uses is imported when it is."""
     if name == "FSDPStrategy":
         from lite.strategies.fsdp import FSDPStrategy as found
+    elif name == "DeepSpeedStrategy":
+        from lite.strategies.deepspeed import DeepSpeedStrategy as found  # type: ignore[assignment]
     elif name == "LocalSGDStrategy":
         from lite.strategies.local_sgd import LocalSGDStrategy as found  # type: ignore[assignment]
     elif name == "ModelParallelStrategy":

@@ -5,8 +5,9 @@ A strategy joins the processes that a launcher or a scheduler started; it starts
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -29,10 +30,12 @@ class Engine:
         syncs_buffers: Whether each forward starts with rank 0's buffers, so that they may differ between forwards.
         through_call: Whether only a call of the model itself, with its hooks, is a whole forward, so that
             `model.forward(...)` is one of its other methods.
+        body: What else the model's class has while it is set up, by name.
     """
 
     syncs_buffers: bool = False
     through_call: bool = False
+    body: Mapping[str, Any] = MappingProxyType({})
 
     def forward(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the whole forward by `run(*args, **kwargs)`, with what the strategy needs around it."""
@@ -71,6 +74,9 @@ class Strategy:
 
     def check_world_size(self, world_size: int) -> None:
         """Refuse a number of processes that doesn't fit the strategy's arguments, before any of them starts."""
+
+    def check_precision(self, precision: Precision) -> None:
+        """Refuse a precision that the strategy can't train in, before any process starts."""
 
     def connect(self, environment: Environment, device: torch.device) -> Any:
         """Join the job's processes. Collective: called on all ranks.
@@ -216,6 +222,22 @@ class Strategy:
     def clip_value(self, parameters: Iterable[nn.Parameter], clip_value: float) -> None:
         """Clamp each gradient element to [-clip_value, clip_value]."""
         nn.utils.clip_grad_value_(parameters, clip_value)
+
+    def multiply_gradients(self, parameters: Iterable[nn.Parameter], factor: Tensor | float) -> None:
+        """Scale gradients in place."""
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor.to(parameter.grad.dtype) if isinstance(factor, Tensor) else factor)
+
+    def replace_gradients(self, parameters: Iterable[nn.Parameter], *, by_zeros: bool) -> None:
+        """Put zeros in the place of gradients, or nothing, so that the next step leaves the parameters alone."""
+        for parameter in parameters:
+            zeros = by_zeros and parameter.grad is not None
+            parameter.grad = torch.zeros_like(parameter.grad) if zeros else None  # type: ignore[arg-type]
+
+    def partition(self, model: nn.Module) -> Any:
+        """What reads and writes this rank's parts of parameters that are no tensors of their own; None for none."""
+        return None
 
     def close(self) -> None:
         """Leave the job: destroy what `connect` made."""

@@ -53,6 +53,17 @@ def check_has_graph(loss: Tensor) -> None:
         )
 
 
+def has_tensors(data: Any, depth: int = 4) -> bool:
+    """Whether there is a tensor in nested data, a few levels deep."""
+    if isinstance(data, Tensor):
+        return True
+    if depth == 0:
+        return False
+    if isinstance(data, Mapping):
+        return any(has_tensors(item, depth - 1) for item in data.values())
+    return isinstance(data, (list, tuple)) and any(has_tensors(item, depth - 1) for item in data)
+
+
 def tensors_with_grad(data: Any) -> Iterator[Tensor]:
     """The computed tensors in nested `data` that a backward could pass; parameters are none.
 

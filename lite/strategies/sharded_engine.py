@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -118,7 +118,12 @@ class ShardedEngine(Engine):
         state = self._state
         if torch._C._current_graph_task_id() != -1:
             return run(*args, **kwargs)
-        if self.syncs_buffers and self.module.training and torch.is_grad_enabled() and _has_tensors((args, kwargs)):
+        if (
+            self.syncs_buffers
+            and self.module.training
+            and torch.is_grad_enabled()
+            and provenance.has_tensors((args, kwargs))
+        ):
             self._take_buffers()
         outputs = self._unsharded(state, run, args, kwargs) if state is not None else run(*args, **kwargs)
         if torch.is_grad_enabled():
@@ -140,7 +145,7 @@ class ShardedEngine(Engine):
 
         outputs = None
         with ExitStack() as stack:
-            if _has_tensors((args, kwargs)):
+            if provenance.has_tensors((args, kwargs)):
                 enter()
             else:
                 for owner in self._owners(state):
@@ -237,16 +242,6 @@ class ShardedEngine(Engine):
         for optimizer in self._optimizers:
             repoint(optimizer, lambda parameter: successors.get(id(parameter)))
         self._kept = []
-
-
-def _has_tensors(data: Any, depth: int = 4) -> bool:
-    if isinstance(data, Tensor):
-        return True
-    if depth == 0:
-        return False
-    if isinstance(data, Mapping):
-        return any(_has_tensors(item, depth - 1) for item in data.values())
-    return isinstance(data, (list, tuple)) and any(_has_tensors(item, depth - 1) for item in data)
 
 
 def _past_hooks(module: nn.Module) -> str:

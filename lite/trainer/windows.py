@@ -42,9 +42,7 @@ class ReferenceWindow:
     def _finish(self) -> None:
         self.ready = True
         if self._rescale and self.count != self.steps:
-            for parameter in self._module.parameters():
-                if parameter.grad is not None:
-                    parameter.grad.mul_(self.steps / self.count)
+            self._lite.strategy.multiply_gradients(self._module.parameters(), self.steps / self.count)
 
     def flush(self) -> None:
         """End an open window."""

@@ -56,6 +56,7 @@ def wrap_module(module: nn.Module, *, engine: Engine | None, precision: Precisio
     for name, method in own_methods(raw):
         named = name in whole and not (engine is not None and engine.through_call)
         body[name] = _routed_method(method, route, whole=named)
+    body.update(engine.body if engine is not None else ())
     _disguise(module, body)
     _wrapped[module] = raw
 

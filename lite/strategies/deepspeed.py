@@ -1,0 +1,425 @@
+"""Data-parallel training by DeepSpeed: ZeRO, whose stages divide optimizer state, gradients and weights over the ranks.
+
+DeepSpeed's engine and optimizers do the work; here it is decided what they are asked to do, and
+`lite.strategies.deepspeed_engine` says how they are wired. What lite has a call or an argument for (precision,
+accumulation, clipping, optimizers, schedulers) is lite's, and a configuration that says otherwise is refused.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from datetime import timedelta
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import LBFGS, Adagrad, Optimizer
+
+from lite import collectives
+from lite.environments.base import Environment
+from lite.errors import ConfigError, MissingExtraError, UsageError, check_flag, some
+from lite.first_rank import refuse_alone
+from lite.precision.base import Precision
+from lite.strategies import provenance
+from lite.strategies.base import Engine, Strategy, refuse_foreign
+from lite.strategies.deepspeed_config import complete, read
+from lite.strategies.process_group import ProcessGroup
+from lite.strategies.repointing import check_fit
+
+if TYPE_CHECKING:
+    from lite.strategies.deepspeed_engine import DeepSpeedEngine
+
+_log = logging.getLogger("lite")
+_seen: list[Any] = []  # the process group that DeepSpeed knows
+_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+_DOES = {
+    0: "averages gradients",
+    1: "divides the optimizer's state",
+    2: "divides gradients and the optimizer's state",
+    3: "divides weights, gradients and the optimizer's state",
+}
+_NO_OUTPUT = (
+    "lite.backward got a loss that does not come from the output of a model that lite.setup returned, so gradients "
+    "would stay different on each rank; compute it from the output of the model, not of a submodule or a copy of it."
+)
+
+
+class DeepSpeedStrategy(Strategy):
+    """Each stage of ZeRO divides more over the ranks: 0 nothing, 1 the optimizer's state, 2 gradients too, 3 weights
+    too. With one process it does nothing at all: the model stays as it is.
+
+    The loop stays as it is under every strategy, and so do the model, its Parameters and the optimizer as objects.
+    `optimizer.state_dict()` is the raw optimizer's whole state, on the CPU, and collective, as `model.state_dict()` is
+    in stage 3; `optimizer.state` is empty, and from stage 1 on `p.grad` is None: read a gradient by
+    `deepspeed.utils.safe_get_full_grad(p)`, and write into weights of stage 3 within
+    `deepspeed.zero.GatheredParameters(params, modifier_rank=0)`; `p.numel()` is 0 there, and `p.ds_numel` says. A
+    step uses gradients up, also where nobody calls `zero_grad`. `lite.no_backward_sync` saves communication in stage 0;
+    stage 1 reduces gradients once per step anyway, and 2 and 3 at each backward, since they divide them.
+
+    One optimizer trains a whole model, element by element (AdamW, SGD, ...); several models may each have their own.
+    Precision is "32-true", or "bf16-mixed" or "16-mixed", which are autocast over float32 weights. In stage 3 call the
+    model, and methods of it that compute, on all ranks.
+
+    Needs the extra: pip install lite[deepspeed].
+
+    Args:
+        stage: 0, 1, 2 or 3; None is the configuration's, or 2.
+        config: DeepSpeed's configuration, as a dict or the path of a JSON file: `zero_optimization` and its buckets,
+            logging, profiling. Values of "auto" are left to DeepSpeed. What lite has arguments or calls for is refused.
+        broadcast_buffers: Whether each forward that trains starts with rank 0's buffers, as under DDP.
+        process_group_backend: "gloo", "nccl", ...; None chooses by device.
+        timeout: How long a collective may wait for the other ranks; None is torch's default.
+        start_method: How `Lite.launch` starts processes: "spawn", "fork" or "forkserver".
+
+    Raises:
+        ConfigError: An argument is wrong, the configuration can't be read, or contradicts what lite decides.
+        MissingExtraError: DeepSpeed is not installed.
+
+    Source: https://www.deepspeed.ai/docs/config-json/; https://deepspeed.readthedocs.io/en/latest/zero3.html;
+        Rajbhandari et al. 2019, https://arxiv.org/abs/1910.02054 (ZeRO)
+    """
+
+    name = "deepspeed"
+    distributed = True
+
+    def __init__(
+        self,
+        stage: int | None = None,
+        config: Mapping[str, Any] | str | os.PathLike[str] | None = None,
+        *,
+        broadcast_buffers: bool = True,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = None,
+        start_method: str = "spawn",
+    ) -> None:
+        self.stage, self._config = read(stage, config)
+        check_flag("broadcast_buffers", broadcast_buffers)
+        if find_spec("deepspeed") is None:
+            raise MissingExtraError("DeepSpeedStrategy needs deepspeed; pip install lite[deepspeed].")
+        self._broadcast_buffers = broadcast_buffers
+        self._group = ProcessGroup(process_group_backend, timeout)
+        self.start_method = start_method
+        self._world_size = 1
+        self._saving = False
+        self._all: list[weakref.ref[DeepSpeedEngine]] = []
+        self._checked: weakref.ref[nn.Module] | None = None
+        self._running: list[DeepSpeedEngine] = []
+
+    def _engines(self) -> Iterator[DeepSpeedEngine]:
+        return (engine for ref in self._all if (engine := ref()) is not None and not engine.closed)
+
+    @property
+    def _divides(self) -> bool:
+        return self._world_size > 1 and self.stage > 0
+
+    # ---- joining
+
+    def connect(self, environment: Environment, device: torch.device) -> Any:
+        self._world_size = environment.world_size()
+        self.shards = self._divides
+        store = self._group.join(environment, device)
+        if self._world_size > 1:
+            _bring_in(device)
+        return store
+
+    def close(self) -> None:
+        self._group.leave()
+        if _seen and not dist.is_initialized():
+            _let_go()
+
+    # ---- models
+
+    def check_precision(self, precision: Precision) -> None:
+        if precision.name not in _PRECISIONS:
+            raise ConfigError(
+                f"precision={precision.name!r} can't run under strategy='deepspeed', whose optimizers keep float32; "
+                f"use {', '.join(map(repr, _PRECISIONS[:-1]))} or {_PRECISIONS[-1]!r}, or strategy='ddp' or 'fsdp'."
+            )
+
+    def check_module(self, module: nn.Module) -> None:
+        if self._world_size == 1:
+            return
+        self._checked = weakref.ref(module)
+        name = type(module).__name__
+        if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+            raise ConfigError(f"{name} has no forward, and is never called; set up the module that holds it.")
+        for key, parameter in module.named_parameters():
+            if hasattr(parameter, "device_mesh"):
+                raise ConfigError(
+                    f"parameter {key!r} of this {name} is a DTensor, which DeepSpeed can't divide; pass the raw model."
+                )
+            if parameter.is_meta:
+                raise ConfigError(
+                    f"parameter {key!r} of this {name} is on the meta device, where DeepSpeed can't divide it; make "
+                    "the model with its values, or use strategy='fsdp'."
+                )
+            if parameter.dtype != torch.float32:
+                raise ConfigError(
+                    f"parameter {key!r} of this {name} is {parameter.dtype}, and DeepSpeed's optimizers keep float32; "
+                    "use model.float(), or strategy='ddp' or 'fsdp'."
+                )
+
+    def wrap(self, module: nn.Module, device: torch.device) -> Engine | None:
+        if self._world_size == 1:
+            return None
+        from lite.strategies.deepspeed_engine import DeepSpeedEngine
+
+        refuse_alone("lite.setup")
+        strategy = weakref.ref(self)
+
+        def is_saving() -> bool:
+            it = strategy()
+            return it is not None and it._saving
+
+        engine = DeepSpeedEngine(
+            module,
+            self.stage,
+            complete(self._config, module),
+            buffers=self._broadcast_buffers,
+            is_saving=is_saving,
+        )
+        self._all = [ref for ref in self._all if ref() is not None]
+        self._all.append(weakref.ref(engine))
+        return engine
+
+    def explain(self, module: nn.Module) -> str:
+        if self._world_size == 1:
+            return super().explain(module)
+        return f"DeepSpeed's engine (ZeRO stage {self.stage}): {_DOES[self.stage]} over {self._world_size} ranks"
+
+    # ---- backward
+
+    def prepare_backward(self, loss: Tensor, *, partial: bool = False) -> Tensor:
+        provenance.check_has_graph(loss)
+        if partial:
+            raise UsageError(
+                "lite.backward(loss, inputs=[...]) leaves out parameters whose gradients DeepSpeed waits for; leave "
+                "inputs= out, or use torch.autograd.grad and average by lite.all_reduce."
+            )
+        marks, leaves = provenance.origins([loss])
+        reached = {engine for mark in marks for ref in mark.states if (engine := ref()) is not None}
+        for leaf in leaves:
+            if not isinstance(leaf, nn.Parameter):
+                continue
+            owner = next((engine for engine in self._engines() if id(leaf) in engine.names), None)
+            if owner is None or self.stage == 3:
+                raise UsageError(
+                    f"lite.backward got a loss that depends on a parameter of shape {tuple(leaf.shape)} outside of the "
+                    "forward of a model that is set up"
+                    + (
+                        ", so its gradient would stay different on each rank; make it part of a model that you pass to "
+                        "lite.setup."
+                        if owner is None
+                        else ", where stage 3 has only a part of it; compute with it in the forward, or use stage 2."
+                    )
+                )
+            reached.add(owner)
+        if not reached:
+            raise UsageError(_NO_OUTPUT)
+        for engine in reached:
+            if engine.closed:
+                raise UsageError(
+                    "lite.backward got a loss of a model that lite.teardown() has given back since its forward; call "
+                    "backward before teardown."
+                )
+            if not engine.is_ready and any(p.requires_grad for p in engine.module.parameters()):
+                raise UsageError(
+                    f"lite.backward through {type(engine.module).__name__} before its optimizer is set up, with which "
+                    "DeepSpeed divides its gradients; call lite.setup(model, optimizer), or lite.setup_optimizers."
+                )
+        self._running = [engine for engine in self._engines() if engine in reached and engine.is_ready]
+        for engine in self._running:
+            engine.begin_backward()
+        return loss
+
+    def finish_backward(self) -> None:
+        running, self._running = self._running, []
+        for engine in running:
+            engine.end_backward()
+
+    # ---- optimizers
+
+    def check_new_optimizer(self, optimizer: Optimizer) -> None:
+        if self._world_size == 1:
+            return
+        name = type(optimizer).__name__
+        if self._divides:
+            check_fit(optimizer, self.name)
+            if isinstance(optimizer, (Adagrad, LBFGS)):
+                raise ConfigError(
+                    f"{name} can't train under strategy='deepspeed', which would exchange or flatten it; use AdamW, "
+                    "SGD, RMSprop, ..., or strategy='ddp'."
+                )
+            if optimizer.defaults.get("differentiable"):
+                raise ConfigError(f"{name}(differentiable=True) can't train under strategy='deepspeed'; leave it out.")
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        recent = self._checked() if self._checked is not None else None
+        models = [*([recent] if recent is not None else []), *(engine.module for engine in self._engines())]
+        mine = [model for model in models if any(id(p) in held for p in model.parameters())]
+        if not self._divides:
+            return
+        owned = {id(model): {id(p) for p in model.parameters()} for model in mine}
+        if mine and any(not owned[id(mine[0])] >= held & owned[id(m)] for m in mine):
+            raise ConfigError(
+                f"{name} trains {' and '.join(sorted({type(m).__name__ for m in mine}))}, and DeepSpeed divides each "
+                "model with its own optimizer; make one for each, or one module that holds all."
+            )
+        for model in mine[:1]:
+            left = [key for key, p in model.named_parameters() if p.requires_grad and id(p) not in held]
+            if left:
+                raise ConfigError(
+                    f"{name} leaves out {some(left)} of {type(model).__name__}, and DeepSpeed trains a model by one "
+                    "optimizer; put all into one, with several param_groups where they differ, or freeze them "
+                    "(requires_grad_(False)) before lite.setup."
+                )
+            if not any(p.requires_grad for p in model.parameters()):
+                raise ConfigError(f"{name} has nothing to train: all parameters of {type(model).__name__} are frozen.")
+
+    def check_optimizer(self, optimizer: Optimizer) -> None:
+        known: set[int] = set().union(*(engine.names for engine in self._engines()))
+        refuse_foreign(optimizer, lambda p: id(p) in known)
+
+    def divide_optimizer(self, optimizer: Optimizer) -> Callable[[], None] | None:
+        if not self._divides:
+            return None
+        refuse_alone("lite.setup")
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        engine = next(engine for engine in self._engines() if held & engine.names.keys())
+        undo = engine.adopt(optimizer)
+        if collectives.rank() == 0:
+            _log.info("%s: %s", type(engine.module).__name__, self.explain(engine.module))
+        return undo
+
+    # ---- gradients
+
+    def _reached(self, parameters: Iterable[nn.Parameter]) -> list[DeepSpeedEngine]:
+        wanted = {id(p) for p in parameters}
+        return [engine for engine in self._engines() if wanted & engine.names.keys()]
+
+    def local_gradients(self, parameters: Iterable[nn.Parameter]) -> list[Tensor] | None:
+        if not self._divides:
+            return None
+        return [part for engine in self._reached(parameters) for part in engine.gradients()]
+
+    def norms_agree(self) -> bool:
+        return all(engine.gradients_agree for engine in self._engines())
+
+    def grad_norm(self, parameters: list[nn.Parameter], norm_type: float) -> Tensor:
+        parts = self.local_gradients(parameters)
+        if parts is None:
+            return super().grad_norm(parameters, norm_type)
+        total = nn.utils.get_total_norm(parts, norm_type) if parts else torch.zeros(())
+        if norm_type == float("inf"):
+            together: Tensor = collectives.all_reduce(total, "max")
+            return together
+        powers: Tensor = collectives.all_reduce(total.double() ** norm_type, "sum")
+        return (powers ** (1 / norm_type)).to(total.dtype)
+
+    def clip_norm(self, parameters: list[nn.Parameter], max_norm: float, total_norm: Tensor) -> None:
+        parts = self.local_gradients(parameters)
+        if parts is None:
+            super().clip_norm(parameters, max_norm, total_norm)
+        elif parts:
+            factor = torch.clamp(max_norm / (total_norm + 1e-6), max=1.0)  # as torch's clip_grads_with_norm_
+            torch._foreach_mul_(parts, factor.to(parts[0].device))
+
+    def clip_value(self, parameters: Iterable[nn.Parameter], clip_value: float) -> None:
+        parameters = list(parameters)
+        parts = self.local_gradients(parameters)
+        if parts is None:
+            super().clip_value(parameters, clip_value)
+        elif parts:
+            torch._foreach_clamp_min_(parts, -clip_value)
+            torch._foreach_clamp_max_(parts, clip_value)
+
+    def multiply_gradients(self, parameters: Iterable[nn.Parameter], factor: Tensor | float) -> None:
+        parameters = list(parameters)
+        parts = self.local_gradients(parameters)
+        if parts is None:
+            super().multiply_gradients(parameters, factor)
+        elif parts:
+            torch._foreach_mul_(parts, factor.to(parts[0]) if isinstance(factor, Tensor) else factor)
+
+    def replace_gradients(self, parameters: Iterable[nn.Parameter], *, by_zeros: bool) -> None:
+        parameters = list(parameters)
+        parts = self.local_gradients(parameters)
+        if parts is None:
+            super().replace_gradients(parameters, by_zeros=by_zeros)
+        elif by_zeros and parts:
+            torch._foreach_zero_(parts)
+        elif not by_zeros:
+            for engine in self._reached(parameters):
+                engine.drop_gradients()
+
+    # ---- checkpoints and averages
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        self._saving = True
+        try:
+            yield
+        finally:
+            self._saving = False
+
+    def partition(self, model: nn.Module) -> Any:
+        if not self._divides or self.stage < 3:
+            return None
+        engine = next(engine for engine in self._engines() if engine.module is model)
+        if engine.parts is None:
+            raise UsageError(
+                f"lite.ema of a {type(model).__name__} whose optimizer is not set up: DeepSpeed divides its weights "
+                "when that is; call lite.setup(model, optimizer) before lite.ema."
+            )
+        return engine.parts
+
+    def no_sync(self, engine: Engine | None, enabled: bool) -> AbstractContextManager[None]:
+        return super().no_sync(engine, enabled and self.stage == 0)
+
+
+def _bring_in(device: torch.device) -> None:
+    """Import DeepSpeed, let it find the process group that there is, and refuse another device than this one.
+
+    Raises:
+        ConfigError: DeepSpeed has chosen another kind of device.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import deepspeed
+        from deepspeed.accelerator import get_accelerator
+
+        theirs = get_accelerator().device_name()
+        if theirs != device.type:
+            raise ConfigError(
+                f"DeepSpeed computes on {theirs!r} on this machine, and this Lite on {device.type!r}; set the "
+                f"environment variable DS_ACCELERATOR={device.type} before the script starts."
+            )
+        if "LOCAL_RANK" not in os.environ:
+            raise ConfigError(
+                "DeepSpeed reads LOCAL_RANK from the environment, which is not set here; start the script with "
+                "torchrun, or export LOCAL_RANK on each process."
+            )
+        if _seen and _seen[0] is not dist.group.WORLD:  # it was destroyed by somebody else
+            _let_go()
+        _seen[:] = [dist.group.WORLD]
+        deepspeed.init_distributed(dist_init_required=False, auto_mpi_discovery=False)
+
+    # torch 2.13 renames what deepspeed 0.19.8 still calls, at each step.
+    renamed = r".torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor). is deprecated"
+    warnings.filterwarnings("ignore", renamed, FutureWarning)
+
+
+def _let_go() -> None:
+    """Let DeepSpeed forget a process group that has ended: the next one is another."""
+    from deepspeed.comm import comm
+    from deepspeed.utils import groups
+
+    groups._release_process_group_references()  # deepspeed 0.19.8: its own destroy_process_group calls it
+    comm.cdb = None
+    _seen.clear()

@@ -1,0 +1,123 @@
+"""How DeepSpeed is wired to a user's model and optimizer: its engine, what it changes in them, and the way back."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+import weakref
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from lite.disguise import disguise
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
+_LATER = ("ds_", "_ds_", "applied_pre_backward_ref_cnt")  # attributes that come in forward and backward
+
+
+class Original:
+    """What DeepSpeed changes in the parts of a model and their parameters, as it was.
+
+    `settle` is called after the change; `restore` takes back what came between the two.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._root = weakref.ref(module)
+        self._before = self._now(module)
+        self._tables = {part: type(part._parameters) for part in module.modules()}
+        self._added: set[tuple[Any, str, Any]] = set()
+
+    def _now(self, module: nn.Module) -> set[tuple[Any, str, Any]]:
+        parts = list(module.modules())
+        hooks = {(part, kind, key) for part in parts for kind in _HOOKS for key in getattr(part, kind)}
+        return hooks | {(thing, "", name) for thing in (*parts, *module.parameters()) for name in thing.__dict__}
+
+    def settle(self) -> None:
+        """The module has been changed: what it has more than before is DeepSpeed's."""
+        root = self._root()
+        assert root is not None
+        self._added = self._now(root) - self._before
+
+    def restore(self) -> None:
+        """Take it away, with what DeepSpeed has added since under names of its own."""
+        root = self._root()
+        assert root is not None
+        for part, kind, key in self._added:
+            if not kind:
+                part.__dict__.pop(key, None)
+                continue
+            for table in (kind, f"{kind}_with_kwargs", f"{kind}_always_called"):
+                getattr(part, table, {}).pop(key, None)
+        for thing in (*root.modules(), *root.parameters()):
+            for name in [name for name in thing.__dict__ if name.startswith(_LATER)]:
+                if (thing, "", name) not in self._before:
+                    del thing.__dict__[name]
+        for part in root.modules():
+            if part in self._tables and type(part._parameters) is not self._tables[part]:
+                part._parameters = self._tables[part](part._parameters.items())
+
+
+def initialize(module: nn.Module, optimizer: Any, config: dict[str, Any]) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deepspeed 0.19.8: deprecations of torch's and pydantic's, in its own code
+        import deepspeed
+        from deepspeed.utils import logger
+
+        # It knows few optimizers by name, and warns of all others.
+        logger.addFilter(_knows_optimizers)
+        try:
+            engine, *_ = deepspeed.initialize(
+                model=module, optimizer=optimizer, config=config, dist_init_required=False
+            )
+        finally:
+            logger.removeFilter(_knows_optimizers)
+    return engine
+
+
+def _knows_optimizers(record: logging.LogRecord) -> bool:
+    return "untested optimizer" not in record.getMessage()
+
+
+def forget(module: nn.Module) -> None:
+    """Take a model off the stack that DeepSpeed keeps for the whole process."""
+    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+
+    for index in [i for i, other in enumerate(FWD_MODULE_STACK) if other is module]:
+        del FWD_MODULE_STACK[index]
+
+
+def view_of(optimizer: Optimizer, raw: Any) -> Any:
+    """The same optimizer with groups and a state of its own, which DeepSpeed fills with flat tensors.
+
+    Every other attribute is shared; what is frozen is left out.
+    """
+    unhooked: Any = raw.step
+    if getattr(unhooked, "hooked", False):
+        unhooked = unhooked.__wrapped__
+    groups = [{**group, "params": [p for p in group["params"] if p.requires_grad]} for group in optimizer.param_groups]
+    own: dict[str, Any] = {"param_groups": [g for g in groups if g["params"]], "state": defaultdict(dict)}
+    none: OrderedDict[int, Any] = OrderedDict()
+
+    def kept(name: str) -> property:
+        return property(lambda self: own[name], lambda self, value: own.__setitem__(name, value))
+
+    view: Any = object.__new__(raw)
+    view.__dict__ = optimizer.__dict__
+    body = {
+        "param_groups": kept("param_groups"),
+        "state": kept("state"),
+        "step": property(lambda self: unhooked.__get__(self)),
+        "_optimizer_step_pre_hooks": property(lambda self: none),
+        "_optimizer_step_post_hooks": property(lambda self: none),
+    }
+    disguise(view, body)
+    return view
+
+
+def copy_settings(source: Iterable[dict[str, Any]], target: Iterable[dict[str, Any]]) -> None:
+    """Learning rates and the like, between the groups of the user's optimizer and those of DeepSpeed's view of it."""
+    for mine, theirs in zip(source, target, strict=True):
+        theirs.update({key: value for key, value in mine.items() if key != "params"})
