@@ -32,6 +32,7 @@ STRATEGIES: dict[str, Any] = {
     "fsdp": lambda: FSDPStrategy(activation_checkpointing={Block}),
     "fsdp_grad": lambda: FSDPStrategy(sharding="grad"),
     "fsdp_hybrid": lambda: FSDPStrategy(sharding="hybrid", replicate_axis=2),
+    "deepspeed": lambda: "deepspeed_stage_3",
     "tp": lambda: ModelParallelStrategy(PLAN),
     "fsdp_tp": lambda: ModelParallelStrategy(PLAN, tensor_parallel=2),
     "ddp_tp": lambda: ModelParallelStrategy(PLAN, tensor_parallel=2, sharded=False),
@@ -51,7 +52,8 @@ def main() -> None:
     test_loader = DataLoader(test_set, batch_size=args.batch_size)
     train_loader, test_loader = lite.setup_dataloaders(train_loader, test_loader)
 
-    with lite.init_module(empty_init="meta"):
+    # DeepSpeed divides a model that has its values.
+    with lite.init_module(empty_init=None if args.strategy == "deepspeed" else "meta"):
         model = CharGPT()
     model = lite.setup(model)
     optimizer = lite.setup_optimizers(torch.optim.AdamW(model.parameters(), lr=3e-3))
