@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lite.errors import ConfigError, choose
 from lite.precision.base import Precision
@@ -28,7 +30,8 @@ class FSDPStrategy(ShardedStrategy):
     Call the model, and methods of it that compute, on all ranks.
 
     With precision "bf16-mixed" or "16-mixed" parameters, gradients and state stay float32, blocks compute in 16 bits,
-    and gradients are reduced in float32 (torch's MixedPrecisionPolicy, in place of autocast). With "bf16-true" and the
+    and gradients are reduced in float32 (torch's MixedPrecisionPolicy, under autocast; BatchNorms, whose statistics are
+    float32, by themselves in float32). With "bf16-true" and the
     like they are reduced in the parameters' own dtype.
 
     Args:
@@ -231,15 +234,27 @@ def shard_over_data(
     offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if cpu_offload else OffloadPolicy()
     described = describe_blocks(blocks)
     name = type(module).__name__
-    for part in [*reversed(blocks.values()), module]:
+    for part in [*_normalising(module, policy, blocks), *reversed(blocks.values()), module]:
         if not placed:
             place(part, device)
-        options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy(part is module), "offload_policy": offload}
+        chosen = policy(part is module)
+        if isinstance(part, _BatchNorm) and part is not module:  # whose statistics stay float32
+            chosen = replace(chosen, param_dtype=None, output_dtype=None, cast_forward_inputs=False)
+        options: dict[str, Any] = {"mesh": mesh, "mp_policy": chosen, "offload_policy": offload}
         if replicated:
             _replicate()(part, **options)
         else:
             fully_shard(part, reshard_after_forward=reshard, **options)
     return f"{described} and {name} itself" if blocks else f"{name} as a whole, in which no layers repeat"
+
+
+def _normalising(module: nn.Module, policy: Policies, blocks: dict[str, nn.Module]) -> list[nn.Module]:
+    """The BatchNorms with weights, which no 16-bit policy can be for: their statistics are float32."""
+    if policy(False).param_dtype is None:
+        return []
+    given = {id(block) for block in (module, *blocks.values())}
+    found = [part for part in module.modules() if isinstance(part, _BatchNorm) and id(part) not in given]
+    return [part for part in found if any(True for _ in part.parameters())]
 
 
 def place(part: nn.Module, device: torch.device) -> None:

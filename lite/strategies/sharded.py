@@ -147,8 +147,8 @@ class ShardedStrategy(Strategy):
 
     def forward_precision(self, precision: Precision) -> Precision:
         self._precision = precision
-        mixed = precision.compute_dtype is not None or self._mixed_precision is not None
-        return Uncast(precision) if mixed and self.shards_over_data else precision
+        # Autocast stays around the policy's casts: it is for what a forward computes with buffers, or in float32.
+        return Uncast(precision) if self._mixed_precision is not None and self.shards_over_data else precision
 
     @property
     def moves_modules(self) -> bool:

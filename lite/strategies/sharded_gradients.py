@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from lite.sharded import is_sharded, local, whole
@@ -43,7 +44,7 @@ def total_norm(parameters: list[nn.Parameter], norm_type: float) -> Tensor:
         if grad is not None:
             kind = (grad.device_mesh, tuple(grad.placements)) if is_sharded(grad) else None
             groups.setdefault(kind, []).append(grad)
-    norms = [whole(nn.utils.get_total_norm(grads, norm_type)) for grads in groups.values()]
+    norms = [_norm(grads, norm_type) for grads in groups.values()]
     if len(norms) == 1:
         return norms[0]
     if not norms:
@@ -51,6 +52,19 @@ def total_norm(parameters: list[nn.Parameter], norm_type: float) -> Tensor:
     first = norms[0].device
     total: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(first) for norm in norms]), norm_type)
     return total
+
+
+def _norm(grads: list[Tensor], norm_type: float) -> Tensor:
+    """Of gradients that are sharded alike. Collective over the ranks that have a part."""
+    if norm_type == float("inf") and is_sharded(grads[0]):
+        # torch 2.13 takes no largest element of an empty part, which a rank has of a tensor with few rows.
+        padded = [nn.functional.pad(local(grad).abs().flatten(), (0, 1)) for grad in grads]
+        largest = torch.stack([part.amax().to(torch.float64) for part in padded]).amax()
+        mesh: Any = grads[0].device_mesh  # type: ignore[attr-defined]
+        for dim in range(mesh.ndim):
+            dist.all_reduce(largest, dist.ReduceOp.MAX, group=mesh.get_group(dim))
+        return largest.to(grads[0].dtype)
+    return whole(nn.utils.get_total_norm(grads, norm_type))
 
 
 def clip_norm(parameters: list[nn.Parameter], max_norm: float, norm: Tensor) -> None:
