@@ -71,6 +71,11 @@ def name_mismatches() -> None:
     dist.set_debug_level(dist.DebugLevel.DETAIL)  # type: ignore[attr-defined]
 
 
+def are_compared() -> bool:
+    """Whether process groups compare each collective over the ranks, by `name_mismatches` or torch's own variable."""
+    return bool(dist.get_debug_level() == dist.DebugLevel.DETAIL)  # type: ignore[attr-defined]
+
+
 def world_size(group: Any = None) -> int:
     """Number of ranks in `group`, 1 without a process group."""
     return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1

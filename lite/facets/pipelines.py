@@ -34,7 +34,8 @@ class Pipelines(Steps, Records):
 
         Collective: call on all ranks. Layers run one after another, each with what the one before it returned (a
         tensor, or between ranks a tuple of tensors); the model's own forward is not used. All ranks get the same
-        batches from `setup_dataloaders`. Weights that layers of several ranks share stay equal.
+        batches from `setup_dataloaders`. Weights that layers of several ranks share stay equal. BatchNorm sees each
+        microbatch by itself, on one process too.
 
         Args:
             model: An nn.Sequential, or another module whose layers are named by `layers`. It is changed in place: the

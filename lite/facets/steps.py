@@ -50,7 +50,7 @@ class Steps(Facet):
         if not isinstance(loss, Tensor):
             raise ConfigError(f"backward got loss={loss!r:.80}, which is no tensor; pass the loss tensor itself.")
         if model is not None:
-            self._check_set_up("backward", model)
+            self._set_up("backward", model)
         if weight is not None:
             gradients.check_weight("backward", weight)
             if self._scale is not None and self._scale.weighted:
@@ -75,7 +75,7 @@ class Steps(Facet):
         Raises:
             UsageError: `model` is not set up.
         """
-        self._check_set_up("no_backward_sync", model)
+        model = self._set_up("no_backward_sync", model)
         return self.strategy.no_sync(self._modules[model], enabled)
 
     def join(
@@ -106,8 +106,7 @@ class Steps(Facet):
         """
         if not models:
             raise ConfigError("join() got no model; pass the models that are trained.")
-        for model in models:
-            self._check_set_up("join", model)
+        models = tuple(self._set_up("join", model) for model in models)
         trained = {id(p) for model in models for p in model.parameters()}
         optimizers = [
             o for o in self._prepared.optimizers if any(id(p) in trained for g in o.param_groups for p in g["params"])
@@ -135,8 +134,7 @@ class Steps(Facet):
         Returns:
             The counter that is called for each micro-batch; see `lite.gradients.Accumulation`.
         """
-        for model in models:
-            self._check_set_up("accumulate", model)
+        models = tuple(self._set_up("accumulate", model) for model in models)
         if not models:
             raise ConfigError("accumulate() got no model; pass the models that are trained.")
 
@@ -208,7 +206,7 @@ class Steps(Facet):
                 "lite.clip_gradients(model, optimizer, ...), or name it: lite.clip_gradients(optimizer=optimizer, ...)."
             )
         if model is not None:
-            self._check_set_up("clip_gradients", model)
+            model = self._set_up("clip_gradients", model)
         if optimizer is not None:
             if not isinstance(optimizer, Optimizer):
                 raise ConfigError(f"clip_gradients got optimizer={shown(optimizer)}, which is no torch optimizer.")
@@ -281,7 +279,7 @@ class Steps(Facet):
         """
         from lite.ema import EMA
 
-        self._check_set_up("ema", model)
+        model = self._set_up("ema", model)
         mine = {id(p) for p in model.parameters()}
         known, precision = weakref.ref(self._prepared), self.precision  # an average must not keep this Lite alive
 
@@ -307,16 +305,21 @@ class Steps(Facet):
         finally:
             self._scale = None
 
-    def _check_set_up(self, call: str, model: Any) -> None:
+    def _set_up(self, call: str, model: Any) -> nn.Module:
+        """The model that was set up, of which `model` may be what `torch.compile` made since."""
         if not isinstance(model, nn.Module):
             raise ConfigError(
                 f"{call} got {shown(model)} as the model; pass a torch.nn.Module that lite.setup returned."
             )
-        if model not in self._modules:
+        raw: nn.Module = model
+        if model not in self._modules and isinstance(original := getattr(model, "_orig_mod", None), nn.Module):
+            raw = original
+        if raw not in self._modules:
             raise UsageError(
                 f"{call} got a {type(model).__name__} that lite.setup has not prepared; pass the model that it "
                 "returned, not a part or a copy of it."
             )
+        return raw
 
     def _prepare_optimizer(self, optimizer: Optimizer) -> None:
         """Route the optimizer's step, with what this number of ranks needs."""

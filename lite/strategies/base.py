@@ -252,6 +252,20 @@ class SingleStrategy(Strategy):
         return Footprint()
 
 
+def refuse_sync_batch_norm(module: nn.Module, device: torch.device) -> None:
+    """Refuse SyncBatchNorm where torch can't compute it.
+
+    Raises:
+        ConfigError: The model has one, and the device is no GPU.
+    """
+    for name, part in module.named_modules():
+        if isinstance(part, nn.SyncBatchNorm) and device.type != "cuda":
+            raise ConfigError(
+                f"{name or type(module).__name__!r} is a SyncBatchNorm, which computes on GPUs alone; leave "
+                f"convert_sync_batchnorm out on {device.type!r}: BatchNorm takes its mean over a rank's samples then."
+            )
+
+
 def refuse_foreign(optimizer: Optimizer, is_known: Callable[[Tensor], bool]) -> None:
     """Refuse an optimizer that holds parameters of no model that is set up.
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from lite.errors import ConfigError
 
+_FOUND = "transformer blocks found"
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 
 
@@ -52,7 +53,7 @@ def choose_blocks(module: nn.Module, choice: Any, argument: str, *, tied: bool =
     Raises:
         ConfigError: `choice` is something else, matches nothing, or matches layers that share parameters.
     """
-    if choice is None:
+    if choice is None or choice == _FOUND:
         return find_blocks(module)
     if isinstance(choice, type) and issubclass(choice, nn.Module):
         choice = {choice}

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from lite.environments.base import Environment
 from lite.errors import ConfigError, UsageError, check_flag, choose
 from lite.first_rank import refuse_alone
-from lite.strategies.base import Engine, Strategy
+from lite.strategies.base import Engine, Strategy, refuse_sync_batch_norm
 from lite.strategies.comm_hooks import PowerSGD, check_hook, registration
 from lite.strategies.process_group import ProcessGroup
 
@@ -97,10 +97,11 @@ class DDPStrategy(Strategy):
             **ddp_options,
         }
         self._world_size = 1
+        self._device = torch.device("cpu")
         self._engines: Engines | None = None
 
     def connect(self, environment: Environment, device: torch.device) -> Any:
-        self._world_size = environment.world_size()
+        self._world_size, self._device = environment.world_size(), device
         if not environment.started:
             return None
         if self._world_size > 1:
@@ -108,6 +109,10 @@ class DDPStrategy(Strategy):
 
             self._engines = Engines()
         return self._group.join(environment, device)
+
+    def check_module(self, module: nn.Module) -> None:
+        if self._world_size > 1:
+            refuse_sync_batch_norm(module, self._device)
 
     def wrap(self, module: nn.Module, device: torch.device) -> Engine | None:
         if self._world_size == 1:

@@ -35,8 +35,8 @@ class FSDPStrategy(ShardedStrategy):
     like they are reduced in the parameters' own dtype.
 
     Args:
-        auto_wrap: What is sharded by itself, besides the model: None finds the layers that repeat (the transformer
-            blocks); a set of module classes; or a function of a module that says whether.
+        auto_wrap: What is sharded by itself, besides the model: None or "transformer blocks found" finds the layers
+            that repeat; a set of module classes; or a function of a module that says whether.
         sharding: "full"; "grad" (weights stay whole between forward and backward, for less communication); or "hybrid"
             (sharded over a group of ranks, and replicated over such groups).
         replicate_axis: With "hybrid", how many replicas there are; None is one per machine.

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lite.errors import ConfigError
+from lite.sharded import is_sharded
 from lite.strategies import parallel_plan
 from lite.strategies.footprint import Footprint, parts
 from lite.strategies.fsdp import names_of_blocks, place, policies, shard_over_data
@@ -148,8 +149,9 @@ class ModelParallelStrategy(ShardedStrategy):
     def check_module(self, module: nn.Module) -> None:
         super().check_module(module)
         if self._world_size > 1 and self._plan is not None:
-            layers = parallel_plan.column_layers(module, self._plan)
-            parallel_plan.check_heads(module, layers, self._tensor)
+            named = parallel_plan.uncompiled(module)
+            parallel_plan.check_styles(named, self._plan)
+            parallel_plan.check_heads(named, parallel_plan.column_layers(named, self._plan), self._tensor)
 
     def check_new_optimizer(self, optimizer: Any) -> None:
         from lite.strategies.repointing import check_kernels
@@ -163,15 +165,21 @@ class ModelParallelStrategy(ShardedStrategy):
 
         place(module, device)
         tied = parallel_plan.shared_names(module)
+        named = parallel_plan.uncompiled(module)
         if self._plan is not None:
-            parallelize_module(module, self._mesh["tensor"], self._plan)
+            parallelize_module(named, self._mesh["tensor"], self._plan)
         else:
             assert self._function is not None
-            if self._function(module, self._mesh) not in (None, module):
+            if self._function(named, self._mesh) not in (None, named):
                 raise ConfigError(
                     f"parallelize={self._function!r} returned another model; let it change the one that it is given."
                 )
-            parallel_plan.check_heads(module, parallel_plan.column_layers(module, None), self._tensor)
+            if self._tensor > 1 and not any(map(is_sharded, module.parameters())):
+                raise ConfigError(
+                    f"parallelize={self._function!r} has split no parameter; let it call torch's parallelize_module("
+                    "model, mesh['tensor'], plan), or use strategy='fsdp'."
+                )
+            parallel_plan.check_heads(named, parallel_plan.column_layers(named, None), self._tensor)
         parallel_plan.tie_again(module, tied)
         how = f"layers split over {self._tensor} ranks"
         if self._data == 1:

@@ -61,6 +61,30 @@ def matches(module: nn.Module, plan: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def check_styles(module: nn.Module, plan: Mapping[str, Any]) -> None:
+    """Refuse a style for a layer that it can't split, before another one is split.
+
+    Raises:
+        ConfigError: ColwiseParallel or RowwiseParallel is meant for something else than Linear and Embedding.
+    """
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+
+    for name, style in matches(module, plan).items():
+        layer = module.get_submodule(name)
+        if type(style) in (ColwiseParallel, RowwiseParallel) and not isinstance(layer, (nn.Linear, nn.Embedding)):
+            raise ConfigError(
+                f"parallelize[{name!r}]={type(style).__name__}() is for Linear and Embedding layers, and {name!r} is a "
+                f"{type(layer).__name__}; leave it out, which keeps it whole on each rank, or use SequenceParallel() "
+                "for a norm or dropout between layers that are split."
+            )
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """The module whose layers have the names that the user knows, of one that `torch.compile` made."""
+    original = getattr(module, "_orig_mod", None)
+    return original if isinstance(original, nn.Module) else module
+
+
 def _matches(name: str, key: str) -> bool:
     parts, patterns = name.split("."), key.split(".")
     return len(parts) == len(patterns) and all(map(fnmatch, parts, patterns))

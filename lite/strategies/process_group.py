@@ -58,7 +58,7 @@ class ProcessGroup:
                 )
             return dist.distributed_c10d._get_default_store()
         backend = self.backend or ("nccl" if device.type == "cuda" else "gloo")
-        if self.timeout is None and _is_compared():
+        if self.timeout is None and collectives.are_compared():
             self.timeout = _PATIENCE_IN_DEBUG
         store, _, _ = next(rendezvous(environment.init_method() or "env://", rank, world_size))
         store.set_timeout(self.timeout or timedelta(minutes=30))
@@ -82,7 +82,7 @@ class ProcessGroup:
         Where the default group compares collectives (LITE_DEBUG, or torch's TORCH_DISTRIBUTED_DEBUG=DETAIL), it is one
         that doesn't: torch 2.13's DDP ends the process (SIGSEGV) on a group that does.
         """
-        if not _is_compared():
+        if not collectives.are_compared():
             return None
         if self._silent is None:
             level: Any = dist.DebugLevel  # type: ignore[attr-defined]
@@ -105,11 +105,6 @@ class ProcessGroup:
                 time.sleep(_GLOO_DRAIN_S)
         self._owned = False
         self._silent = None
-
-
-def _is_compared() -> bool:
-    """Whether collectives are compared over the ranks before they run."""
-    return bool(dist.get_debug_level() == dist.DebugLevel.DETAIL)  # type: ignore[attr-defined]
 
 
 def _check_backend(backend: Any) -> None:

@@ -21,7 +21,7 @@ from lite.first_rank import refuse_alone
 from lite.precision.base import Precision, Uncast
 from lite.strategies import provenance
 from lite.strategies.activations import prepare_blocks
-from lite.strategies.base import Engine, Strategy, refuse_foreign
+from lite.strategies.base import Engine, Strategy, refuse_foreign, refuse_sync_batch_norm
 from lite.strategies.blocks import choose_blocks
 from lite.strategies.process_group import ProcessGroup
 
@@ -75,6 +75,7 @@ class ShardedStrategy(Strategy):
         self._broadcast_buffers = broadcast_buffers
         self._full_state = state_dict_type == "full"
         self._world_size = 1
+        self._device = torch.device("cpu")
         self._precision = Precision()
         self._done: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
         self._all: list[weakref.ref[ShardedEngine]] = []
@@ -103,7 +104,7 @@ class ShardedStrategy(Strategy):
     # ---- the strategy's interface
 
     def connect(self, environment: Environment, device: torch.device) -> Any:
-        self._world_size = environment.world_size()
+        self._world_size, self._device = environment.world_size(), device
         self.shards = self._world_size > 1
         store = self._group.join(environment, device)
         if self._world_size > 1:
@@ -115,6 +116,7 @@ class ShardedStrategy(Strategy):
         prepare_blocks(module, self._activation_checkpointing, compile_blocks=False, dry=True)
         if self._world_size == 1:
             return
+        refuse_sync_batch_norm(module, self._device)
         if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
             raise ConfigError(f"{name} has no forward, and is never called; set up the module that holds it.")
         for key, parameter in module.named_parameters():
@@ -217,13 +219,14 @@ class ShardedStrategy(Strategy):
                 "is set up, so its gradient would stay different on each rank; make it part of a model that you pass "
                 "to lite.setup."
             )
-        for engine in engines:
-            if engine.closed:
-                raise UsageError(
-                    "lite.backward got a loss of a model that lite.teardown() has given back since its forward; call "
-                    "backward before teardown."
-                )
-            engine.begin_backward(loss)
+        if any(engine.closed for engine in engines):
+            raise UsageError(
+                "lite.backward got a loss of a model that lite.teardown() has given back since its forward; call "
+                "backward before teardown."
+            )
+        for engine in self._engines():  # in one order on all ranks
+            if engine in engines:
+                engine.begin_backward(loss)
         return loss
 
     def successor(self, parameter: Tensor) -> nn.Parameter | None:

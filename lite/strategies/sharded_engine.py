@@ -10,6 +10,8 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
+from lite import collectives
 from lite.errors import UsageError
 from lite.precision.base import Precision
 from lite.sharded import cut, is_sharded, whole
@@ -81,6 +84,12 @@ class ShardedEngine(Engine):
         ]
         self.syncs_buffers = buffers and bool(self._buffers)
         self._mark = provenance.Mark(frozenset({weakref.ref(self)}), ())
+        self.body = dict.fromkeys(("__reduce_ex__", "__deepcopy__"), _refuse_copy)
+        self._ran: list[str] = []  # where collectives are compared
+        if collectives.are_compared():
+            for name, part in module.named_modules():
+                if any(True for _ in part.parameters(recurse=False)):
+                    self._undo.append(part.register_forward_pre_hook(partial(self._note_run, name)).remove)
         for part in module.modules():
             handle = part.register_load_state_dict_pre_hook(_cut_for_loading)  # type: ignore[no-untyped-call]
             self._undo.append(handle.remove)
@@ -98,6 +107,22 @@ class ShardedEngine(Engine):
     def _state(self) -> Any:
         """What fully_shard keeps for the whole model, or None where nothing is sharded over data."""
         return self.module._get_fsdp_state() if hasattr(self.module, "_get_fsdp_state") else None  # type: ignore[operator]
+
+    def _note_run(self, name: str, *unused: Any) -> None:
+        self._ran.append(name)
+
+    def _compare_runs(self) -> None:
+        """Refuse ranks that ran other layers: weights of equal shapes would be put together with each other's."""
+        ran, self._ran = self._ran, []
+        everyones = collectives.all_gather_objects(ran)
+        for rank, theirs in enumerate(everyones):
+            for mine, other in zip_longest(everyones[0], theirs, fillvalue="nothing"):
+                if mine != other:
+                    raise UsageError(
+                        f"rank {rank} ran {other!r} where rank 0 ran {mine!r}: a "
+                        "sharded model must run the same layers in the same order on all ranks; draw what decides "
+                        "alike on all of them, multiply by 0 instead of skipping, or use strategy='ddp'."
+                    )
 
     # ---- forward and methods
 
@@ -190,6 +215,8 @@ class ShardedEngine(Engine):
     def begin_backward(self, loss: Tensor) -> None:
         """The loss is about to be differentiated: its backward will reach the model, whatever became of its outputs."""
         self.holds_back = not self._sync
+        if collectives.are_compared():
+            self._compare_runs()
         state = self._state
         if state is not None:
             loss.register_hook(state._pre_backward)  # type: ignore[no-untyped-call]
@@ -242,6 +269,14 @@ class ShardedEngine(Engine):
         for optimizer in self._optimizers:
             repoint(optimizer, lambda parameter: successors.get(id(parameter)))
         self._kept = []
+
+
+def _refuse_copy(module: nn.Module, *unused: Any) -> Any:
+    name = type(module).__name__.removeprefix("FSDP")
+    raise UsageError(
+        f"this {name} is sharded, and a rank's part of its weights can't be pickled or copied as the model; store it "
+        "by lite.save or lite.export, or call lite.teardown() before."
+    )
 
 
 def _past_hooks(module: nn.Module) -> str:

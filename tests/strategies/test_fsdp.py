@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,7 @@ def test_what_comes_back_is_the_users_model() -> None:
         assert facts["torn down"]
         assert facts["loaded"] == "<All keys matched successfully>"
         assert "size mismatch for head.weight" in facts["wrong"]
-        assert "deepcopy" in facts["copy"]
+        assert "this TinyGPT is sharded" in facts["copy"] and "lite.export" in facts["copy"]
         assert "2 Block (blocks.0 to blocks.1) and TinyGPT itself, over 2 ranks" in facts["explain"]
     total = sum(p.nbytes for p in TinyGPT().parameters())
     assert sum(facts["bytes"] for facts in results) == total
@@ -287,6 +288,8 @@ def misuse() -> dict[str, str]:
     model = MLP()
     model.body[0].double()  # type: ignore[index, operator]
     facts["dtypes"] = told(lambda: lite.setup(model))
+    model = nn.Sequential(nn.Linear(4, 4), nn.SyncBatchNorm(4))
+    facts["sync"] = told(lambda: lite.setup(model))
     model = TinyGPT(tied=True)
     facts["list"] = told(lambda: lite.setup(model.blocks))
     model = lite.setup(TinyGPT())
@@ -329,6 +332,7 @@ def test_misuse_is_refused_with_the_remedy() -> None:
     parts = {
         "scalar": "parameter 'scale' of this MLP is a scalar",
         "dtypes": "trains parameters of several dtypes, 'body.0.weight' (torch.float64)",
+        "sync": "'1' is a SyncBatchNorm, which computes on GPUs alone",
         "list": "ModuleList has no forward",
         "stray": "of no model that is set up",
         "early clip": "clip after the last backward of the window",
@@ -400,7 +404,41 @@ def precision(name: str) -> dict[str, Any]:
     method = model.loss(tokens)
     states = {s["exp_avg"].dtype for s in optimizer.state.values()}
     params = {p.dtype for p in model.parameters()}
-    return {"computed": seen[0], "output": output.dtype, "loss": method.dtype, "state": grads | states | params}
+    facts = {"computed": seen[0], "output": output.dtype, "loss": method.dtype, "state": grads | states | params}
+    lite.teardown()
+    if "mixed" in name:
+        facts["mixture"] = mixture(lite)
+    return facts
+
+
+class Mixture(nn.Module):
+    """What 16-bit weights don't fit by themselves: BatchNorm, a float32 buffer, a softmax in float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv1d(1, 4, 3), nn.BatchNorm1d(4), nn.ReLU(), nn.Flatten())
+        self.register_buffer("position", torch.linspace(0, 1, 8))
+        self.second, self.third = nn.Linear(8, 8), nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.third(self.second(self.first(x) + self.position).float().softmax(-1))
+
+
+def mixture(lite: Lite) -> tuple[float, float]:
+    """A step on the same batch on all ranks, and how far it is from float32's."""
+    torch.manual_seed(1)
+    model, x = Mixture(), torch.randn(8, 1, 4)
+    raw = copy.deepcopy(model)
+    raw(x).pow(2).mean().backward()
+    model, optimizer = lite.setup(model, torch.optim.SGD(model.parameters(), lr=1.0))
+    before = [whole(p).clone() for p in model.parameters()]
+    lite.backward(model(x).pow(2).mean())
+    optimizer.step()
+    steps = torch.cat([(b - whole(p)).flatten() for b, p in zip(before, model.parameters(), strict=True)])
+    wanted = torch.cat([p.grad.flatten() for p in raw.parameters()])
+    statistics = (raw.first[1].running_mean - model.first[1].running_mean).abs().max()
+    lite.teardown()
+    return (steps - wanted).norm().item() / wanted.norm().item(), statistics.item()
 
 
 @pytest.mark.parametrize("name", ["32-true", "64-true", "bf16-mixed", "16-mixed", "bf16-true"])
@@ -413,3 +451,53 @@ def test_precision_strings(name: str) -> None:
         assert facts["computed"] == computed
         assert facts["state"] == {kept}
         assert facts["output"] == facts["loss"] == (torch.float64 if "64" in name else torch.float32)
+        if "mixed" in name:  # bfloat16 keeps 8 bits
+            assert facts["mixture"][0] < 2e-2 and facts["mixture"][1] < 2e-3
+
+
+class Chosen(nn.Module):
+    """Runs one of two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+
+    def forward(self, x: torch.Tensor, number: int) -> torch.Tensor:
+        return self.layers[number](x)
+
+
+def skipping() -> str:
+    """Each rank runs another layer, where collectives are compared."""
+    os.environ["LITE_DEBUG"] = "1"
+    try:
+        lite = start()
+        model = lite.setup(Chosen())
+        lite.backward(model(torch.ones(1, 2), 0).sum())
+        loss = model(torch.ones(1, 2), lite.global_rank).sum()
+        return told(lambda: lite.backward(loss))
+    finally:
+        del os.environ["LITE_DEBUG"]
+        torch.distributed.set_debug_level(torch.distributed.DebugLevel.OFF)
+
+
+def test_lite_debug_notices_ranks_that_run_other_layers() -> None:
+    """torch puts together what is of one shape, whatever it is."""
+    for text in run_distributed(skipping):
+        assert "rank 1 ran 'layers.1' where rank 0 ran 'layers.0'" in text
+
+
+def smallest_and_largest() -> list[float]:
+    lite = start(precision="64-true")
+    model = nn.Sequential(nn.Linear(3, 1), nn.PReLU())
+    model, optimizer = lite.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    lite.backward(model(torch.arange(6.0).reshape(2, 3)).sum())
+    norms = [lite.clip_gradients(model, optimizer, max_norm=1e9, norm_type=p).item() for p in (float("inf"), 2.0)]
+    largest = max(whole(p.grad).abs().max().item() for p in model.parameters())
+    square = sum(whole(p.grad).pow(2).sum().item() for p in model.parameters())
+    return [*norms, largest, square**0.5]
+
+
+def test_norms_of_parameters_with_fewer_rows_than_ranks() -> None:
+    """A rank has nothing of them."""
+    for largest, norm, *wanted in run_distributed(smallest_and_largest):
+        assert [largest, norm] == pytest.approx(wanted, rel=1e-12)

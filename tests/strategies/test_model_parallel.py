@@ -100,6 +100,10 @@ def another(model: nn.Module, mesh: Any) -> nn.Module:
     return nn.Linear(2, 2)
 
 
+def nothing(model: nn.Module, mesh: Any) -> None:
+    """Splits none of it."""
+
+
 def misuse() -> dict[str, Any]:
     facts: dict[str, Any] = {}
     lite = start()
@@ -111,6 +115,10 @@ def misuse() -> dict[str, Any]:
     facts["heads by a function"] = told(lambda: lite.setup(model))
     lite = start(parallelize=another)
     facts["another model"] = told(lambda: lite.setup(model))
+    lite = start(parallelize=nothing)
+    facts["nothing"] = told(lambda: lite.setup(model))
+    lite = start(parallelize={"blocks.*.q": ColwiseParallel(), "norm": ColwiseParallel()})
+    facts["style"] = told(lambda: lite.setup(model))
     lite = start(parallelize={"head": RowwiseParallel(), "tokens": RowwiseParallel()})
     tied = TinyGPT(tied=True)
     facts["tied"] = told(lambda: lite.setup(tied))
@@ -135,6 +143,8 @@ def test_misuse_is_refused_with_the_remedy() -> None:
         "typo": "parallelize has the key 'block.*.q', which matches no layer of TinyGPT; did you mean 'blocks.*.q'?",
         "heads by a function": "tensor_parallel=2 does not divide the 1 heads",
         "another model": "returned another model",
+        "nothing": "has split no parameter",
+        "style": "parallelize['norm']=ColwiseParallel() is for Linear and Embedding layers, and 'norm' is a LayerNorm",
         "tied": "which are one parameter (tied weights), in different ways",
         "foreach": "leave foreach out",
         "fused": "leave fused out",

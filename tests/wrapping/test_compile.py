@@ -128,3 +128,19 @@ def test_compiling_costs_no_graph_and_no_break(strategy: str) -> None:
             assert mine["gradients"].keys() == expected.keys()
             for key, wanted in expected.items():
                 torch.testing.assert_close(mine["gradients"][key], wanted, rtol=0, atol=0, msg=f"{name} {key}")
+
+
+def test_what_compile_returns_stands_for_the_model() -> None:
+    """In every call that takes one."""
+    lite = Lite(accelerator="cpu")
+    model = nn.Linear(3, 1)
+    model, optimizer = lite.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    call = torch.compile(model, backend="eager")
+    window, ema = lite.accumulate(call, steps=2), lite.ema(call)
+    for _ in range(2):
+        with window(), lite.no_backward_sync(call, enabled=False):
+            lite.backward(call(torch.ones(2, 3)).sum(), model=call)
+    lite.clip_gradients(call, optimizer, max_norm=1.0)
+    optimizer.step()
+    ema.update()
+    assert window.ready and ema.num_updates == 1
