@@ -120,8 +120,7 @@ class Resumable:
         self._begun_at = 0
         self._damaged: set[str] = set()
         self._loaders = [value for value in state.values() if hasattr(value, "go_on_under")]
-        self._counting = self._loaders  # without those that are gone through over several epochs
-        self._begun: list[int] = []  # passes over each of these as the epoch began
+        self._begun: list[int] = []  # passes over each of them as the epoch began
         self._steps_within = self._steps_after = 0  # of this epoch: while a pass was under way, and with none
         self._cuts: list[int] = []  # batches that each had given out at the newest step
         self._warned_of_cut = False
@@ -157,9 +156,9 @@ class Resumable:
             self._random_state = None
         any_left = self.epoch < count
         while self.epoch < count:
-            # A pass that is under way as an epoch begins is one over several epochs.
-            self._counting = [loader for loader in self._loaders if not loader.is_held()]
-            self._begun = [loader.progress()[0] - loader.progress()[1] for loader in self._counting]
+            for loader in self._loaders:
+                loader.note_epoch()
+            self._begun = [loader.progress()[0] - loader.progress()[1] for loader in self._loaders]
             self._steps_within = self._steps_after = 0
             yield self.epoch
             if self._agreement.agreed is not None:
@@ -249,11 +248,14 @@ class Resumable:
         return not self._pass_is_under_way() and self._a_pass_has_ended()
 
     def _a_pass_has_ended(self) -> bool:
-        now = [loader.progress() for loader in self._counting]
-        return any(begun - open > before for (begun, open), before in zip(now, self._begun, strict=False))
+        now = [(loader, *loader.progress()) for loader in self._loaders]
+        return any(
+            begun - is_open > before and not loader.is_beside
+            for (loader, begun, is_open), before in zip(now, self._begun, strict=False)
+        )
 
     def _pass_is_under_way(self) -> bool:
-        return any(loader.progress()[1] for loader in self._counting)
+        return any(loader.progress()[1] and not loader.is_beside for loader in self._loaders)
 
     # ---- saving
 

@@ -404,6 +404,30 @@ def test_a_loader_beside_the_epochs_own_goes_on_too(tmp_path: Path, when: str) -
         assert beside(folder, when, stop_after) + beside(folder, when) == whole
 
 
+def test_an_iterator_that_was_left_and_is_still_held_is_none_beside(tmp_path: Path) -> None:
+    """The next epoch's pass over the loader ends that epoch."""
+
+    def train(stop_after: int | None = None) -> list[Any]:
+        lite = Lite(accelerator="cpu")
+        loader = lite.setup_dataloaders(DataLoader(torch.arange(16.0), batch_size=4))
+        run = lite.resumable({"loader": loader}, tmp_path, signals=())
+        seen: list[Any] = []
+        for epoch in run.epochs(3):
+            batches = iter(loader)
+            for batch in batches:
+                seen.append([epoch, batch[0].item()])
+                if epoch == 0 and loader.batches_done == 2:
+                    break
+            if epoch == stop_after:
+                run.save()
+                run.close()
+                return seen
+        return seen
+
+    assert train(stop_after=1) == [[0, 0], [0, 4], [1, 0], [1, 4], [1, 8], [1, 12]]
+    assert train() == [[2, 0], [2, 4], [2, 8], [2, 12]]
+
+
 def test_a_step_after_the_loop_ends_an_epoch_whatever_goes_on_beside(tmp_path: Path) -> None:
     """With a loader in the state that is in mid-pass."""
     whole = beside(tmp_path / "whole", "per epoch")

@@ -11,6 +11,7 @@ import logging
 import os
 import pickle
 import re
+import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,16 +37,17 @@ def save_file(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
     """
     storage, target, _ = locate(path)
     check_is_no_folder(path)
+    before = sys.exc_info()[1]  # what the user is handling, a rescue
     try:
         # A local file gets a path: torch's own writer then needs no interpreter lock while it writes.
         with storage.replace(target) as sink, _checksums():
             torch.save(content, sink)
     except Exception as error:
         # torch's writer is still held by the frames that the errors came through, and its open file fills the disk.
-        for one in _chain(error):
+        for one in _chain(error, before):
             traceback.clear_frames(one.__traceback__)
         raise CheckpointError(
-            f"path={str(path)!r} could not be written: {reason(error)}; what it held before is unharmed."
+            f"path={str(path)!r} could not be written: {reason(error, before)}; what it held before is unharmed."
         ) from error
 
 
@@ -166,9 +168,14 @@ def _without_advice(text: str) -> str:
     return rest or "its format is one that only code could read"
 
 
-def reason(error: BaseException) -> str:
-    """The operating system's word where there is one: torch's writer reports a failed write by its own, later error."""
-    for one in _chain(error):
+def reason(error: BaseException, before: BaseException | None = None) -> str:
+    """The operating system's word where there is one: torch's writer reports a failed write by its own, later error.
+
+    Args:
+        error: What was raised.
+        before: What was being handled already, and is no reason for it.
+    """
+    for one in _chain(error, before):
         if isinstance(one, OSError):
             return str(one)
     if "inline_container" in str(error) and "unexpected pos" in str(error):  # so in torch 2.13, without errno
@@ -176,10 +183,10 @@ def reason(error: BaseException) -> str:
     return str(error) or type(error).__name__
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    """The error and those that it came of."""
+def _chain(error: BaseException, before: BaseException | None = None) -> Iterator[BaseException]:
+    """The error and those that it came of, up to one that was there before."""
     seen: BaseException | None = error
-    while seen is not None:
+    while seen is not None and seen is not before:
         yield seen
         seen = seen.__cause__ or seen.__context__
 

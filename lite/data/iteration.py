@@ -39,6 +39,9 @@ class Iteration:
         weight: Told what each batch counts, as it is given out.
         sync: Returns rank 0's object on every rank.
         shard: This rank's part.
+
+    Attributes:
+        is_beside: The pass under way is one over several epochs of a run, beside the epochs' own.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class Iteration:
         self._moment: Moment | None = None  # the random state of the moment from which that pass goes on
         self._pass: Pass | None = None  # the newest one
         self._iterator: weakref.ref[Any] | None = None  # what gives out its batches
+        self.is_beside = False
         self.epoch = 0
 
     # ---- a pass
@@ -78,6 +82,8 @@ class Iteration:
         self._weight.filler_pending = False
         if self._weight.outer() is None:
             self._weight.clear()
+        if self._pass is not None and not self._pass.finished:
+            self.is_beside = False  # that pass was left, and this one begins in its place
         current, self._next = self._next or self._fresh_pass(), None
         if self._moment is not None:
             self._moment.restore()
@@ -175,6 +181,10 @@ class Iteration:
         """Passes begun so far, and whether one is under way."""
         current = self._next or self._pass
         return self.epoch, current is not None and not current.finished
+
+    def note_epoch(self) -> None:
+        """An epoch of a run begins; a pass that somebody goes on with is none of it."""
+        self.is_beside = self.is_held()
 
     def is_held(self, *, unread: bool = False) -> bool:
         """Whether somebody holds the iterator of a pass that is under way; `unread`: and was given no batch of it."""

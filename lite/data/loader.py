@@ -202,6 +202,8 @@ def _give_iteration(loader: DataLoader[Any], iteration: Iteration, shard: Shard,
         body.update(load_state_dict=load_state_dict, go_on_under=go_on_under)
         body["batches_done"] = property(lambda self: iteration.batches_done)
         body["progress"] = lambda self: iteration.progress()
+        body["note_epoch"] = lambda self: iteration.note_epoch()
+        body["is_beside"] = property(lambda self: iteration.is_beside)
         body["is_held"] = lambda self, unread=False: iteration.is_held(unread=unread)
         body["state_is_per_rank"] = iteration.per_rank
     disguise(loader, body)

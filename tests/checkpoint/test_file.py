@@ -195,6 +195,27 @@ def test_a_failed_save_gives_its_disk_space_back(tmp_path: Path, async_save: boo
     assert lite.load(tmp_path / "a.ckpt") == {"n": 1}
 
 
+def test_a_failed_rescue_leaves_what_is_being_handled_alone(tmp_path: Path) -> None:
+    """Its frames, and its own reason."""
+    lite = Lite(accelerator="cpu")
+    target = tmp_path / "file" / "a.ckpt"
+    (tmp_path / "file").write_text("no folder")
+
+    def fail() -> None:
+        important = {"kept": 1}
+        raise OSError(f"the database is down, {len(important)}")
+
+    with pytest.raises(CheckpointError, match="could not be written") as caught:
+        try:
+            fail()
+        except OSError as error:
+            handled = error
+            lite.save(target, {"n": 1})
+    assert "database" not in str(caught.value)
+    frame = handled.__traceback__.tb_next.tb_frame  # type: ignore[union-attr]
+    assert frame.f_locals["important"] == {"kept": 1}
+
+
 def test_the_file_has_checksums_also_where_torch_was_told_to_leave_them_out(tmp_path: Path) -> None:
     """`set_crc32_options(False)` is for the user's own files."""
     if not hasattr(torch.serialization, "set_crc32_options"):
