@@ -174,6 +174,9 @@ def whole_batches() -> list[int]:
             assert len(both[0]) == len(both[1]) == len(five)
             gathered.extend(both[0].tolist())
     assert len(lite.gather_for_metrics([torch.ones(4)] * 5)) == 5 * lite.world_size  # no batch to compare it with
+    for _ in lite.setup_dataloaders(DataLoader(range(22), batch_size=4)):
+        break
+    assert len(lite.gather_for_metrics(["a", "b", "c"])) == 3 * lite.world_size
     return gathered
 
 

@@ -24,6 +24,7 @@ _REPLACED = (
     "same batches; begin it anew, by iter(loader) or another for loop, after lite.load, and within run.epochs where a "
     "batch was taken from it before."
 )
+Size = Callable[[], int | None]
 
 
 class Delivery:
@@ -95,7 +96,8 @@ class Delivery:
     def around(self, batches: Iterator[Any], current: Pass) -> Iterator[Any]:
         """Give out batches in place, with their weights told, and count them."""
         sampler = None if self.own_iter else self._sampler  # such a class may read ahead of the loop
-        self._weight.ask_size = _size_of_newest(sampler, current) if sampler is not None else None
+        size_before = self._weight.ask_size
+        self._weight.ask_size = size = _size_of_newest(sampler, current) if sampler is not None else None
         if self._strided:
             batches = self._unpack(batches, current)
         elif self._tracker is not None:
@@ -104,9 +106,13 @@ class Delivery:
             batches = self._compare(batches)
         if self._device is not None:
             batches = self._move(batches, self._device)
-        if self.sliced or self._strided:
-            return self._weigh(batches, current)
-        return self._count(batches, current)
+        give_out = self._weigh if self.sliced or self._strided else self._count
+        return give_out(batches, current, size, size_before)
+
+    def _forget(self, size: Size | None, before: Size | None) -> None:
+        """The loop has ended or was left: the current batch is that of the loop around, if there is one."""
+        if self._weight.ask_size is size:
+            self._weight.ask_size = before
 
     def _started(self, batches: Iterator[Any], current: Pass) -> Iterator[Any]:
         """The same batches; a class that iterates in a generator starts its sampler only as the first is asked for."""
@@ -123,15 +129,18 @@ class Delivery:
             )
         return chain(first, batches)
 
-    def _count(self, batches: Iterator[Any], current: Pass) -> Iterator[Any]:
-        for batch in self._started(batches, current):
-            if current.replaced:
-                raise UsageError(_REPLACED)
-            current.consumed += 1
-            yield batch
+    def _count(self, batches: Iterator[Any], current: Pass, size: Size | None, before: Size | None) -> Iterator[Any]:
+        try:
+            for batch in self._started(batches, current):
+                if current.replaced:
+                    raise UsageError(_REPLACED)
+                current.consumed += 1
+                yield batch
+        finally:
+            self._forget(size, before)
         current.finished = True
 
-    def _weigh(self, batches: Iterator[Any], current: Pass) -> Iterator[Any]:
+    def _weigh(self, batches: Iterator[Any], current: Pass, size: Size | None, before: Size | None) -> Iterator[Any]:
         weight, tell = self._weight, self.sliced and not self.own_iter
         outer = weight.outer()
         try:
@@ -147,6 +156,8 @@ class Delivery:
             if outer is not None:
                 weight.back_to(outer)
             raise
+        finally:
+            self._forget(size, before)
         weight.end(bool(current.ragged) and current.ahead)
         if outer is not None:
             weight.back_to(outer)
