@@ -9,12 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from lite.disguise import disguise
 from lite.errors import ConfigError, MissingExtraError
 from lite.precision.exchanged import ExchangedLayers, Wanted
 from lite.precision.fp8 import check_multiplies_8_bits
 
 MakeContext = Callable[[], AbstractContextManager[Any]]
 _MULTIPLE = 16  # of a matrix's sizes, that the 8-bit product wants
+# What its layers add to a state dict beside their parameters is a history, which is empty here.
+_WITHOUT_EXTRA_STATE = {"get_extra_state": nn.Module.get_extra_state, "set_extra_state": nn.Module.set_extra_state}
 
 
 class TransformerEnginePrecision(ExchangedLayers):
@@ -61,7 +64,6 @@ class TransformerEnginePrecision(ExchangedLayers):
         return _Both(super().autocast, self._in_8_bits)
 
     def exchange(self, module: nn.Module, chosen: set[str]) -> None:
-        kind = _without_extra_state(self._layers.Linear)
         made: dict[int, nn.Module] = {}
         for name in sorted(chosen):
             layer: Any = module.get_submodule(name)
@@ -69,9 +71,13 @@ class TransformerEnginePrecision(ExchangedLayers):
             if id(layer) not in made:
                 shape = (layer.in_features, layer.out_features)
                 dtype = layer.weight.dtype
-                new = kind(*shape, bias=layer.bias is not None, params_dtype=dtype, device="meta")
+                new = self._layers.Linear(*shape, bias=layer.bias is not None, params_dtype=dtype, device="meta")
                 new.train(layer.training)
                 new._parameters.update(layer._parameters)
+                for hooks, table in vars(layer).items():
+                    if hooks.startswith(("_forward_", "_backward_")):
+                        new.__dict__[hooks] = table
+                disguise(new, _WITHOUT_EXTRA_STATE)
                 made[id(layer)] = new
             module.get_submodule(parent)._modules[key] = made[id(layer)]
 
@@ -104,12 +110,6 @@ class _Both:
 
     def __exit__(self, *error: Any) -> bool | None:
         return self._open.pop().__exit__(*error)
-
-
-def _without_extra_state(kind: type[nn.Module]) -> type[nn.Module]:
-    """The layer without what it adds to a state dict beside its parameters: without a history that is empty."""
-    body = {"get_extra_state": nn.Module.get_extra_state, "set_extra_state": nn.Module.set_extra_state}
-    return type(kind.__name__, (kind,), body)
 
 
 def _engine() -> Any:

@@ -239,7 +239,10 @@ def test_transformer_engines_layers_take_the_same_parameters(tmp_path: Path, mon
             TransformerEnginePrecision("cuda", DelayedScaling())
         precision = TransformerEnginePrecision("cuda")
         shared = nn.Linear(16, 16, bias=False)
+        own = torch.nn.utils.parametrizations.weight_norm(nn.Linear(16, 16))
         model = nn.Sequential(nn.Linear(16, 16), shared, nn.Sequential(shared, nn.Linear(16, 3))).eval()
+        hooked: list[int] = []
+        model[0].register_forward_hook(lambda *unused: hooked.append(1))
         parameters, state = list(model.parameters()), model.state_dict()
         x = torch.randn(4, 16)
         wanted = model(x)
@@ -254,6 +257,9 @@ def test_transformer_engines_layers_take_the_same_parameters(tmp_path: Path, mon
             with around:
                 assert torch.equal(model(x), wanted)
         assert seen == ["Float8CurrentScaling"] * 6
+        assert len(hooked) == 3
+        with pytest.raises(ConfigError, match="multiples of 16"):
+            precision.convert_module(nn.Sequential(own))
         precision.release_module(model)
         assert model[1] is shared and isinstance(model[0], nn.Linear)
         for name in [key for key in sys.modules if key.startswith("transformer_engine")]:
