@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_flatten, tree_is_leaf, tree_unflatten
 
-PACKED = "_packed_by_lite"  # an attribute of parameters
 _LEAVES = (type(None), bool, int, float, str)
 
 
@@ -144,8 +144,8 @@ class Uncast(Precision):
 
 
 def is_packed(tensor: Tensor) -> bool:
-    """Whether it is a frozen parameter whose values a precision keeps in a form of its own, alike on all ranks."""
-    return getattr(tensor, PACKED, False)
+    """Whether it is a frozen parameter whose values are kept in a form of its own, which collectives don't send."""
+    return not tensor.requires_grad and is_traceable_wrapper_subclass(tensor) and not hasattr(tensor, "device_mesh")
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lite import collectives
 from lite.errors import ConfigError, MissingExtraError
-from lite.precision.base import PACKED, Precision
+from lite.precision.base import Precision
 
 
 class FrozenPrecision(Precision):
@@ -126,7 +126,6 @@ class _Int8:
     def pack(self, raw: nn.Linear) -> nn.Module:
         self._quantize(raw, self._config())
         raw.weight.requires_grad_(False)
-        setattr(raw.weight, PACKED, True)
         return raw
 
     def unpack(self, layer: nn.Module) -> Tensor:

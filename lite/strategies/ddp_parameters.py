@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+import zlib
 from collections.abc import Callable
 from operator import attrgetter
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lite import collectives
 from lite.errors import UsageError, some
 from lite.precision.base import is_packed
 from lite.strategies.comm_hooks import Register
@@ -41,6 +43,7 @@ class Averaged:
         self._options = options
         self.ignored: set[str] = set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
         self.packed = {name for name, p in module.named_parameters() if is_packed(p)}
+        _check_alike({name: p for name, p in module.named_parameters() if name in self.packed})
         self.names = {id(p): name for name, p in module.named_parameters()}
         self._parameters = self._first = list(module.parameters())  # kept, so that no id is given to another one
         self._tables = Tables(module)
@@ -142,6 +145,28 @@ class Averaged:
                 dist.broadcast(sent.view(-1).view(torch.uint8), src=0)
                 if sent.data_ptr() != tensor.data_ptr():
                     tensor.detach().copy_(sent)
+
+
+def _check_alike(packed: dict[str, Any]) -> None:
+    """Refuse packed parameters that differ between ranks. Collective where there are some.
+
+    Raises:
+        UsageError: (on all ranks) One does.
+    """
+    if not packed:
+        return
+    sums = {}
+    for name, parameter in packed.items():
+        parts = [getattr(parameter, part) for part in parameter.__tensor_flatten__()[0]]
+        sums[name] = [zlib.crc32(part.detach().cpu().contiguous().view(torch.uint8).numpy()) for part in parts]
+    for rank, theirs in enumerate(collectives.all_gather_objects(sums)):
+        differs = [name for name in sums if theirs.get(name) != sums[name]]
+        if differs:
+            raise UsageError(
+                f"{some(differs)} of rank {rank} differs from this rank's, and weights that are packed already can't "
+                "be sent from rank 0; make or load them alike on all ranks, or let lite pack them: "
+                "precision='int8-frozen'."
+            )
 
 
 class _Adapter(nn.Module):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lite import ConfigError, Lite, MissingExtraError
+from lite import ConfigError, Lite, MissingExtraError, UsageError
 from lite.accelerators import DeviceProbe
 from lite.plan import resolve
 from lite.precision import Precision, make_precision
@@ -112,6 +112,26 @@ def test_ranks_have_the_same_model(name: str, strategy: str) -> None:
     assert losses[-1] + others[-1] < 0.8 * (losses[0] + others[0])
     assert all(map(torch.equal, mine, theirs))
     assert kinds == ["Linear"] * 3
+
+
+def pack_apart() -> str:
+    """Packed by the user, from weights of each rank's own making."""
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    lite = Lite(accelerator="cpu", strategy="ddp")
+    torch.manual_seed(lite.global_rank)
+    model = Adapted()
+    quantize_(model, Int8WeightOnlyConfig(), filter_fn=lambda part, name: name == "base")
+    with pytest.raises(UsageError) as caught:
+        lite.setup(model)
+    return str(caught.value)
+
+
+def test_packed_weights_that_differ_are_refused() -> None:
+    """They can't be sent."""
+    pytest.importorskip("torchao")
+    for text in run_distributed(pack_apart):
+        assert "base.weight" in text and "precision='int8-frozen'" in text
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "pipeline"])
