@@ -549,6 +549,8 @@ def test_wrong_arguments_are_refused(tmp_path: Path) -> None:
     assert warned[0].filename == __file__
     with pytest.raises(ConfigError, match="without the name 'resumable'"):
         lite.resumable({"resumable": 1}, tmp_path, signals=())
+    with pytest.raises(ConfigError, match=r"folder=\{'n': 1\} is no path; the state comes first"):
+        lite.resumable(tmp_path, {"n": 1}, signals=())  # type: ignore[arg-type]
 
 
 def stopped(folder: str, how: str, rank: int) -> tuple[Any, int, list[str]]:

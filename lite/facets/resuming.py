@@ -9,6 +9,7 @@ import weakref
 from collections.abc import MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from lite.errors import ConfigError, shown
 from lite.facets.checkpoints import Checkpoints
 from lite.facets.guards import Guards
 from lite.facets.ranks import BetweenRanks
@@ -87,6 +88,10 @@ class Resuming(BetweenRanks, Checkpoints, Guards):
         from lite.resumable import Resumable
 
         self._require_connected("resumable")
+        if not isinstance(folder, (str, os.PathLike)) or not os.fspath(folder):
+            raise ConfigError(
+                f"folder={shown(folder)} is no path; the state comes first: lite.resumable({{'model': model}}, 'run')."
+            )
         if signals is None:
             signals = DEFAULT_SIGNALS if threading.current_thread() is threading.main_thread() else ()
         agreement = self._stopping()
