@@ -31,6 +31,7 @@ VARIABLES = {
     "precision": "LITE_PRECISION",
 }
 _PREFIX = "LITE_"
+_OF_TRAINER = "LITE_TRAINER_"  # arguments of the Trainer, which looks at them by itself
 DEBUG_VARIABLE = "LITE_DEBUG"
 DEFAULTS: dict[str, Any] = {
     "accelerator": "auto",
@@ -197,7 +198,7 @@ def _warn_of_misspelt(environ: Mapping[str, str]) -> None:
     known = (*VARIABLES.values(), DEBUG_VARIABLE)
     bare = {name.removeprefix(_PREFIX): name for name in known}
     for name in environ:
-        if name.upper().startswith(_PREFIX) and name not in known:
+        if name.upper().startswith(_PREFIX) and not name.upper().startswith(_OF_TRAINER) and name not in known:
             near = difflib.get_close_matches(name.upper().removeprefix(_PREFIX), bare, n=1)
             if near:
                 warnings.warn(

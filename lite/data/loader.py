@@ -70,7 +70,7 @@ def setup_dataloader(
         raise ConfigError(
             f"use_distributed_sampler={use_distributed_sampler!r} is not known; use True, False or 'interleaved'."
         )
-    ready = _copy(loader)
+    ready = copied(loader)
     split = shard.world_size > 1 and bool(use_distributed_sampler)
     stream = isinstance(loader.dataset, IterableDataset)
     own_state = hasattr(type(loader), "state_dict")
@@ -133,7 +133,7 @@ def _itself(obj: Any) -> Any:
     return obj
 
 
-def _copy(loader: DataLoader[Any]) -> DataLoader[Any]:
+def copied(loader: DataLoader[Any]) -> DataLoader[Any]:
     """The same loader once more; what it was given is shared, a running iterator is not."""
     twin = object.__new__(type(loader))
     twin.__dict__.update(loader.__dict__)
@@ -144,7 +144,7 @@ def _copy(loader: DataLoader[Any]) -> DataLoader[Any]:
 
 def in_order(loader: DataLoader[Any]) -> DataLoader[Any]:
     """The same loader once more, with its dataset's items in their order; it has no batch sampler of the user's."""
-    twin = _copy(loader)
+    twin = copied(loader)
     sampler = SequentialSampler(loader.dataset)  # type: ignore[arg-type]
     twin.__dict__["sampler"] = sampler
     if loader.batch_sampler is not None:
@@ -221,7 +221,7 @@ def _strided_loader(loader: DataLoader[Any], shard: Shard) -> DataLoader[Any]:
             f"shard='stride' can't keep {type(loader).__name__}.__iter__; use a plain DataLoader, or split the dataset "
             "by rank and worker yourself and leave shard out."
         )
-    inner = _copy(loader)
+    inner = copied(loader)
     inner.__class__ = DataLoader
     dataset: Any = loader.dataset
     dataset = StridedStream(dataset, loader.batch_size, loader.drop_last, loader.collate_fn, shard)

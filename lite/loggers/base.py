@@ -32,6 +32,10 @@ class Logger(ABC):
     def flush(self) -> None:  # noqa: B027 - not every logger buffers
         """Write out what is buffered."""
 
+    def save(self) -> None:
+        """As `flush`, by Lightning's name."""
+        self.flush()
+
     def close(self) -> None:
         """Write everything and release what is open."""
         self.flush()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import difflib
 import functools
 import inspect
 import os
@@ -20,14 +21,17 @@ _PREFIXES = ("LITE_TRAINER_", "PL_TRAINER_")
 _REFUSED = {
     "tpu_cores": "accelerator='tpu' of another package",
     "ipus": "an accelerator of another package",
-    "amp_backend": "precision='16-mixed', which is torch's own",
     "amp_level": "precision='16-mixed', which is torch's own",
     "auto_select_gpus": "devices=N with CUDA_VISIBLE_DEVICES",
     "checkpoint_callback": "enable_checkpointing=...",
     "weights_summary": "callbacks=[ModelSummary(max_depth=...)]",
     "progress_bar_refresh_rate": "callbacks=[TQDMProgressBar(refresh_rate=...)]",
 }
+# In some version None stood for the default.
+_MAY_BE_NONE = {"accelerator", "strategy", "devices", "precision", "accumulate_grad_batches"}
+_TRANSLATED = {"gpus", "num_processes", "amp_backend", "replace_sampler_ddp", "resume_from_checkpoint"}
 _IGNORED = {"enable_autolog_hparams", "model_registry", "suggest_integrations"}
+_OLD = sorted({*_REFUSED, *_TRANSLATED, *_IGNORED, "move_metrics_to_cpu"})
 
 
 def settled(init: F) -> F:
@@ -41,7 +45,8 @@ def settled(init: F) -> F:
                 f"Trainer({args[0]!r}, ...): arguments have names here; write Trainer({names[0]}={args[0]!r}, ...)."
             )
         kwargs = translated(kwargs, names)
-        init(self, **{**from_environment(names, os.environ, kwargs), **kwargs})
+        found = from_environment([*names, *_OLD], os.environ, kwargs)
+        init(self, **{**translated(found, names), **kwargs})
 
     return settled_init  # type: ignore[return-value]
 
@@ -53,6 +58,14 @@ def from_environment(names: list[str], environ: Mapping[str, str], given: Mappin
         >>> from_environment(["max_epochs", "precision"], {"PL_TRAINER_MAX_EPOCHS": "3"}, {})
         {'max_epochs': 3}
     """
+    for variable in environ:
+        prefix = next((prefix for prefix in _PREFIXES if variable.startswith(prefix)), None)
+        if prefix is not None and (name := variable.removeprefix(prefix).lower()) not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f"; did you mean {prefix}{near[0].upper()}?" if near else "."
+            warnings.warn(
+                f"{variable}={environ[variable]} is no argument of the Trainer, and changes nothing{hint}", stacklevel=4
+            )
     found = {}
     for name in names:
         values = [environ[key] for prefix in _PREFIXES if environ.get(key := prefix + name.upper())]
@@ -74,18 +87,22 @@ def translated(given: dict[str, Any], names: list[str]) -> dict[str, Any]:
     result = {}
     for name, value in given.items():
         if name in names:
-            result[name] = value
+            if value is not None or name not in _MAY_BE_NONE:
+                result[name] = value
         elif name in _IGNORED:
-            warnings.warn(f"Trainer({name}={value!r}) has no meaning here and is ignored.", stacklevel=4)
+            if value not in (None, True):
+                warnings.warn(f"Trainer({name}={value!r}) has no meaning here and is ignored.", stacklevel=4)
         elif name in _REFUSED:
             if value not in (None, False):
                 raise ConfigError(f"Trainer({name}={value!r}) is not supported; use {_REFUSED[name]}.")
+        elif name == "amp_backend":
+            if value not in (None, "native"):
+                raise ConfigError(f"Trainer({name}={value!r}) is not supported; use precision='16-mixed', torch's own.")
+            if value is not None:
+                _told(name, value, "precision='16-mixed' or 'bf16-mixed'; torch's own is the only one")
         elif name in ("gpus", "num_processes"):
             if value is not None:
-                accelerator = "cuda" if name == "gpus" else "cpu"
-                _told(name, value, f"accelerator={accelerator!r}, devices={value!r}")
-                result.setdefault("accelerator", accelerator)
-                result["devices"] = value
+                result.update(_devices_of(name, value, given))
         elif name == "replace_sampler_ddp":
             _told(name, value, f"use_distributed_sampler={value!r}")
             result["use_distributed_sampler"] = value
@@ -93,10 +110,27 @@ def translated(given: dict[str, Any], names: list[str]) -> dict[str, Any]:
             if value is not None:
                 raise ConfigError(f"Trainer({name}={value!r}): write trainer.fit(model, ckpt_path={value!r}).")
         elif name == "move_metrics_to_cpu":
-            warnings.warn(f"Trainer({name}={value!r}) is ignored: metrics are single numbers here.", stacklevel=4)
+            if value:
+                warnings.warn(f"Trainer({name}={value!r}) is ignored: metrics are single numbers here.", stacklevel=4)
         else:
             choose("Trainer's argument", name, [*names, *_REFUSED])
     return result
+
+
+def _devices_of(name: str, value: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What `gpus` and `num_processes` of older versions are now; gpus=0 was the CPU."""
+    accelerator = given.get("accelerator")
+    if name == "gpus" and value in (0, "0", [], ()):
+        _told(name, value, "accelerator='cpu'")
+        return {} if accelerator is not None else {"accelerator": "cpu"}
+    if name == "gpus" and accelerator == "cpu":
+        raise ConfigError(f"Trainer(accelerator='cpu', gpus={value!r}) contradict each other; leave gpus out.")
+    if name == "num_processes" and given.get("gpus"):
+        _told(name, value, f"devices={given['gpus']!r}; gpus says how many processes there are")
+        return {}
+    kind = accelerator or ("cuda" if name == "gpus" else "cpu")
+    _told(name, value, f"accelerator={kind!r}, devices={value!r}")
+    return {"accelerator": kind, "devices": value}
 
 
 def _told(name: str, value: Any, new: str) -> None:
@@ -152,6 +186,17 @@ def clipping(value: Any, algorithm: Any) -> None:
         raise ConfigError(f"gradient_clip_val={value!r} must be a number.")
     if algorithm is not None:
         choose("gradient_clip_algorithm", algorithm, ["norm", "value"])
+
+
+def norm_type(value: Any) -> float | None:
+    """The p of the norms that track_grad_norm asks for; None for none."""
+    try:
+        found = float(value)
+    except (TypeError, ValueError):
+        found = 0.0
+    if isinstance(value, bool) or not (found > 0 or found == -1):
+        raise ConfigError(f"track_grad_norm={value!r} must be a number above 0, 'inf', or -1 for none.")
+    return None if found == -1 else found
 
 
 def epochs_and_steps(

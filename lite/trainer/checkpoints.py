@@ -18,23 +18,33 @@ class Checkpoints(View):
 
     ckpt_path: str | None
 
-    def save_checkpoint(self, path: str | os.PathLike[str], weights_only: bool = False) -> None:
+    def save_checkpoint(
+        self, path: str | os.PathLike[str], weights_only: bool = False, storage_options: Any = None
+    ) -> None:
         """Write a checkpoint, whole or not at all. Collective: call on all ranks, also where rank 0 alone writes.
 
         Args:
             path: A file ("x.ckpt"); without a suffix a directory that every rank writes its part of. URLs too.
             weights_only: Leave out what only a resumed training needs.
+            storage_options: None; how a URL is reached is said by fsspec's own settings.
         """
+        if storage_options is not None:
+            raise ConfigError(
+                f"save_checkpoint(storage_options={storage_options!r}) is not supported; put options of a storage into "
+                "fsspec's configuration (fsspec.config.conf, or FSSPEC_<PROTOCOL>_<OPTION> in the environment)."
+            )
         if self.module is None:
             raise UsageError("save_checkpoint: there is no model yet; call fit, validate, test or predict first.")
         self.lite.save(path, checkpointing.dump(self, weights_only), rng=False)
 
-    def _read_for_fit(self, ckpt_path: str | os.PathLike[str] | None) -> dict[str, Any] | None:
+    def _read_for_fit(
+        self, ckpt_path: str | os.PathLike[str] | None, weights_only: bool | None
+    ) -> dict[str, Any] | None:
         self.ckpt_path = self._find_checkpoint(ckpt_path, fitting=True)
         if self.ckpt_path is None:
             return None
         with foreign_globals():
-            content: dict[str, Any] = self.lite.load(self.ckpt_path)
+            content: dict[str, Any] = self.lite.load(self.ckpt_path, weights_only=weights_only is not False)
         return content
 
     def _find_checkpoint(self, given: Any, *, fitting: bool) -> str | None:

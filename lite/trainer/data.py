@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
-from lite.data.loader import in_order
+from lite.data.loader import copied, in_order
 from lite.errors import ConfigError
 from lite.trainer.combined import CombinedLoader
 from lite.trainer.datamodule import LightningDataModule
@@ -31,6 +31,7 @@ class StageData:
         names: Of evaluation loaders that were given as a dict.
         move: Moves a batch, where loaders don't; None where they do.
         combined: Training draws from several loaders together.
+        sources: What the user gave, each with what was made of it.
     """
 
     loaders: list[Any] = field(default_factory=list)
@@ -38,6 +39,7 @@ class StageData:
     names: list[str] | None = None
     move: Move | None = None
     combined: bool = False
+    sources: list[tuple[Any, Any]] = field(default_factory=list)
 
     @property
     def num_batches(self) -> float:
@@ -90,17 +92,18 @@ def find_move(lite: Any, module: Any, datamodule: Any) -> Move | None:
     return move
 
 
-def make_ready(lite: Any, loader: Any, *, use_distributed_sampler: Any, moves: bool, whole: bool = False) -> Any:
-    """The loader as Lite splits it; other iterables, and loaders that Lite has prepared before, stay as they are."""
+def make_ready(lite: Any, loader: Any, *, use_distributed_sampler: Any, moves: bool) -> Any:
+    """The loader as Lite splits it; other iterables, and loaders that Lite has prepared before, stay as they are.
+
+    Lite gets a copy, so that the same loader may serve for training and validation, or twice in a list.
+    """
     if not isinstance(loader, DataLoader):
         if not hasattr(loader, "__iter__"):
             raise ConfigError(f"{loader!r:.80} was given as a loader, but can't be iterated over.")
         return loader
     if hasattr(loader, "go_on_under"):  # from lite.setup_dataloaders
         return loader
-    if whole:
-        use_distributed_sampler = False
-    return lite.setup_dataloaders(loader, use_distributed_sampler=use_distributed_sampler, move_to_device=moves)
+    return lite.setup_dataloaders(copied(loader), use_distributed_sampler=use_distributed_sampler, move_to_device=moves)
 
 
 def train_data(
@@ -112,8 +115,9 @@ def train_data(
     mode: str = "max_size_cycle",
     overfit: int | float = 0.0,
     use_distributed_sampler: Any = True,
+    before: StageData | None = None,
 ) -> StageData:
-    """Training's loader, or several drawn from together."""
+    """Training's loader, or several drawn from together; those that `before` has too go on as they are."""
     combined = raw
     if isinstance(raw, (Mapping, list, tuple)) and not _is_data(raw):
         combined = CombinedLoader(raw, mode)
@@ -121,17 +125,23 @@ def train_data(
     if several and combined.mode == "sequential":
         raise ConfigError("training can't draw from a CombinedLoader with mode='sequential'; choose another mode.")
 
-    def ready(loader: Any) -> Any:
-        if overfit:
-            loader = without_shuffling(loader)
-        return make_ready(lite, loader, use_distributed_sampler=use_distributed_sampler, moves=move is None)
+    sources: list[tuple[Any, Any]] = []
+
+    def ready(raw: Any) -> Any:
+        made = _made_before(raw, before, sources)
+        if made is None:
+            loader = without_shuffling(raw) if overfit else raw
+            made = make_ready(lite, loader, use_distributed_sampler=use_distributed_sampler, moves=move is None)
+        sources.append((raw, made))
+        return made
 
     loader = combined.replaced(ready) if several else ready(combined)
     parts = loader.flattened if several else [loader]
     if move is None and lite.device.type != "cpu" and not all(isinstance(part, DataLoader) for part in parts):
         move = lambda batch, index: lite.to_device(batch)  # noqa: E731
     name = "overfit_batches" if overfit else "limit_train_batches"
-    return StageData([loader], [limit_batches(overfit or limit, length(loader), name)], None, move, several)
+    limits = [limit_batches(overfit or limit, length(loader), name)]
+    return StageData([loader], limits, None, move, several, sources)
 
 
 def eval_data(
@@ -143,17 +153,24 @@ def eval_data(
     move: Move | None,
     overfit: int | float = 0.0,
     use_distributed_sampler: Any = True,
+    before: StageData | None = None,
 ) -> StageData:
-    """Evaluation's loaders, one after another; a dict's keys name them."""
+    """Evaluation's loaders, one after another, or a CombinedLoader as one; a dict's keys name them.
+
+    Those that `before` has too go on as they are.
+    """
     if isinstance(raw, CombinedLoader):
-        if raw.mode != "sequential":
+        if raw.mode == "sequential":
+            raw = raw.iterables
+        elif lite.world_size > 1:
             raise ConfigError(
-                f"{stage} takes loaders one after another, but got a CombinedLoader with mode={raw.mode!r}; use "
-                "mode='sequential'."
+                f"on several processes {stage} counts each sample once, so it takes loaders one after another, and got "
+                f"a CombinedLoader with mode={raw.mode!r}; use mode='sequential'."
             )
-        raw = raw.iterables
     names = None
-    if isinstance(raw, Mapping):
+    if isinstance(raw, CombinedLoader):
+        loaders = [raw]
+    elif isinstance(raw, Mapping):
         names, loaders = [str(name) for name in raw], list(raw.values())
     elif isinstance(raw, (list, tuple)) and not _is_data(raw):
         loaders = list(raw)
@@ -165,20 +182,31 @@ def eval_data(
                 f"the loader for {stage} shuffles, so its batches differ from run to run; use shuffle=False.",
                 stacklevel=4,
             )
-    made = [
-        make_ready(
-            lite,
-            without_shuffling(loader) if overfit else loader,
-            use_distributed_sampler=use_distributed_sampler,
-            moves=move is None,
-        )
-        for loader in loaders
-    ]
+
+    def prepare(loader: Any) -> Any:
+        plain = without_shuffling(loader) if overfit else loader
+        return make_ready(lite, plain, use_distributed_sampler=use_distributed_sampler, moves=move is None)
+
+    sources: list[tuple[Any, Any]] = []
+    for loader in loaders:
+        ready = _made_before(loader, before, sources)
+        if ready is None:
+            ready = loader.replaced(prepare) if isinstance(loader, CombinedLoader) else prepare(loader)
+        sources.append((loader, ready))
+    made = [ready for _, ready in sources]
     if move is None and lite.device.type != "cpu" and not all(isinstance(loader, DataLoader) for loader in made):
         move = lambda batch, index: lite.to_device(batch)  # noqa: E731
     name = "overfit_batches" if overfit else f"limit_{'val' if stage == 'validate' else stage}_batches"
     limits = [limit_batches(overfit or limit, length(loader), name) for loader in made]
-    return StageData(made, limits, names, move)
+    return StageData(made, limits, names, move, sources=sources)
+
+
+def _made_before(raw: Any, before: StageData | None, taken: list[tuple[Any, Any]]) -> Any:
+    """What was made of the same loader before, and is not taken yet; None where there is nothing."""
+    for given, made in before.sources if before is not None else ():
+        if given is raw and not any(made is other for _, other in taken):
+            return made
+    return None
 
 
 def length(loader: Any) -> int | None:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from lite.trainer.hparams import HyperparametersMixin
+from lite.trainer.hparams import ClassAlone, HyperparametersMixin
 from lite.trainer.module_hooks import DataHooks
 
 D = TypeVar("D", bound="LightningDataModule")
@@ -104,3 +104,8 @@ class LightningDataModule(DataHooks, HyperparametersMixin):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "trainer": None}
+
+
+setattr(  # noqa: B010
+    LightningDataModule, "load_from_checkpoint", ClassAlone(vars(LightningDataModule)["load_from_checkpoint"].__func__)
+)

@@ -17,6 +17,7 @@ from lite.trainer.callbacks.model_checkpoint import ModelCheckpoint
 from lite.trainer.callbacks.model_summary import ModelSummary
 from lite.trainer.callbacks.progress_bar import ProgressBar, TQDMProgressBar
 from lite.trainer.callbacks.timer import Timer
+from lite.trainer.hooks import CALLBACKS_ALONE, SHARED
 
 _FOLDER = "lite_logs"
 
@@ -29,15 +30,18 @@ def assemble_callbacks(
     summary: bool | None,
     max_time: Any,
     accumulate: dict[int, int] | None,
+    every: int,
     fast_dev_run: bool,
     barebones: bool,
 ) -> list[Any]:
     """The user's callbacks and the Trainer's own.
 
     Raises:
-        ConfigError: A callback was passed that an argument switches off.
+        ConfigError: A callback was passed that an argument switches off, or something that is none.
     """
     callbacks = list(given) if isinstance(given, (list, tuple)) else [] if given is None else [given]
+    for callback in callbacks:
+        _check_callback(callback)
     if fast_dev_run:
         callbacks = [c for c in callbacks if not isinstance(c, (Checkpoint, EarlyStopping))]
     kinds: list[tuple[str, bool | None, type, Callable[[], Any]]] = [
@@ -47,9 +51,13 @@ def assemble_callbacks(
     ]
     if max_time is not None and not any(isinstance(c, Timer) for c in callbacks):
         callbacks.append(Timer(max_time))
+    accumulates = accumulate is not None or every > 1
+    if accumulates and any(isinstance(c, GradientAccumulationScheduler) for c in callbacks):
+        raise ConfigError(
+            f"accumulate_grad_batches={accumulate or every!r} contradicts the GradientAccumulationScheduler among the "
+            "callbacks; leave one out."
+        )
     if accumulate is not None:
-        if any(isinstance(c, GradientAccumulationScheduler) for c in callbacks):
-            raise ConfigError("accumulate_grad_batches is a dict, and a GradientAccumulationScheduler was passed too.")
         callbacks.append(GradientAccumulationScheduler(accumulate))
     for argument, wanted, kind, make in kinds:
         found = [c for c in callbacks if isinstance(c, kind)]
@@ -66,6 +74,18 @@ def assemble_callbacks(
         made = point.load()()
         callbacks.extend(made if isinstance(made, (list, tuple)) else [made])
     return callbacks
+
+
+def _check_callback(callback: Any) -> None:
+    """Refuse a class in an instance's place, and what has no hook at all.
+
+    Raises:
+        ConfigError: It is one of these.
+    """
+    if isinstance(callback, type):
+        raise ConfigError(f"callbacks has the class {callback.__name__}; pass an instance, {callback.__name__}(...).")
+    if not any(callable(getattr(callback, name, None)) for name in {**SHARED, **CALLBACKS_ALONE}):
+        raise ConfigError(f"callbacks has {callback!r:.80}, which is no callback: it has no hook such as on_train_end.")
 
 
 def assemble_loggers(given: Any, root: str) -> list[Logger]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -34,6 +35,12 @@ class Options(NamedTuple):
         pairs = zip(self._fields, self, before, strict=True)
         return ", ".join(f"{name}={new!r} instead of {old!r}" for name, new, old in pairs if new != old)
 
+    def amounts_to(self, before: Options) -> bool:
+        """Whether it is the same, with a function that was only made anew: a lambda within the call, or a partial."""
+        return self._replace(reduce_fx=None) == before._replace(reduce_fx=None) and _same_function(
+            self.reduce_fx, before.reduce_fx
+        )
+
     def plain(self) -> dict[str, Any]:
         """Plain values; a function of the user's is left out."""
         kind = reduce_kind(self.reduce_fx)
@@ -60,6 +67,14 @@ def reduce_kind(reduce_fx: Any) -> str:
     if callable(reduce_fx):
         return _FUNCTIONS.get(reduce_fx, "custom")
     raise ConfigError(f"log: reduce_fx={reduce_fx!r} is not known; use 'mean', 'sum', 'min', 'max' or a function.")
+
+
+def _same_function(one: Any, other: Any) -> bool:
+    """Whether two functions come from the same place in the source."""
+    if isinstance(one, partial) and isinstance(other, partial):
+        return _same_function(one.func, other.func) and (one.args, one.keywords) == (other.args, other.keywords)
+    code = getattr(one, "__code__", None)
+    return bool(one == other) or (code is not None and code is getattr(other, "__code__", None))
 
 
 def is_torchmetric(value: Any) -> bool:
@@ -103,6 +118,7 @@ class Entry:
         self.kind = kind
         self._sizes = sizes
         self._muted = muted
+        self._reduced: Any = None
         if muted:
             self.add = _ignore  # type: ignore[method-assign]
 
@@ -142,6 +158,16 @@ class Entry:
     def step_value(self) -> Tensor:
         """The newest value as a 0-dim tensor."""
         return as_scalar(self.value)
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the newest value is this rank's, and is to be reduced over all of them."""
+        return self.options.sync_dist and self.shares and (self._reduced is None or self.value is not self._reduced)
+
+    def take_step(self, value: Tensor) -> Tensor:
+        """Take all ranks' newest value in the place of this one's own."""
+        self.value = self._reduced = value
+        return value
 
     def reduce(self, values: Tensor) -> Tensor:
         """The key's reduction of several values."""

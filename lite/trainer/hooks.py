@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
 from lite.errors import ConfigError
+from lite.trainer.old import GONE_FROM_CALLBACKS
 
 Method = Callable[..., Any]
 
@@ -37,6 +39,8 @@ MODULE_ALONE: dict[str, int] = {
     "on_validation_model_zero_grad": 0,
     **{f"on_{stage}_model_{mode}": 0 for stage in _STAGES[1:] for mode in ("eval", "train")},
 }
+# How hooks begin, and people write them.
+_BEGINNINGS = tuple(f"on_{s}_" for s in (*_STAGES, "training", "val", "testing", "fit", "sanity", "before", "after"))
 # Called where they are needed, and in no table.
 CALLED_BY_NAME = {
     "on_save_checkpoint",
@@ -130,22 +134,51 @@ def fitted(method: Method, count: int) -> Method:
     return method
 
 
+def indexed(method: Method, index: int | None = 0, **more: Any) -> Method:
+    """An override, to be called in the present form: one of an older version has `optimizer_idx`, or some of `more`.
+
+    Example:
+        >>> indexed(lambda optimizer, optimizer_idx, closure: (optimizer_idx, closure))("sgd", "closure")
+        (0, 'closure')
+    """
+    names = list(inspect.signature(method).parameters)
+    named = {name: value for name, value in more.items() if name in names}
+    if "optimizer_idx" not in names:
+        return partial(method, **named) if named else method
+    place = names.index("optimizer_idx")
+
+    def call(*args: Any) -> Any:
+        if place < len(args):
+            return method(*args[:place], index, *args[place:], **named)
+        return method(*args, **named, optimizer_idx=index)
+
+    return call
+
+
 def check_names(owner: Any, known: Iterable[str]) -> None:
-    """Refuse an `on_...` method whose name is nearly a hook's.
+    """Refuse an `on_...` method whose name is nearly a hook's, and tell of one that only begins like hooks.
 
     Raises:
         ConfigError: There is one; the message has the hook's name.
     """
     names = set(known) | CALLED_BY_NAME
+    gone = set(GONE_FROM_CALLBACKS)
     for cls in type(owner).__mro__:
         if cls.__module__.startswith("torch.") or cls.__module__.startswith("lite."):
             continue
         for name, value in vars(cls).items():
-            if not name.startswith("on_") or name in names or not inspect.isfunction(value):
+            if not name.startswith("on_") or name in names or name in gone or not inspect.isfunction(value):
                 continue
             near = difflib.get_close_matches(name, names, n=1, cutoff=0.85)
             if near:
                 raise ConfigError(
                     f"{cls.__name__}.{name} is no hook, so nobody would call it; did you mean {near[0]!r}? Rename it, "
                     "or give it a name that doesn't begin with 'on_'."
+                )
+            if name.startswith(_BEGINNINGS):
+                near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
+                warnings.warn(
+                    f"{cls.__name__}.{name} begins like a hook and is none, so only you call it; the nearest is "
+                    f"{near[0]!r}.",
+                    stacklevel=6,
                 )

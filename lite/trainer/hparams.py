@@ -193,3 +193,20 @@ def _init_arguments(owner: Any, frame: types.FrameType | None) -> dict[str, Any]
         found.update(values)  # the subclass's word counts: it comes later
         frame = frame.f_back
     return found
+
+
+class ClassAlone(classmethod):  # type: ignore[type-arg]
+    """A class method that makes an instance: called on one, which would stay as it is, it raises TypeError."""
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        if instance is None:
+            return super().__get__(instance, owner)
+        name, call = type(instance).__name__, self.__func__.__name__
+
+        def refuse(*args: Any, **kwargs: Any) -> Any:
+            raise TypeError(
+                f"{call} was called on an instance of {name}, which would stay as it is: it returns a new one; write "
+                f"module = {name}.{call}(path)."
+            )
+
+        return refuse

@@ -38,7 +38,7 @@ def load_module_from_checkpoint(
         configure()
     module.on_load_checkpoint(checkpoint)
     wanted = module.strict_loading if strict is None else strict
-    report = restore_object(module, checkpoint["state_dict"], cls.__name__, strict=wanted)
+    report = restore_object(module, checkpoint["state_dict"], "state_dict", strict=wanted)
     if report.missing or report.unexpected:
         warnings.warn(f"not everything in checkpoint_path={str(path)!r} was loaded: {report}", stacklevel=3)
     return module if map_location is None or callable(map_location) else module.to(map_location)

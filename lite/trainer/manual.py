@@ -133,20 +133,32 @@ class Optimisation:
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Differentiate a loss; override it to do so in a way of your own."""
+        if args and (args[0] is None or isinstance(args[0], Optimizer)):  # (loss, optimizer, optimizer_idx), as in 1.8
+            args = args[2:]
         self._require_trainer("backward").lite.backward(loss, *args, **kwargs)
 
+    # Overrides may have the form of 1.8, with optimizer_idx, and hand it on to these.
     def optimizer_step(
-        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None, *older: Any, **named: Any
     ) -> None:
-        """Step; override it to skip steps or to change the rate, and call `optimizer.step(closure=...)` in it."""
+        """Step; override it to skip steps or to change the rate, and call `optimizer.step(closure=...)` in it.
+
+        `global_step` counts the step when this is over.
+        """
+        unknown = set(named) - {"optimizer_idx", "on_tpu", "using_native_amp", "using_lbfgs"}
+        if unknown:
+            raise TypeError(f"optimizer_step() got unexpected arguments {sorted(unknown)}")
+        if isinstance(optimizer_closure, int):
+            optimizer_closure = older[0] if older else None
         optimizer.step(closure=optimizer_closure)
 
-    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer, optimizer_idx: Any = None) -> None:
         """Drop the gradients before a window's first backward."""
         optimizer.zero_grad()
 
-    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+    def lr_scheduler_step(self, scheduler: Any, metric: Any, *older: Any) -> None:
         """Step a scheduler; `metric` is None where it monitors none."""
+        metric = older[0] if older else metric
         scheduler.step() if metric is None else scheduler.step(metric)
 
     def configure_gradient_clipping(
@@ -197,7 +209,7 @@ class Optimisation:
         found: Accumulation = trainer.fit_loop.epoch_loop.window_of(trainer, raw_optimizer(optimizer), steps)
         return found
 
-    def toggle_optimizer(self, optimizer: Any) -> None:
+    def toggle_optimizer(self, optimizer: Any, optimizer_idx: Any = None) -> None:
         """From now on only this optimizer's parameters want gradients, those that wanted them before."""
         if self._toggled is not None:
             raise UsageError("toggle_optimizer was called twice; call untoggle_optimizer in between.")

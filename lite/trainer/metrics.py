@@ -121,8 +121,11 @@ class Metrics:
             UsageError: Nothing can be logged here.
         """
         place = self.here
-        on_step, on_epoch = self._check(place, name, value, options)
         known = place.entries.get(name)
+        if known is not None and options.amounts_to(known.options):
+            known.options = options
+            return known
+        on_step, on_epoch = self._check(place, name, value, options)
         if known is not None:
             raise ConfigError(
                 f"log({name!r}) in {place.hook} came with other settings: {options.differing(known.options)}; "
@@ -214,6 +217,38 @@ class Metrics:
                     found[entry.step_name] = value
         return found
 
+    def agreed(self, name: str, *, own: bool = False) -> Any:
+        """A name's newest value, the same on all ranks; None where nobody has logged it. Collective.
+
+        A step's value with sync_dist=True is reduced over the ranks that have one; of others rank 0's counts, with a
+        warning where they differ. `own=True` leaves every rank its own of these.
+        """
+        mine = self.callback_metrics().get(name)
+        if self._world_size == 1:
+            return mine
+        steps = [e for _, e in self._of("train") if e.on_step and e.fresh and e.is_own]
+        entry = next((e for e in steps if name in (e.name, e.step_name)), None)
+        kind = None if entry is None else entry.kind
+        everyone = collectives.all_gather_objects((None if mine is None else float(mine), kind))
+        there = [value for value, _ in everyone if value is not None]
+        if not there:
+            return None
+        dtype = torch.float64 if mine is None else mine.dtype
+        if any(kind is not None for _, kind in everyone):
+            values = torch.tensor([value for value, kind in everyone if kind is not None], dtype=torch.float64)
+            if entry is None:  # this rank has not logged it; the others' function is not known here
+                kind = next(kind for _, kind in everyone if kind is not None)
+                return getattr(values, "mean" if kind == "custom" else kind)()
+            return entry.take_step(entry.reduce(values).to(dtype))
+        if own:
+            return mine
+        if any(value != there[0] and not (value != value and there[0] != there[0]) for value in there):
+            self._warn(
+                f"{name!r} differs between the ranks, and decides for all of them: rank 0's value counts; log it with "
+                "sync_dist=True."
+            )
+        return torch.tensor(there[0], dtype=dtype)
+
     def bar_metrics(self) -> Row:
         """What the progress bar shows, as tensors."""
         found = dict(self.bar)
@@ -233,13 +268,13 @@ class Metrics:
             if entry.on_step and entry.unwritten and entry.logger:
                 row[entry.step_name] = entry.step_value()
                 entry.unwritten = False
-                if entry.options.sync_dist:
+                if entry.is_own:
                     together[entry.step_name] = entry
         if together and self._world_size > 1:
             everyone = collectives.all_gather_objects({name: float(row[name]) for name in together})
             for name, entry in together.items():
                 values = torch.tensor([each[name] for each in everyone if name in each], dtype=torch.float64)
-                row[name] = entry.value = entry.reduce(values).to(torch.get_default_dtype())
+                row[name] = entry.take_step(entry.reduce(values).to(torch.get_default_dtype()))
         self.logged.update(row)
         return row
 

@@ -11,7 +11,7 @@ _EPOCH_ENDS = {
     "test_epoch_end": ("test", "on_test_epoch_end"),
 }
 _STEP_ENDS = ("training_step_end", "validation_step_end", "test_step_end")
-_GONE = {
+GONE = {
     "tbptt_split_batch": "split the sequence in training_step and set self.automatic_optimization = False",
     "on_epoch_start": "on_train_epoch_start",
     "on_epoch_end": "on_train_epoch_end",
@@ -20,6 +20,14 @@ _GONE = {
     "on_pretrain_routine_start": "on_fit_start",
     "on_pretrain_routine_end": "on_fit_start",
     "configure_sharded_model": "configure_model",
+}
+GONE_FROM_CALLBACKS = {
+    **{name: new for name, new in GONE.items() if name.startswith("on_")},
+    "on_init_start": "setup",
+    "on_init_end": "setup",
+    "on_configure_sharded_model": "setup",
+    "on_before_accelerator_backend_setup": "setup",
+    "on_keyboard_interrupt": "on_exception",
 }
 
 
@@ -32,9 +40,14 @@ def check_old_hooks(module: Any) -> None:
                 f"keep what you need of the outputs in self and use {new}" if name in _EPOCH_ENDS else f"do it in {new}"
             )
             warnings.warn(f"{type(module).__name__}.{name} is deprecated: {how}.", DeprecationWarning, stacklevel=6)
-    for name, new in _GONE.items():
-        if callable(getattr(module, name, None)):
-            warnings.warn(f"{type(module).__name__}.{name} is not called any more; use {new}.", stacklevel=6)
+    tell_of_gone(module, GONE)
+
+
+def tell_of_gone(owner: Any, gone: dict[str, str]) -> None:
+    """Tell of methods that nobody calls any more."""
+    for name, new in gone.items():
+        if callable(getattr(owner, name, None)):
+            warnings.warn(f"{type(owner).__name__}.{name} is not called any more; use {new}.", stacklevel=7)
 
 
 def find_old_hooks(module: Any, word: str) -> OldHooks | None:

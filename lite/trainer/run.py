@@ -19,7 +19,7 @@ from lite.trainer.datamodule import LightningDataModule
 from lite.trainer.hooks import Hooks, overrides
 from lite.trainer.module import LightningModule
 from lite.trainer.module_hooks import DataHooks
-from lite.trainer.old import check_old_hooks
+from lite.trainer.old import GONE_FROM_CALLBACKS, check_old_hooks, tell_of_gone
 from lite.trainer.state import TrainerFn, TrainerStatus
 
 INTERRUPTED = 130
@@ -39,6 +39,8 @@ def running(trainer: Any, fn: TrainerFn, module: Any, datamodule: Any) -> Iterat
             _prepare_data(trainer, module, datamodule)
             trainer.hooks = Hooks(trainer, module, trainer.callbacks, (Callback, LightningModule), trainer.wrap_hook)
             check_old_hooks(module)
+            for callback in trainer.callbacks:
+                tell_of_gone(callback, GONE_FROM_CALLBACKS)
             ready = True
             if datamodule is not None:
                 datamodule.setup(stage)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lite.errors import ConfigError
-from lite.trainer.hooks import overrides
+from lite.trainer.hooks import indexed, overrides
 from lite.trainer.module import LightningModule
 from lite.trainer.optimizers import SchedulerConfig
 
@@ -29,22 +29,30 @@ def step_schedulers(trainer: Any, configs: Sequence[SchedulerConfig], number: in
             if metric is None:
                 continue
         if own:
-            module.lr_scheduler_step(config.scheduler, metric)
+            indexed(module.lr_scheduler_step, _index(trainer, config))(config.scheduler, metric)
         elif metric is None:
             config.scheduler.step()
         else:
             config.scheduler.step(metric)
 
 
+def _index(trainer: Any, config: SchedulerConfig) -> int:
+    """The position of the scheduler's optimizer."""
+    paced = getattr(config.scheduler, "optimizer", None)
+    return next((i for i, optimizer in enumerate(trainer.optimizers) if optimizer is paced), 0)
+
+
 def monitored_metric(trainer: Any, config: SchedulerConfig) -> Any:
-    """The metric that a scheduler follows; None, with a warning, where it is missing and need not be there.
+    """The metric that a scheduler follows, the same on all ranks; None, with a warning, where it may be missing and is.
+
+    Collective: call on all ranks.
 
     Raises:
         ConfigError: It is missing.
     """
-    found = trainer.callback_metrics
-    metric = found.get(config.monitor)
+    metric = trainer.metrics.agreed(config.monitor)
     if metric is None:
+        found = trainer.callback_metrics
         text = (
             f"the scheduler {type(config.scheduler).__name__} monitors {config.monitor!r}, which nobody has "
             f"logged; logged were {', '.join(map(repr, found)) or 'no metrics'}."

@@ -9,8 +9,9 @@ from typing import Any
 from lite import collectives
 from lite.errors import ConfigError
 from lite.trainer.arguments import whole
-from lite.trainer.hooks import Hooks
+from lite.trainer.hooks import Hooks, indexed, overrides
 from lite.trainer.loops.manual_step import manual_optimizers
+from lite.trainer.manual import Optimisation
 from lite.trainer.run import merge_callbacks
 from lite.trainer.state import RunningStage, TrainerFn, TrainerStatus
 from lite.trainer.view import View
@@ -100,7 +101,10 @@ class Serving(View):
         if self.hooks.on_before_backward:
             metrics.at(metrics.place("train", "on_before_backward"))
             self.hooks.call("on_before_backward", loss)
-        self.module.backward(loss, *args, **kwargs)
+        backward = self.module.backward
+        if not args and overrides(self.module, "backward", Optimisation):
+            backward = indexed(backward, None, optimizer=None)
+        backward(loss, *args, **kwargs)
         if self.hooks.on_after_backward:
             metrics.at(metrics.place("train", "on_after_backward"))
             self.hooks.call("on_after_backward")

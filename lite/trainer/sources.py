@@ -6,7 +6,7 @@ import warnings
 from typing import Any
 
 from lite.errors import ConfigError
-from lite.trainer.data import eval_data, find_loaders, find_move, has_loaders, train_data
+from lite.trainer.data import StageData, eval_data, find_loaders, find_move, has_loaders, train_data
 from lite.trainer.hooks import overrides
 from lite.trainer.loops.calling import step_caller
 from lite.trainer.loops.fit import FitLoop
@@ -34,9 +34,10 @@ class Sources(View):
                 continue
             self._loaded.add(name)
             if name == "train":
-                fit.data = self._make_train_data()
+                fit.data = self._make_train_data(fit.data if again else None)
             elif self._validates_in_fit():
-                fit.val_data = self._make_eval_data("validate", self._given.get("val"))
+                before = fit.val_data if again else None
+                fit.val_data = self._make_eval_data("validate", self._given.get("val"), before)
 
     def resume_position(self, position: Any) -> None:
         """Let training's loader go on from a stored position."""
@@ -89,7 +90,7 @@ class Sources(View):
             and has_loaders("val_dataloader", self._given.get("val"), self.module, self.datamodule)
         )
 
-    def _make_train_data(self) -> Any:
+    def _make_train_data(self, before: StageData | None) -> Any:
         raw = find_loaders("train_dataloader", self._given["train"], self.module, self.datamodule)
         if raw is None:
             raise ConfigError(f"{type(self.module).__name__}.train_dataloader returned None; return a loader.")
@@ -101,6 +102,7 @@ class Sources(View):
             mode=self.multiple_trainloader_mode,
             overfit=self.overfit_batches,
             use_distributed_sampler=self.use_distributed_sampler,
+            before=before,
         )
         self.fit_loop.schedule.check(data.num_batches)
         if self.fit_loop.progress.reloaded < 0:
@@ -111,7 +113,7 @@ class Sources(View):
         if self.module is not None:
             self.load_data(self.fit_loop, "train")
 
-    def _make_eval_data(self, stage: str, given: Any) -> Any:
+    def _make_eval_data(self, stage: str, given: Any, before: StageData | None = None) -> Any:
         short = "val" if stage == "validate" else stage
         raw = find_loaders(f"{short}_dataloader", given, self.module, self.datamodule)
         if raw is None:
@@ -128,6 +130,7 @@ class Sources(View):
             move=find_move(self.lite, self.module, self.datamodule),
             overfit=self.overfit_batches if stage == "validate" else 0.0,
             use_distributed_sampler=self.use_distributed_sampler,
+            before=before,
         )
 
 

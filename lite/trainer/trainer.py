@@ -14,6 +14,7 @@ from lite.loggers import Logger
 from lite.trainer import arguments, checkpointing, evaluation
 from lite.trainer.arguments import share, whole
 from lite.trainer.checkpoints import Checkpoints
+from lite.trainer.combined import MODES
 from lite.trainer.declared import Declared
 from lite.trainer.defaults import assemble_callbacks, assemble_loggers
 from lite.trainer.events import Event
@@ -182,11 +183,13 @@ class Trainer(Preparing, Checkpoints, Interruption, Serving):
             raise ConfigError(f"accumulation={accumulation!r} is not known; use 'exact' or 'reference'.")
         self.accumulation = accumulation
         self.gradient_clip_val, self.gradient_clip_algorithm = gradient_clip_val, gradient_clip_algorithm
-        self.track_grad_norm = None if track_grad_norm in (-1, -1.0) else float(track_grad_norm)
+        self.track_grad_norm = arguments.norm_type(track_grad_norm)
         self.deterministic, self.benchmark, self.detect_anomaly = deterministic, benchmark, detect_anomaly
         self.inference_mode, self.sync_batchnorm = inference_mode, sync_batchnorm
         self.use_distributed_sampler = use_distributed_sampler
-        self.multiple_trainloader_mode = multiple_trainloader_mode
+        self.multiple_trainloader_mode = choose(
+            "multiple_trainloader_mode", multiple_trainloader_mode, [mode for mode in MODES if mode != "sequential"]
+        )
         self.reload_dataloaders_every_n_epochs = whole(
             "reload_dataloaders_every_n_epochs", reload_dataloaders_every_n_epochs, 0
         )
@@ -214,6 +217,7 @@ class Trainer(Preparing, Checkpoints, Interruption, Serving):
                 summary=enable_model_summary,
                 max_time=max_time,
                 accumulate=by_epoch,
+                every=self.accumulate_grad_batches,
                 fast_dev_run=bool(self.fast_dev_run),
                 barebones=barebones,
             )
@@ -247,6 +251,7 @@ class Trainer(Preparing, Checkpoints, Interruption, Serving):
         val_dataloaders: Any = None,
         datamodule: Any = None,
         ckpt_path: str | os.PathLike[str] | None = None,
+        weights_only: bool | None = None,
         *,
         restore: Iterable[str] | None = None,
         restore_except: Iterable[str] | None = None,
@@ -260,6 +265,7 @@ class Trainer(Preparing, Checkpoints, Interruption, Serving):
             datamodule: Where the loaders come from instead.
             ckpt_path: What to go on from: a path or URL, "best", "last", or "auto": the newest whole checkpoint of this
                 Trainer's folders, if there is one.
+            weights_only: False lets the checkpoint's file run code, so do it only with one that you trust.
             restore: The checkpoint's parts that are restored ("model", "optimizer", ...); None is all.
             restore_except: Those that are not.
 
@@ -273,6 +279,7 @@ class Trainer(Preparing, Checkpoints, Interruption, Serving):
             val_dataloaders,
             datamodule,
             ckpt_path,
+            weights_only,
             events=(),
             restore=restore,
             restore_except=restore_except,
@@ -286,6 +293,7 @@ class Trainer(Preparing, Checkpoints, Interruption, Serving):
         val_dataloaders: Any = None,
         datamodule: Any = None,
         ckpt_path: str | os.PathLike[str] | None = None,
+        weights_only: bool | None = None,
         *,
         events: Iterable[str] = ("batch", "epoch"),
         restore: Iterable[str] | None = None,
@@ -310,7 +318,7 @@ class Trainer(Preparing, Checkpoints, Interruption, Serving):
         self.fit_loop.events = {choose("events", kind, ["batch", "epoch"]) for kind in events}
         self._check_fit(model, datamodule)
         with running(self, TrainerFn.FITTING, model, datamodule), self._stop_signals():
-            checkpoint = self._read_for_fit(ckpt_path)
+            checkpoint = self._read_for_fit(ckpt_path, weights_only)
             if checkpoint is not None:
                 checkpointing.restore_callbacks(self, checkpoint, states="callbacks" in parts)
                 if "state_dict" in parts:
@@ -387,6 +395,7 @@ class Trainer(Preparing, Checkpoints, Interruption, Serving):
         ckpt_path: str | os.PathLike[str] | None = None,
         verbose: bool = True,
         datamodule: Any = None,
+        weights_only: bool | None = None,
     ) -> list[dict[str, float]]:
         """Validate, and return what was logged: a dict for each loader. Collective: call on all ranks.
 
@@ -396,9 +405,10 @@ class Trainer(Preparing, Checkpoints, Interruption, Serving):
             ckpt_path: Weights to load: a path, "best" or "last"; None keeps the model's own.
             verbose: Whether to print a table.
             datamodule: Where the loaders come from instead.
+            weights_only: As for `fit`.
         """
         return self._evaluate(
-            self.validate_loop, TrainerFn.VALIDATING, model, dataloaders, ckpt_path, verbose, datamodule
+            self.validate_loop, TrainerFn.VALIDATING, model, dataloaders, ckpt_path, verbose, datamodule, weights_only
         )
 
     def test(
@@ -408,9 +418,12 @@ class Trainer(Preparing, Checkpoints, Interruption, Serving):
         ckpt_path: str | os.PathLike[str] | None = None,
         verbose: bool = True,
         datamodule: Any = None,
+        weights_only: bool | None = None,
     ) -> list[dict[str, float]]:
         """As `validate`, with `test_step` and the test loaders."""
-        return self._evaluate(self.test_loop, TrainerFn.TESTING, model, dataloaders, ckpt_path, verbose, datamodule)
+        return self._evaluate(
+            self.test_loop, TrainerFn.TESTING, model, dataloaders, ckpt_path, verbose, datamodule, weights_only
+        )
 
     def predict(
         self,
@@ -419,6 +432,7 @@ class Trainer(Preparing, Checkpoints, Interruption, Serving):
         datamodule: Any = None,
         return_predictions: bool | None = None,
         ckpt_path: str | os.PathLike[str] | None = None,
+        weights_only: bool | None = None,
         *,
         gather: bool = False,
     ) -> list[Any] | None:
@@ -430,6 +444,7 @@ class Trainer(Preparing, Checkpoints, Interruption, Serving):
             datamodule: As for `validate`.
             return_predictions: False keeps nothing and returns None.
             ckpt_path: As for `validate`.
+            weights_only: As for `fit`.
             gather: Give every rank the outputs of all, put together batch by batch in the dataset's order, as one
                 process with the global batch has them. They must be tensors with a row per sample, lists of as many
                 objects, or dicts and tuples of these.
@@ -437,7 +452,9 @@ class Trainer(Preparing, Checkpoints, Interruption, Serving):
         keep = return_predictions is not False
         self.predict_loop.gather = gather
         self.predict_loop.keep = keep or any(getattr(c, "wants_predictions", False) for c in self.callbacks)
-        self._evaluate(self.predict_loop, TrainerFn.PREDICTING, model, dataloaders, ckpt_path, False, datamodule)
+        self._evaluate(
+            self.predict_loop, TrainerFn.PREDICTING, model, dataloaders, ckpt_path, False, datamodule, weights_only
+        )
         found: list[Any] = self.predict_loop.predictions
         if not keep:
             self.predict_loop.predictions = []
@@ -525,6 +542,7 @@ class Trainer(Preparing, Checkpoints, Interruption, Serving):
         ckpt_path: Any,
         verbose: bool,
         datamodule: Any,
+        weights_only: bool | None,
     ) -> list[dict[str, float]]:
         dataloaders, datamodule = or_datamodule(dataloaders, datamodule)
         if model is None:
@@ -540,7 +558,7 @@ class Trainer(Preparing, Checkpoints, Interruption, Serving):
             if path is not None:
                 self.ckpt_path = path
                 with foreign_globals():
-                    checkpoint = self.lite.load(path)
+                    checkpoint = self.lite.load(path, weights_only=weights_only is not False)
                 checkpointing.restore_callbacks(self, checkpoint, states=False)
                 checkpointing.restore_weights(self, checkpoint, path)
             self._set_up(train=False)

@@ -31,6 +31,31 @@ class View:
     _eval_data: dict[str, Any]
     _log_dir: str | None
 
+    # ---- settings
+
+    @property
+    def check_val_every_n_epoch(self) -> int | None:
+        """The argument."""
+        found: int | None = self.fit_loop.schedule.every_n_epochs
+        return found
+
+    @property
+    def val_check_interval(self) -> int | float:
+        """The argument, a time as its seconds."""
+        schedule = self.fit_loop.schedule
+        found: int | float = schedule.interval if schedule.interval_s is None else schedule.interval_s
+        return found
+
+    @property
+    def scaler(self) -> Any:
+        """The gradients' scaler of 16-bit precision, or None."""
+        return getattr(self.lite.precision, "scaler", None)
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, int] | None:
+        """What a DistributedSampler of one's own takes; None on one process."""
+        return {"num_replicas": self.world_size, "rank": self.global_rank} if self.world_size > 1 else None
+
     # ---- progress
 
     @property

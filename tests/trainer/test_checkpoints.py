@@ -55,6 +55,12 @@ def test_behaviour_28_the_best_k_are_kept_and_nan_loses(tmp_path: Path) -> None:
     assert len(saves.best_k_models) == 2
     saves.to_yaml(tmp_path / "best.yaml")
     assert "epoch=2" in (tmp_path / "best.yaml").read_text()
+    every = ModelCheckpoint(tmp_path / "every", "{epoch}", "score/x", save_top_k=-1)
+    fitted(every, [1.0, 3.0, 2.0])
+    assert (os.path.basename(every.kth_best_model_path), float(every.kth_value)) == ("epoch=1.ckpt", 3.0)
+    equal = ModelCheckpoint(tmp_path / "equal", "{epoch}", "score/x", save_top_k=2)
+    fitted(equal, [3.0, 3.0, 2.0])
+    assert names(tmp_path / "equal") == ["epoch=0.ckpt", "epoch=2.ckpt"]
     best = ModelCheckpoint(tmp_path / "max", "{step}", "score/x", mode="max", auto_insert_metric_name=False)
     fitted(best, [3.0, nan, 5.0, 2.0])
     assert names(tmp_path / "max") == ["9.ckpt"]
@@ -307,6 +313,14 @@ def test_behaviour_52_parts_are_restored_by_choice(tmp_path: Path) -> None:
         one.fit(module, datamodule=TinyData(), ckpt_path=tmp_path / "x.ckpt", restore=("weights",))
 
 
+def test_load_from_checkpoint_is_refused_on_an_instance() -> None:
+    """The instance would stay as it is."""
+    with pytest.raises(TypeError, match=r"write module = Tiny\.load_from_checkpoint\(path\)"):
+        Tiny().load_from_checkpoint("x.ckpt")
+    with pytest.raises(TypeError, match=r"on an instance of TinyData"):
+        TinyData().load_from_checkpoint("x.ckpt")
+
+
 def test_load_from_checkpoint_says_what_is_missing(tmp_path: Path) -> None:
     """An argument that the file doesn't have, keys that don't fit, and what runs code."""
     torch.save({"state_dict": Tiny().state_dict()}, tmp_path / "x.ckpt")
@@ -323,7 +337,7 @@ def test_load_from_checkpoint_says_what_is_missing(tmp_path: Path) -> None:
             super().__init__()
             self.more = nn.Linear(1, 1)
 
-    with pytest.raises(CheckpointError, match="more"):
+    with pytest.raises(CheckpointError, match=r"the checkpoint's 'state_dict' does not fit Larger.*more"):
         Larger.load_from_checkpoint(tmp_path / "x.ckpt")
     with pytest.warns(UserWarning, match="missing"):
         Larger.load_from_checkpoint(tmp_path / "x.ckpt", strict=False)

@@ -58,6 +58,40 @@ def test_behaviour_19_loaders_are_asked_for_once_or_as_often_as_told() -> None:
     assert data.calls == ["t0", "v0", "t2", "v2", "t4", "v4"]
 
 
+def test_behaviour_19_the_same_loader_may_be_given_again_and_again() -> None:
+    """Anew in each epoch, for training and validation, twice in a list, in a nested run: each goes its own way."""
+
+    class Epochs(torch.utils.data.SequentialSampler):
+        epoch = 0
+
+        def set_epoch(self, epoch: int) -> None:
+            self.epoch = epoch
+
+        def __iter__(self) -> Any:
+            return iter([(i + self.epoch) % 4 for i in range(4)])
+
+    data = torch.arange(4)
+    loader = torch.utils.data.DataLoader(data, sampler=Epochs(data))
+    found = seen(loader, max_epochs=3, reload_dataloaders_every_n_epochs=1)
+    assert [int(row) for row in found] == [0, 1, 2, 3, 1, 2, 3, 0, 2, 3, 0, 1]
+    loader = numbers(8)
+    one = trainer(max_epochs=2, reload_dataloaders_every_n_epochs=1)
+    module = Sees()
+    one.fit(module, loader, loader)
+    assert [type(batch) for batch in module.batches] == [Tensor, Tensor, tuple, tuple] * 2
+
+    class Nested(Sees):
+        def on_train_epoch_end(self) -> None:
+            trainer().validate(Tiny(), loader, verbose=False)
+
+    module = Nested()
+    trainer(limit_val_batches=0).fit(module, loader)
+    one.validate(module, [loader, loader], verbose=False)
+    assert module.batches[-4:] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    trainer(limit_val_batches=0).fit(module, {"a": loader, "b": loader})
+    assert set(module.batches[-1]) == {"a", "b"}
+
+
 def test_behaviour_19_any_iterable_will_do() -> None:
     """Lists of batches, generators' makers, iterables without a length, with limits as numbers."""
     batches = list(Numbers(12).rows.split(4))
@@ -92,8 +126,29 @@ def test_behaviour_20_evaluation_takes_loaders_one_after_another() -> None:
     """With batch numbers of each."""
     found = [one for one in seen(numbers(4), [numbers(8), numbers(4)]) if isinstance(one, tuple)]
     assert found == [(0, 0), (0, 1), (1, 0)]
-    with pytest.raises(ConfigError, match="one after another"):
-        trainer().validate(Sees(), CombinedLoader([numbers(4)], "min_size"))
+
+
+@pytest.mark.parametrize(("mode", "lengths"), [("min_size", [4]), ("max_size_cycle", [4, 4]), ("max_size", [4, 0])])
+def test_behaviour_20_evaluation_draws_from_a_combined_loader(mode: str, lengths: list[int]) -> None:
+    """All loaders make one batch, in validation, test and prediction; limits and the sanity check count these."""
+
+    class Pairs(Tiny):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("sum", float(len(batch["b"]) if batch["b"] is not None else 0), reduce_fx="sum")
+
+        test_step = validation_step
+
+        def predict_step(self, batch: Any, batch_idx: int) -> int:
+            return 0 if batch["b"] is None else len(batch["b"])
+
+    module, loader = Pairs(), CombinedLoader({"a": numbers(8), "b": numbers(4)}, mode)
+    run = trainer(num_sanity_val_steps=1)
+    run.fit(module, numbers(), loader)
+    assert run.num_val_batches == [len(lengths)]
+    assert float(run.callback_metrics["sum"]) == sum(lengths)
+    assert run.test(module, loader, verbose=False) == [{"sum": sum(lengths)}]
+    assert run.predict(module, loader) == lengths
+    assert trainer(limit_val_batches=1).validate(module, loader, verbose=False) == [{"sum": 4}]
 
 
 @pytest.mark.parametrize(

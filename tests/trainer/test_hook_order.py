@@ -184,6 +184,34 @@ def test_a_misspelt_hook_is_refused_with_the_nearest_name() -> None:
         trainer().fit(Module(), datamodule=TinyData())
 
 
+def test_what_only_begins_like_a_hook_and_hooks_of_1_x_are_told() -> None:
+    """With the nearest name, or the present one."""
+
+    class Module(Tiny):
+        def on_train_epoch_finish(self) -> None:
+            pass
+
+        def on_my_own_occasion(self) -> None:
+            pass
+
+    with pytest.warns(UserWarning, match=r"on_train_epoch_finish begins like a hook.*'on_train_epoch_end'"):
+        trainer().fit(Module(), datamodule=TinyData())
+
+    class Old(Callback):
+        def on_init_end(self, *args: Any) -> None:
+            pass
+
+        def on_batch_end(self, *args: Any) -> None:
+            pass
+
+    with pytest.warns(UserWarning) as caught:
+        trainer(callbacks=Old()).fit(Tiny(), datamodule=TinyData())
+    assert [str(warning.message) for warning in caught] == [
+        "Old.on_batch_end is not called any more; use on_train_batch_end.",
+        "Old.on_init_end is not called any more; use setup.",
+    ]
+
+
 def test_minus_one_at_a_batchs_start_skips_the_rest_of_the_epoch() -> None:
     """The epoch then ends as any."""
 

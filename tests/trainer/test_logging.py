@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,24 @@ def test_behaviour_3_epoch_values_are_weighed_by_batch_size(reduce_fx: Any, expe
     )
     module.options["reduce_fx"] = reduce_fx
     assert float(fitted(module, 10).callback_metrics["x"]) == pytest.approx(expected, rel=1e-12)
+
+
+def test_behaviour_3_a_function_may_be_written_within_the_call() -> None:
+    """A lambda or a partial that each call makes anew is the same; another function is not."""
+
+    class Inline(Tiny):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("x", float(batch_idx), reduce_fx=lambda values: values.sum() * 10)
+            self.log("median", float(batch_idx), reduce_fx=partial(torch.quantile, q=0.5))
+
+    assert trainer().validate(Inline(), numbers(), verbose=False) == [{"x": 30.0, "median": 1.0}]
+
+    class Differs(Tiny):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("x", 1.0, reduce_fx=torch.median if batch_idx else (lambda values: values.sum()))
+
+    with pytest.raises(ConfigError, match="came with other settings: reduce_fx="):
+        trainer().validate(Differs(), numbers(), verbose=False)
 
 
 def test_behaviour_3_a_given_batch_size_counts_and_an_ambiguous_one_is_told() -> None:

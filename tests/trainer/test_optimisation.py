@@ -483,3 +483,70 @@ def test_gradient_norms_are_logged_where_asked() -> None:
     total = found.pop("grad_2.0_norm_total")
     assert len(found) == 4
     assert total == pytest.approx(sum(v**2 for v in found.values()) ** 0.5)
+
+
+class FormsOf18(Tiny):
+    """Overrides as modules of PyTorch Lightning 1.8 have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[str, Any] = {}
+
+    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_idx, optimizer_closure, on_tpu, using_lbfgs=True):  # type: ignore[no-untyped-def, override]
+        self.calls["step"] = (optimizer_idx, on_tpu, using_lbfgs)
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_idx, optimizer_closure, on_tpu=on_tpu)
+
+    def optimizer_zero_grad(self, epoch, batch_idx, optimizer, optimizer_idx):  # type: ignore[no-untyped-def, override]
+        self.calls["zero"] = optimizer_idx
+        super().optimizer_zero_grad(epoch, batch_idx, optimizer, optimizer_idx)
+
+    def backward(self, loss, optimizer, optimizer_idx):  # type: ignore[no-untyped-def, override]
+        self.calls["backward"] = (type(optimizer).__name__, optimizer_idx)
+        super().backward(loss, optimizer, optimizer_idx)
+
+    def lr_scheduler_step(self, scheduler, optimizer_idx, metric):  # type: ignore[no-untyped-def, override]
+        self.calls["scheduler"] = (optimizer_idx, metric)
+        super().lr_scheduler_step(scheduler, optimizer_idx, metric)
+
+    def configure_gradient_clipping(self, optimizer, optimizer_idx, gradient_clip_val, gradient_clip_algorithm):  # type: ignore[no-untyped-def, override]
+        self.calls["clip"] = (optimizer_idx, gradient_clip_val, gradient_clip_algorithm)
+        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.05)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)]
+
+
+def test_overrides_in_the_form_of_1_8_are_called_by_their_parameters_names() -> None:
+    """With optimizer_idx, which they may hand on; the weights are those of the present form."""
+    options: dict[str, Any] = {**OPTIONS, "gradient_clip_val": 0.5, "max_epochs": 2}
+    module, plain = FormsOf18(), Tiny()
+    trainer(**options).fit(module, numbers())
+    assert module.calls == {
+        "step": (0, False, False),
+        "zero": 0,
+        "backward": ("SGD", 0),
+        "scheduler": (0, None),
+        "clip": (0, 0.5, None),
+    }
+    plain.configure_optimizers = FormsOf18.configure_optimizers.__get__(plain)  # type: ignore[method-assign]
+    trainer(**options).fit(plain, numbers())
+    assert weights(module) == weights(plain)
+    with pytest.raises(TypeError, match="unexpected arguments"):
+        plain.optimizer_step(0, 0, None, None, closure=None)
+
+
+def test_within_optimizer_step_global_step_is_the_step_that_is_made() -> None:
+    """As in Lightning, so that its recipe for a warm-up gives the same rates."""
+    rates: list[float] = []
+
+    class WarmUp(Tiny):
+        def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+            optimizer.step(closure=optimizer_closure)
+            optimizer.param_groups[0]["lr"] = min(1.0, (self.trainer.global_step + 1) / 5)
+            rates.append(optimizer.param_groups[0]["lr"])
+
+    run = trainer(**OPTIONS)
+    run.fit(WarmUp(), numbers(5, 1))
+    assert rates == [0.2, 0.4, 0.6, 0.8, 1.0]
+    assert run.global_step == 5

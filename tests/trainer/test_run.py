@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import re
 from datetime import timedelta
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from lite import Lite
-from lite.errors import ConfigError
+from lite.errors import CheckpointError, ConfigError
 from lite.loggers import CSVLogger
 from lite.trainer import Callback, LightningModule, Trainer
 from lite.trainer.callbacks import (
@@ -25,7 +26,7 @@ from lite.trainer.callbacks import (
     TQDMProgressBar,
 )
 from lite.trainer.profilers import PyTorchProfiler
-from tests.trainer.modules import QUIET, Tiny, TinyData, numbers, trainer, weights
+from tests.trainer.modules import QUIET, Recorder, Tiny, TinyData, numbers, trainer, weights
 
 
 def test_behaviour_36_what_is_no_module_or_lacks_a_method_is_named() -> None:
@@ -107,6 +108,21 @@ def test_arguments_have_names_and_defaults_from_the_environment(monkeypatch: pyt
     assert trainer(max_epochs=2).max_epochs == 2
 
 
+def test_variables_of_the_environment_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that Lite has too are the Trainer's, without a word; a misspelt one is told; old names are translated."""
+    for name, value in {"PRECISION": "64", "ACCELERATOR": "cpu", "DEVICES": "1", "NUM_NODES": "1"}.items():
+        monkeypatch.setenv(f"LITE_TRAINER_{name}", value)
+    run = Trainer(max_epochs=1, **QUIET)
+    assert (run.precision, run.num_nodes) == ("64-true", 1)
+    monkeypatch.setenv("PL_TRAINER_REPLACE_SAMPLER_DDP", "False")
+    with pytest.warns(DeprecationWarning, match="use_distributed_sampler=False"):
+        assert trainer().use_distributed_sampler is False
+    monkeypatch.delenv("PL_TRAINER_REPLACE_SAMPLER_DDP")
+    monkeypatch.setenv("LITE_TRAINER_MAX_EPOCH", "3")
+    with pytest.warns(UserWarning, match="changes nothing; did you mean LITE_TRAINER_MAX_EPOCHS"):
+        trainer()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -122,6 +138,14 @@ def test_arguments_have_names_and_defaults_from_the_environment(monkeypatch: pyt
         ({"profiler": "fast"}, "profiler='fast'"),
         ({"accumulation": "sum"}, "accumulation='sum'"),
         ({"check_val_every_n_epoch": 0}, "check_val_every_n_epoch=0"),
+        ({"track_grad_norm": "x"}, "track_grad_norm='x' must be a number"),
+        ({"multiple_trainloader_mode": "foo"}, "multiple_trainloader_mode='foo'"),
+        ({"callbacks": [Timer]}, r"pass an instance, Timer\(\.\.\.\)"),
+        ({"callbacks": [1]}, "callbacks has 1, which is no callback"),
+        (
+            {"callbacks": GradientAccumulationScheduler({0: 2}), "accumulate_grad_batches": 2},
+            "accumulate_grad_batches=2 contradicts",
+        ),
     ],
 )
 def test_wrong_arguments_are_refused_by_name_and_value(options: dict[str, Any], message: str) -> None:
@@ -140,6 +164,48 @@ def test_arguments_of_1_8_have_their_present_form() -> None:
         assert trainer(max_epochs=None).max_epochs == 1000
     assert trainer(max_epochs=None, max_steps=5).max_epochs == -1
     assert trainer(max_epochs=None, max_time=timedelta(hours=1)).max_epochs == -1
+
+
+_NONE_IN_SOME_VERSION = ("accelerator", "strategy", "devices", "precision", "accumulate_grad_batches", "gpus")
+
+
+@pytest.mark.parametrize("options", [{name: None} for name in _NONE_IN_SOME_VERSION])
+def test_defaults_of_older_versions_may_be_written_out(options: dict[str, Any]) -> None:
+    """None stood for the default."""
+    run = Trainer(**{**QUIET, "max_epochs": 1, **options})
+    assert (run.precision, run.accumulate_grad_batches) == ("32-true", 1)
+
+
+def test_gpus_and_amp_backend_of_older_versions() -> None:
+    """gpus=0 was the CPU; torch's own mixed precision was one of two."""
+    plain = {**QUIET, "max_epochs": 1}
+    for options in ({"gpus": 0}, {"gpus": 0, "accelerator": "cpu"}, {"accelerator": "cpu", "num_processes": 1}):
+        with pytest.warns(DeprecationWarning, match=r"accelerator='cpu'"):
+            assert Trainer(**plain, **options).lite.device.type == "cpu"
+    with pytest.warns(DeprecationWarning, match=r"amp_backend='native'"):
+        assert trainer(amp_backend="native", precision="bf16").precision == "bf16-mixed"
+    with pytest.raises(ConfigError, match="amp_backend='apex'"):
+        trainer(amp_backend="apex")
+    with pytest.raises(ConfigError, match="contradict"):
+        trainer(gpus=2)
+
+
+def test_weights_only_false_lets_a_checkpoint_bring_code(tmp_path: Path) -> None:
+    """Where files are read: fit, validate, test and predict."""
+    path, module = str(tmp_path / "x.ckpt"), Tiny()
+    run = trainer()
+    run.fit(module, datamodule=TinyData(), weights_only=True)
+    run.save_checkpoint(path, storage_options=None)
+    torch.save({**torch.load(path, weights_only=True), "class": Recorder()}, path)
+    with pytest.raises(CheckpointError):
+        run.validate(module, datamodule=TinyData(), ckpt_path=path)
+    for call in (run.validate, run.test, run.predict):
+        assert call(module, datamodule=TinyData(), ckpt_path=path, weights_only=False)
+    again = trainer(max_epochs=2)
+    again.fit(module, datamodule=TinyData(), ckpt_path=path, weights_only=False)
+    assert again.global_step == 6
+    with pytest.raises(ConfigError, match="storage_options"):
+        run.save_checkpoint(path, storage_options={"key": 1})
 
 
 def test_accumulation_changes_with_the_epoch() -> None:
@@ -220,8 +286,36 @@ def test_learning_rates_are_monitored(tmp_path: Path) -> None:
     trainer(max_epochs=2, callbacks=monitor, logger=CSVLogger(tmp_path)).fit(Groups(), datamodule=TinyData())
     assert monitor.lrs["lr-Adam/pg1"] == [0.1, 0.05]
     assert monitor.lrs["lr-Adam/pg2-momentum"] == [0.9, 0.9]
+    by_step = trainer(
+        max_epochs=2,
+        accumulate_grad_batches=2,
+        callbacks=LearningRateMonitor("step"),
+        logger=CSVLogger(tmp_path, "steps"),
+        log_every_n_steps=2,
+    )
+    by_step.fit(Groups(), numbers(12, 2), numbers(4))
+    with open(by_step.logger.path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    # Each beside the row of the losses, with the rate of that very step.
+    assert [row["step"] for row in rows if row["loss"]] == ["1", "3", "5"]
+    assert [(row["step"], row["lr-Adam/pg1"]) for row in rows if row["lr-Adam/pg1"]] == [
+        ("1", "0.1"),
+        ("3", "0.05"),
+        ("5", "0.05"),
+    ]
     with pytest.raises(ConfigError, match="needs a logger"):
         trainer(callbacks=LearningRateMonitor()).fit(Tiny(), datamodule=TinyData())
+
+
+def test_settings_can_be_read(tmp_path: Path) -> None:
+    """Under the names that Lightning has."""
+    run = trainer(val_check_interval=0.5, logger=CSVLogger(tmp_path))
+    assert (run.val_check_interval, run.check_val_every_n_epoch) == (0.5, 1)
+    assert (run.scaler, run.distributed_sampler_kwargs) == (None, None)
+    assert trainer(val_check_interval="00:00:01:00").val_check_interval == 60
+    run.logger.log_metrics({"a": 1})
+    run.logger.save()
+    assert run.logger.path.read_text() == "step,a\n,1\n"
 
 
 def test_hyperparameters_are_logged_once(tmp_path: Path) -> None:

@@ -114,6 +114,9 @@ def test_behaviour_25_early_stopping(scores: list[float], options: dict[str, Any
     run.fit(Scores(scores), numbers(4), numbers(4))
     assert run.current_epoch == epochs
     assert stops.stopped_epoch == (0 if options.get("check_finite") is False else epochs - 1)
+    assert ("score = " in str(stops.stopping_reason_message) or "score was" in str(stops.stopping_reason_message)) == (
+        epochs < len(scores)
+    )
     assert stops.state_key == f"EarlyStopping{{'monitor': 'score', 'mode': '{stops.mode}'}}"
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lite import collectives
-from lite.errors import UsageError
-from lite.trainer import Callback, LightningModule
+from lite.errors import ConfigError, UsageError
+from lite.trainer import Callback, CombinedLoader, LightningModule
 from lite.trainer.callbacks import BasePredictionWriter, EarlyStopping, ModelCheckpoint
 from tests.support.processes import run_distributed
 from tests.trainer.modules import Numbers, Tiny, numbers, trainer, weights
@@ -269,6 +269,53 @@ def test_behaviour_4_values_are_a_ranks_own_unless_they_are_synchronised() -> No
         ]
 
 
+class Plateau(Tiny):
+    """Its ranks log different numbers in each step, and a scheduler follows them."""
+
+    def __init__(self, sync: bool) -> None:
+        super().__init__()
+        self.sync, self.seen = sync, []
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        self.log("x", float(batch_idx) * (1 - 3 * self.global_rank), sync_dist=self.sync, reduce_fx="sum")
+        return self.loss(batch)
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+        self.seen.append((float(self.trainer.callback_metrics["x"]), rate))
+
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, factor=0.5)
+        return [optimizer], [{"scheduler": scheduler, "monitor": "x", "interval": "step"}]
+
+
+def plateaus(folder: str) -> list[Any]:
+    found = []
+    for sync in (True, False):
+        module = Plateau(sync)
+        saves = ModelCheckpoint(f"{folder}/{sync}", "{x}", monitor="x", every_n_train_steps=2)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            run = trainer(callbacks=[saves], enable_checkpointing=True, log_every_n_steps=2, **STRATEGY)
+            run.fit(module, numbers(8, 1))
+        said = sum("'x' differs between the ranks" in str(warning.message) for warning in caught)
+        found.append([module.seen, weights(module), said, saves.best_model_path.removeprefix(folder)])
+    return found
+
+
+def test_behaviour_4_what_decides_is_the_same_on_all_ranks(tmp_path: Path) -> None:
+    """A step's value that a scheduler or a ModelCheckpoint follows: reduced with sync_dist=True, or else rank 0's."""
+    (synced, own), (other_synced, other_own) = run_distributed(plateaus, str(tmp_path))
+    # 0, 1, 2, 3 of rank 0 and 0, -2, -4, -6 of rank 1 add up to what falls; rank 0's own rise.
+    assert synced == other_synced
+    assert synced[0] == [(0.0, 0.05), (-1.0, 0.05), (-2.0, 0.05), (-3.0, 0.05)]
+    assert synced[2:] == [0, "/True/x=-3.0.ckpt"]
+    assert [rate for _, rate in own[0]] == [rate for _, rate in other_own[0]] == [0.05, 0.025, 0.0125, 0.00625]
+    assert own[1:] == other_own[1:]
+    assert own[2:] == [1, "/False/x=1.0.ckpt"]
+
+
 class Gan(LightningModule):
     """Two networks, stepped by hand."""
 
@@ -315,6 +362,10 @@ def refusals() -> list[str]:
         trainer(limit_val_batches=0, **STRATEGY).fit(Several("none"), numbers())
     except UsageError as error:
         found.append(str(error))
+    try:
+        trainer(**STRATEGY).validate(Tiny(), CombinedLoader([numbers(), numbers(4)], "max_size"))
+    except ConfigError as error:
+        found.append(str(error))
     return found
 
 
@@ -322,6 +373,7 @@ def test_behaviour_9_none_is_refused_on_several_processes() -> None:
     """The other ranks would wait for this one's gradients."""
     for found in run_distributed(refusals):
         assert "multiplied by 0" in found[0]
+        assert "counts each sample once" in found[1]
 
 
 class Ragged:

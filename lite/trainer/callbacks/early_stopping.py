@@ -77,6 +77,11 @@ class EarlyStopping(Callback):
             "patience": self.patience,
         }
 
+    @property
+    def stopping_reason_message(self) -> str | None:
+        """`stopping_reason`, by Lightning's name."""
+        return self.stopping_reason
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.wait_count, self.stopped_epoch = state_dict["wait_count"], state_dict["stopped_epoch"]
         self.best_score, self.patience = float(state_dict["best_score"]), state_dict["patience"]
@@ -105,7 +110,7 @@ class EarlyStopping(Callback):
                 raise ConfigError(f"{text} Log it, monitor another, or pass strict=False.")
             warnings.warn(text, stacklevel=4)
             return
-        value = found[self.monitor]
+        value = trainer.metrics.agreed(self.monitor, own=True)
         stop, reason = self.evaluate(float(value) if isinstance(value, Tensor) else value)
         if collectives.any_rank(stop):
             self.stopping_reason = reason or "another rank has stopped"

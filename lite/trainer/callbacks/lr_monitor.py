@@ -17,6 +17,8 @@ class LearningRateMonitor(Callback):
         log_weight_decay: Whether weight decays are.
         log_key_prefix: What the names begin with.
 
+    The rate is the one of the step that begins; its x is that step's, as of the row that the loggers get after it.
+
     Attributes:
         lrs: What was logged, by name.
     """
@@ -34,17 +36,19 @@ class LearningRateMonitor(Callback):
         self.log_momentum, self.log_weight_decay = log_momentum, log_weight_decay
         self.log_key_prefix = log_key_prefix or ""
         self.lrs: dict[str, list[float]] = {}
+        self._written_at = -1
         if logging_interval == "epoch":
             self.on_train_batch_start = None  # type: ignore[assignment, method-assign]  # costs nothing per step
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         if not trainer.loggers:
             raise ConfigError("LearningRateMonitor needs a logger; pass logger=True to the Trainer, or leave it out.")
-        self.lrs = {}
+        self.lrs, self._written_at = {}, -1
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        every = trainer.log_every_n_steps
-        if every and trainer.fit_loop.progress.stepped % every == 0:
+        every, stepped = trainer.log_every_n_steps, trainer.fit_loop.progress.stepped
+        if every and (stepped + 1) % every == 0 and stepped != self._written_at:
+            self._written_at = stepped
             self._write(trainer, "step" if self.logging_interval is None else None)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
@@ -56,7 +60,8 @@ class LearningRateMonitor(Callback):
         for name, value in row.items():
             self.lrs.setdefault(name, []).append(value)
         trainer.metrics.logged.update(row)
-        trainer.write_row(row)
+        if row:
+            trainer.write_row({"step": trainer.fit_loop.progress.stepped, **row})
 
     def rates(self, trainer: Any, interval: str | None = None) -> dict[str, float]:
         """The present rates by name; with an interval those whose scheduler has it."""

@@ -199,7 +199,9 @@ class ModelCheckpoint(Checkpoint):
         if self.monitor is not None and self.save_top_k:
             if not self._has_monitor(trainer, metrics):
                 return
-            value = torch.as_tensor(collectives.broadcast(float(metrics[self.monitor])))
+            if self.monitor not in _counters(trainer):
+                metrics[self.monitor] = trainer.metrics.agreed(self.monitor)
+            value = torch.as_tensor(float(metrics[self.monitor]))
             self._save_if_among_best(trainer, metrics, value)
         elif self.save_top_k:
             self._save_newest(trainer, metrics)
@@ -244,7 +246,7 @@ class ModelCheckpoint(Checkpoint):
         self.best_k_models[path] = value
         choose_worst, choose_best = (max, min) if self.mode == "min" else (min, max)
         models = self.best_k_models
-        if 0 < self.save_top_k <= len(models):
+        if self.save_top_k == -1 or 0 < self.save_top_k <= len(models):
             # Of equals the newest counts as the worst: the first that was as good stays.
             worst = choose_worst(models.values())
             self.kth_best_model_path = [p for p, v in models.items() if v == worst][-1]

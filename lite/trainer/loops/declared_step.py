@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lite.trainer.declared import Declared
-from lite.trainer.hooks import overrides
+from lite.trainer.hooks import indexed, overrides
 from lite.trainer.loops.calling import Step, pick_loss, step_caller
-from lite.trainer.loops.gradient import before_step_hooks, drop_gradients, run_backward, skipper
+from lite.trainer.loops.gradient import before_step_hooks, drop_gradients, old_settings, run_backward, skipper
 from lite.trainer.manual import clip_by, in_hands
 from lite.trainer.module import LightningModule
 from lite.trainer.schedules import step_schedulers
@@ -53,10 +53,10 @@ class _Part:
             window = trainer.lite.accumulate(module, steps=count, optimizer=self._optimizer)
             self._window = loop.windows.add(declared.step, window)
         self._weighs = loop.always_weighs
-        self._zero_grad = drop_gradients(trainer, self._optimizer)
-        self._backward = run_backward(trainer)
+        self._zero_grad = drop_gradients(trainer, self._optimizer, index)
+        self._backward = run_backward(trainer, self._optimizer, index)
         self._skip = skipper(trainer)
-        self._before_step = before_step_hooks(trainer, _clipping(trainer, declared))
+        self._before_step = before_step_hooks(trainer, _clipping(trainer, declared, index))
         self._schedulers = [
             c
             for c in trainer.lr_scheduler_configs
@@ -66,8 +66,9 @@ class _Part:
         self._step = self._raw_step
         if overrides(module, "optimizer_step", LightningModule):
             nothing: Callable[..., None] = lambda *args: None  # noqa: E731
-            parts = {"before": nothing, "after": self._stepped, "zero": nothing, "module": module}
+            parts = {"before": nothing, "after": self._own_stepped, "zero": nothing, "module": module}
             self._handle = in_hands(self._optimizer, **parts)
+            self._own = indexed(module.optimizer_step, index, **old_settings(self._optimizer))
             self._step = self._own_step
 
     def run(self, batch: Any, batch_idx: int) -> Any:
@@ -120,18 +121,24 @@ class _Part:
     def _own_step(self, batch_idx: int, loss: Any) -> None:
         """By the module's `optimizer_step`; the closure has run already, and says what came out."""
         epoch = self._trainer.fit_loop.progress.epoch
-        self._module.optimizer_step(epoch, batch_idx, self._handle, lambda: loss)
+        self._own_steps = 0
+        self._own(epoch, batch_idx, self._handle, lambda: loss)
+        self._trainer.fit_loop.progress.updates += self._own_steps
+
+    def _own_stepped(self) -> None:
+        self._own_steps += 1
 
     def _stepped(self) -> None:
         self._trainer.fit_loop.progress.updates += 1
 
 
-def _clipping(trainer: Any, declared: Declared) -> Callable[[Any], Any] | None:
+def _clipping(trainer: Any, declared: Declared, index: int) -> Callable[[Any], Any] | None:
     module = trainer.module
     value = declared.gradient_clip_val if declared.gradient_clip_val is not None else trainer.gradient_clip_val
     algorithm = declared.gradient_clip_algorithm or trainer.gradient_clip_algorithm
     if overrides(module, "configure_gradient_clipping", LightningModule):
-        return lambda optimizer: module.configure_gradient_clipping(optimizer, value, algorithm)
+        own = indexed(module.configure_gradient_clipping, index)
+        return lambda optimizer: own(optimizer, value, algorithm)
     if not value:
         return None
     return lambda optimizer: clip_by(trainer.lite, module, optimizer, value, algorithm)

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from lite.errors import ConfigError
+from lite.trainer.combined import CombinedLoader
 from lite.trainer.data import INFINITE, StageData, length
 from lite.trainer.entries import is_torchmetric
 from lite.trainer.hooks import overrides
@@ -165,6 +166,8 @@ class EvaluationLoop:
             loader.load_state_dict(self.loader_state)
         self.loader_state = None
         batches = iter(loader)
+        if isinstance(loader, CombinedLoader):
+            batches = (batch for batch, _, _ in batches)
         if done and not hasattr(loader, "load_state_dict"):
             next(islice(batches, done, done), None)
         if go_on is not None:

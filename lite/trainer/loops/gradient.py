@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from lite.errors import UsageError
-from lite.trainer.hooks import overrides
+from lite.trainer.hooks import indexed, overrides
 from lite.trainer.module import LightningModule
 
 NO_GRAPH = (
@@ -20,10 +20,12 @@ NO_GRAPH = (
 )
 
 
-def run_backward(trainer: Any) -> Callable[[Tensor], None]:
+def run_backward(trainer: Any, optimizer: Optimizer | None, index: int = 0) -> Callable[[Tensor], None]:
     """Backward with the hooks around it, as this run needs it."""
     module, hooks, metrics = trainer.module, trainer.hooks, trainer.metrics
-    backward = module.backward if overrides(module, "backward", LightningModule) else trainer.lite.backward
+    backward = trainer.lite.backward
+    if overrides(module, "backward", LightningModule):
+        backward = indexed(module.backward, index, optimizer=optimizer)
     before, after, at = hooks.on_before_backward, hooks.on_after_backward, metrics.at
     in_before = metrics.place("train", "on_before_backward")
     in_after = metrics.place("train", "on_after_backward")
@@ -44,7 +46,7 @@ def run_backward(trainer: Any) -> Callable[[Tensor], None]:
     return run
 
 
-def drop_gradients(trainer: Any, optimizer: Optimizer) -> Callable[[int], None]:
+def drop_gradients(trainer: Any, optimizer: Optimizer, index: int = 0) -> Callable[[int], None]:
     """Dropping an optimizer's gradients, with hooks and the module's own way where there are any."""
     module, hooks, metrics = trainer.module, trainer.hooks, trainer.metrics
     progress = trainer.fit_loop.progress
@@ -52,13 +54,14 @@ def drop_gradients(trainer: Any, optimizer: Optimizer) -> Callable[[int], None]:
     own = overrides(module, "optimizer_zero_grad", LightningModule)
     if not before and not own:
         return lambda batch_idx: optimizer.zero_grad()
+    own_way = indexed(module.optimizer_zero_grad, index)
 
     def zero_grad(batch_idx: int) -> None:
         metrics.at(place)
         for hook in before:
             hook(optimizer)
         if own:
-            module.optimizer_zero_grad(progress.epoch, batch_idx, optimizer)
+            own_way(progress.epoch, batch_idx, optimizer)
         else:
             optimizer.zero_grad()
 
@@ -94,8 +97,14 @@ def clipping(trainer: Any) -> Callable[[Optimizer], None] | None:
     """The Trainer's clipping, or the module's own; None where there is none."""
     module, value, algorithm = trainer.module, trainer.gradient_clip_val, trainer.gradient_clip_algorithm
     if overrides(module, "configure_gradient_clipping", LightningModule):
-        return lambda optimizer: module.configure_gradient_clipping(optimizer, value, algorithm)
+        own = indexed(module.configure_gradient_clipping)
+        return lambda optimizer: own(optimizer, value, algorithm)
     return (lambda optimizer: module.clip_gradients(optimizer, value, algorithm)) if value else None
+
+
+def old_settings(optimizer: Optimizer) -> dict[str, Any]:
+    """What an override of optimizer_step in an older version's form is told besides."""
+    return {"on_tpu": False, "using_native_amp": False, "using_lbfgs": isinstance(optimizer, LBFGS)}
 
 
 def log_norms(module: Any, norm_type: float) -> None:

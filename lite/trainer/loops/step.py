@@ -9,10 +9,18 @@ from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from lite.errors import UsageError
-from lite.trainer.hooks import overrides
+from lite.trainer.hooks import indexed, overrides
 from lite.trainer.loops.calling import Step, pick_loss, step_caller
 from lite.trainer.loops.declared_step import compose_declared
-from lite.trainer.loops.gradient import NO_GRAPH, before_step_hooks, clipping, drop_gradients, run_backward, skipper
+from lite.trainer.loops.gradient import (
+    NO_GRAPH,
+    before_step_hooks,
+    clipping,
+    drop_gradients,
+    old_settings,
+    run_backward,
+    skipper,
+)
 from lite.trainer.loops.manual_step import manual_step
 from lite.trainer.manual import in_hands
 from lite.trainer.module import LightningModule
@@ -53,8 +61,10 @@ def _automatic_step(trainer: Any, window: Any, is_last: Callable[[int], bool]) -
 
         return step
 
+    steps = [0]  # counted when the override is over, as in Lightning
+
     def after() -> None:
-        progress.updates += 1
+        steps[0] += 1
 
     # It steps with a closure, as an override of optimizer_step and LBFGS want it.
     pending = [False]  # a closure that the override has called by itself
@@ -65,6 +75,8 @@ def _automatic_step(trainer: Any, window: Any, is_last: Callable[[int], bool]) -
         pending[0] = False
 
     handle = in_hands(optimizer, before=before, after=after, zero=lambda which: None, module=module)
+
+    own_step = indexed(module.optimizer_step, **old_settings(optimizer))
 
     def closed_step(batch: Any, batch_idx: int) -> Any:
         if window is not None and not is_last(batch_idx):
@@ -79,9 +91,10 @@ def _automatic_step(trainer: Any, window: Any, is_last: Callable[[int], bool]) -
             pending[0] = True
             return pick_loss(output)
 
-        updates = progress.updates
-        module.optimizer_step(progress.epoch, batch_idx, handle, closure)
-        progress.stepped += progress.updates > updates
+        steps[0] = 0
+        own_step(progress.epoch, batch_idx, handle, closure)
+        progress.updates += steps[0]
+        progress.stepped += steps[0] > 0
         return outputs[-1] if outputs else None
 
     return closed_step
@@ -127,7 +140,7 @@ def _training_call(trainer: Any) -> Callable[[Any, int], Any]:
 def _compute(trainer: Any, window: Any, is_last: Callable[[int], bool]) -> Step:
     """forward, loss, backward of one batch, in a window of accumulation where there is one."""
     metrics, call = trainer.metrics, _training_call(trainer)
-    backward, skip = run_backward(trainer), skipper(trainer)
+    backward, skip = run_backward(trainer, next(iter(trainer.optimizers), None)), skipper(trainer)
     optimizers = trainer.optimizers
     zero_grad = drop_gradients(trainer, optimizers[0]) if optimizers else lambda batch_idx: None
     weighs = getattr(window, "weigh", None)
