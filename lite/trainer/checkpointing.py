@@ -20,10 +20,10 @@ from lite.loading import restore_object
 from lite.seed import Moment, RandomState
 from lite.sharded import is_sharded
 from lite.state import is_stateful, module_state
-from lite.trainer.entries import is_torchmetric
 from lite.trainer.foreign import progress_of_foreign
 from lite.trainer.hparams import storable
 from lite.trainer.loops.train_epoch import discard
+from lite.trainer.metric_objects import restore_torchmetrics, torchmetrics_state
 
 PARTS = {
     "model": "state_dict",
@@ -100,13 +100,13 @@ def _exact_state(trainer: Any) -> dict[str, Any]:
     loader = fit.data.loaders[0] if fit.data.loaders else None
     position = loader.state_dict() if is_stateful(loader) else None  # type: ignore[union-attr]
     per_rank = bool(getattr(loader, "state_is_per_rank", False))
+    sums = fit.sums_before or {"metrics": metrics.state_dict(), "torchmetrics": torchmetrics_state(trainer.module)}
     mine: dict[str, Any] = {
         "random": RandomState.capture(cuda=True).state_dict(),
-        "metrics": fit.metrics_before if fit.metrics_before is not None else metrics.state_dict(),
+        **sums,
         "position": position if per_rank else None,
         "validation": fit.val_loop.state_dict()["position"],
         "val_loaders": [loader.state_dict() if is_stateful(loader) else None for loader in fit.val_data.loaders],
-        "torchmetrics": torchmetrics_state(trainer.module),
     }
     ranks = collectives.all_gather_objects(mine)
     return {"ranks": ranks, "position": None if per_rank else position}
@@ -169,7 +169,8 @@ def restore_training(trainer: Any, checkpoint: dict[str, Any], parts: set[str], 
     ranks = exact["ranks"]
     same = len(ranks) == trainer.world_size
     mine = ranks[trainer.global_rank] if same else ranks[0]
-    trainer.metrics.load_state_dict(mine["metrics"])
+    trainer.metrics.take_loaders(fit.val_data)
+    trainer.metrics.load_state_dict(mine["metrics"], module)
     if not same:
         warnings.warn(
             f"the checkpoint was saved by {len(ranks)} processes and this job has {trainer.world_size}: the epoch's "
@@ -236,27 +237,3 @@ def _moment(ranks: list[Any]) -> Moment:
     moment = restore_random_state([mine["random"] for mine in ranks])
     now.restore()
     return moment
-
-
-# ---- torchmetrics, which leave their sums out of state_dict
-
-
-def _torchmetrics(module: Any) -> dict[str, Any]:
-    return {name: part for name, part in module.named_modules() if is_torchmetric(part)}
-
-
-def torchmetrics_state(module: Any) -> dict[str, Any]:
-    """The sums of the module's torchmetrics."""
-    return {
-        name: {"state": {k: v for k, v in metric.metric_state.items()}, "count": metric._update_count}
-        for name, metric in _torchmetrics(module).items()
-    }
-
-
-def restore_torchmetrics(module: Any, states: dict[str, Any]) -> None:
-    """Go on from those sums."""
-    for name, metric in _torchmetrics(module).items():
-        if name in states:
-            for key, value in states[name]["state"].items():
-                setattr(metric, key, value)
-            metric._update_count = states[name]["count"]

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from lite.trainer.hparams import ClassAlone, HyperparametersMixin
+from lite.trainer.hparams import HyperparametersMixin, of_the_class
 from lite.trainer.module_hooks import DataHooks
 
 D = TypeVar("D", bound="LightningDataModule")
@@ -87,7 +87,7 @@ class LightningDataModule(DataHooks, HyperparametersMixin):
                 made.__dict__[method] = lambda datasets=datasets, shuffle=name == "train": loaders(datasets, shuffle)
         return made
 
-    @classmethod
+    @of_the_class
     def load_from_checkpoint(
         cls: type[D],
         checkpoint_path: str | os.PathLike[str],
@@ -104,8 +104,3 @@ class LightningDataModule(DataHooks, HyperparametersMixin):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "trainer": None}
-
-
-setattr(  # noqa: B010
-    LightningDataModule, "load_from_checkpoint", ClassAlone(vars(LightningDataModule)["load_from_checkpoint"].__func__)
-)

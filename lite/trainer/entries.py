@@ -89,7 +89,9 @@ def make_entry(
     """The entry that fits a key's first value and settings."""
     kind = reduce_kind(options.reduce_fx)
     if is_torchmetric(value):
-        return MetricEntry(key, options, on_step, on_epoch, sizes, kind, muted)
+        entry = MetricEntry(key, options, on_step, on_epoch, sizes, kind, muted)
+        entry.value = value
+        return entry
     return (EpochEntry if on_epoch else Entry)(key, options, on_step, on_epoch, sizes, kind, muted)
 
 
@@ -105,7 +107,7 @@ class Entry:
         touched: There is something for the epoch's value.
     """
 
-    shares = True  # its sums can be added up over ranks, and stored
+    shares = True  # its sums can be added up over ranks
 
     def __init__(
         self, key: str, options: Options, on_step: bool, on_epoch: bool, sizes: Sizes, kind: str, muted: bool
@@ -190,6 +192,11 @@ class Entry:
     def reset(self) -> None:
         """Begin another epoch."""
         self.fresh = self.unwritten = self.touched = False
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether `state_dict` has what a resumed run needs."""
+        return True
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -298,6 +305,7 @@ class MetricEntry(Entry):
     """A Metric of torchmetrics, which counts, synchronises and stores by itself."""
 
     shares = False
+    attribute: str | None = None  # of the module, that holds it
 
     def add(self, value: Any, batch_size: Any) -> None:
         if not is_torchmetric(value):
@@ -310,9 +318,22 @@ class MetricEntry(Entry):
         return as_scalar(self.value.compute() if cached is None else cached)
 
     def compute(self) -> Tensor | None:
-        value = self.value.compute()
-        self.value.reset()
-        return as_scalar(value)
+        return as_scalar(self.value.compute())
+
+    def reset(self) -> None:
+        if self.touched:
+            self.value.reset()
+        super().reset()
+
+    @property
+    def is_stored(self) -> bool:
+        return self.attribute is not None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "value": None, "metric": self.attribute}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict({**state, "value": self.value})
 
 
 def _result_dtype(value: Tensor) -> torch.dtype:

@@ -79,9 +79,11 @@ class Hooks:
         check_names(module, {**SHARED, **MODULE_ALONE})
         wrap = wrap or (lambda name, owner, method: method)
         self.monitors: tuple[Method, ...] = ()
+        self._owners: dict[str, list[str]] = {}
         for name, count in {**SHARED, **CALLBACKS_ALONE, **MODULE_ALONE}.items():
             early: list[Method] = []
             late: list[Method] = []
+            owners = self._owners[name] = []
             for callback in callbacks if name not in MODULE_ALONE else ():
                 if overrides(callback, name, callback_base):
                     method = fitted(getattr(callback, name), count + 2)
@@ -89,8 +91,12 @@ class Hooks:
                     # What reads metrics does so when everybody has logged them.
                     waits = name == "on_train_epoch_end" and getattr(callback, "reads_metrics", False)
                     (late if waits else early).append(bound)
+                    if not waits:
+                        key = callback.state_key
+                        owners.append(f"{key}#{len(owners)}" if key in owners else key)
             if name not in CALLBACKS_ALONE and overrides(module, name, module_base):
                 early.append(wrap(name, module, fitted(getattr(module, name), count)))
+                owners.append("module")
             setattr(self, name, tuple(early))
             if late:
                 self.monitors = tuple(late)
@@ -102,6 +108,19 @@ class Hooks:
         """Run a hook that is not part of every step."""
         for method in getattr(self, name):
             method(*args)
+
+    def call_rest(self, name: str, begun: list[str]) -> None:
+        """Run a hook's methods but those of `begun`, where each is noted as it begins: so a save within is whole.
+
+        Args:
+            name: The hook, one without arguments.
+            begun: Whose methods have run, callbacks by `state_key`; changed.
+        """
+        before = set(begun)
+        for owner, method in zip(self._owners[name], getattr(self, name), strict=True):
+            if owner not in before:
+                begun.append(owner)
+                method()
 
 
 def overrides(owner: Any, name: str, base: type) -> bool:

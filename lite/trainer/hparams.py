@@ -10,12 +10,32 @@ import sys
 import types
 import warnings
 from collections.abc import Iterable, Mapping, MutableMapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from lite.errors import CheckpointError, ConfigError
 from lite.state import sanitise
+
+if TYPE_CHECKING:
+    of_the_class = classmethod
+else:
+
+    class of_the_class(classmethod):
+        """A classmethod that makes an object, and so can't be called on one, where its result would be overlooked."""
+
+        def __get__(self, instance: Any, owner: Any = None) -> Any:
+            if instance is None:
+                return super().__get__(instance, owner)
+            name, kind = self.__func__.__name__, type(instance).__name__
+
+            def refused(*args: Any, **kwargs: Any) -> None:
+                raise TypeError(
+                    f"{name} makes a new object and leaves this one as it is; call it on the class: "
+                    f"new = {kind}.{name}(...)."
+                )
+
+            return refused
 
 
 class AttributeDict(dict[str, Any]):
@@ -193,20 +213,3 @@ def _init_arguments(owner: Any, frame: types.FrameType | None) -> dict[str, Any]
         found.update(values)  # the subclass's word counts: it comes later
         frame = frame.f_back
     return found
-
-
-class ClassAlone(classmethod):  # type: ignore[type-arg]
-    """A class method that makes an instance: called on one, which would stay as it is, it raises TypeError."""
-
-    def __get__(self, instance: Any, owner: Any = None) -> Any:
-        if instance is None:
-            return super().__get__(instance, owner)
-        name, call = type(instance).__name__, self.__func__.__name__
-
-        def refuse(*args: Any, **kwargs: Any) -> Any:
-            raise TypeError(
-                f"{call} was called on an instance of {name}, which would stay as it is: it returns a new one; write "
-                f"module = {name}.{call}(path)."
-            )
-
-        return refuse

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from lite import collectives
 from lite.errors import ConfigError, UsageError
+from lite.trainer.data import StageData
 from lite.trainer.entries import Entry, MetricEntry, Options, is_torchmetric, make_entry, merge
+from lite.trainer.metric_objects import torchmetrics_of
 
 LOADER_SUFFIX = "/dataloader_idx_"
 Row = dict[str, Any]
@@ -62,8 +64,8 @@ class Metrics:
     Attributes:
         here: The place that runs now.
         kept: The newest value of every name, as callbacks see it; those of running steps come on top.
-        logged: The newest values that loggers were given.
-        bar: The newest epoch values that the progress bar shows.
+        logged: The newest values that are for loggers; those of running steps come on top.
+        bar: The same for the progress bar.
     """
 
     def __init__(self, world_size: int = 1, rank: int = 0, *, enabled: bool = True) -> None:
@@ -96,6 +98,10 @@ class Metrics:
     def at(self, place: Place) -> None:
         """That place runs from now on."""
         self.here = place
+
+    def take_loaders(self, data: StageData) -> None:
+        """Those loaders are evaluated next: with several, their numbers or names are part of what is logged."""
+        self.num_loaders, self.loader_names = len(data.loaders), data.names
 
     def begin_batch(self, batch: Any, place: Place) -> None:
         """That place runs with this batch; its size, which weighs epoch values, is looked for when it is asked for."""
@@ -138,12 +144,14 @@ class Metrics:
                 "names."
             )
         if is_torchmetric(value):
-            _find_attribute(name, value, attribute, module)
+            attribute = _find_attribute(name, value, attribute, module)
         if options.sync_dist and options.rank_zero_only:
             raise ConfigError(f"log({name!r}): sync_dist=True waits for ranks that rank_zero_only=True leaves out.")
         entry = make_entry(
             name, value, options, on_step, on_epoch, self, muted=options.rank_zero_only and self._rank > 0
         )
+        if isinstance(entry, MetricEntry):
+            entry.attribute = attribute
         entry.names(self._suffixed(place, name, options.add_dataloader_idx))
         place.entries[name] = entry
         saved = self._restored.pop((place.stage, place.hook, place.loader, name), None)
@@ -257,6 +265,14 @@ class Metrics:
                 found[entry.step_name] = entry.step_value()
         return found
 
+    def logged_metrics(self) -> Row:
+        """The newest values that are for loggers, whether they were written or not."""
+        found = dict(self.logged)
+        for _, entry in self._of("train"):
+            if entry.logger and entry.on_step and entry.fresh:
+                found[entry.step_name] = entry.step_value()
+        return found
+
     def has_step_values(self, stage: str) -> bool:
         """Whether a step's value is still to be written."""
         return any(entry.on_step and entry.unwritten for _, entry in self._of(stage))
@@ -293,9 +309,11 @@ class Metrics:
                 if total is not None:
                     entry.take(total)
             entries = [(place, entry) for place, entry in self._of(stage) if entry.on_epoch and entry.touched]
+        self._keep_steps(stage)
         row: Row = {}
         per_loader: list[Row] = [{} for _ in range(num_loaders)]
         for place, entry in entries:
+            newest = entry.step_value() if entry.on_step and stage == "train" else None
             value = entry.compute()
             entry.reset()
             if value is None:
@@ -303,8 +321,8 @@ class Metrics:
             self.kept[entry.name] = value
             if entry.on_step:
                 self.kept[entry.epoch_name] = value
-                if stage == "train":
-                    self.kept[entry.step_name] = entry.step_value()
+            if newest is not None:
+                self.kept[entry.step_name] = newest
             if entry.logger:
                 row[entry.epoch_name] = value
             if entry.options.prog_bar:
@@ -314,6 +332,16 @@ class Metrics:
                     results[entry.epoch_name] = value
         self.logged.update(row)
         return row, per_loader
+
+    def _keep_steps(self, stage: str) -> None:
+        """The newest steps' values stay where they are shown, when the epoch's sums are reset."""
+        for _, entry in self._of(stage):
+            if not entry.on_step or not entry.fresh:
+                continue
+            if entry.logger and stage == "train":
+                self.logged[entry.step_name] = entry.step_value()
+            if entry.options.prog_bar:
+                self.bar[entry.step_name] = entry.step_value()
 
     def _any_shared(self, stage: str) -> bool:
         """Whether a rank has anything to share: one that had no batch doesn't know of the keys."""
@@ -331,6 +359,7 @@ class Metrics:
             del self._places[key]
         for owner in [owner for owner in self._owners if owner[0] == stage]:
             del self._owners[owner]
+        self._restored = {where: saved for where, saved in self._restored.items() if where[0] != stage}
 
     # ---- state
 
@@ -339,22 +368,30 @@ class Metrics:
         saved = []
         for place in self._places.values():
             for entry in place.entries.values():
-                if entry.shares:
+                if entry.is_stored:
                     at = {"stage": place.stage, "hook": place.hook, "loader": place.loader, "key": entry.key}
                     saved.append({**at, "options": entry.options.plain(), **entry.state_dict()})
         return {"kept": dict(self.kept), "logged": dict(self.logged), "bar": dict(self.bar), "entries": saved}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+    def load_state_dict(self, state: dict[str, Any], module: Any) -> None:
+        """Go on from there, with the Metric objects of that module."""
         self.kept, self.logged, self.bar = dict(state["kept"]), dict(state["logged"]), dict(state["bar"])
+        self._owners.clear()
+        self._restored.clear()
+        for place in self._places.values():  # of a fit before this one
+            place.entries.clear()
         for one in state["entries"]:
             where = (one["stage"], one["hook"], one["loader"], one["key"])
+            attribute = one.get("metric")
+            value = 0.0 if attribute is None else torchmetrics_of(module).get(attribute)
+            if value is None:  # the module holds no such Metric any more
+                continue
             self._restored[where] = one
             options = Options.from_plain(one["options"])
             if options is None:  # a function of the user's; the first log after the resume brings it
                 continue
             before, self.here = self.here, self.place(*where[:3])
-            self.register(one["key"], 0.0, options, None, None)
+            self.register(one["key"], value, options, attribute, module)
             self.here = before
 
 
@@ -391,18 +428,22 @@ def _sizes(data: Any) -> Iterable[int]:
             yield from _sizes(value)
 
 
-def _find_attribute(name: str, metric: Any, attribute: str | None, module: Any) -> None:
-    if module is None:
-        return
-    if attribute is not None:
-        if attribute not in dict(module.named_modules()):
-            raise ConfigError(
-                f"log({name!r}, metric_attribute={attribute!r}): the module has no such part; name the attribute that "
-                "holds the metric."
-            )
-        return
-    if not any(part is metric for part in module.modules()):
+def _find_attribute(name: str, metric: Any, attribute: str | None, module: Any) -> str:
+    """The module's attribute that holds a Metric.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    parts = dict(module.named_modules())
+    if attribute is not None and attribute not in parts:
+        raise ConfigError(
+            f"log({name!r}, metric_attribute={attribute!r}): the module has no such part; name the attribute that "
+            "holds the metric."
+        )
+    found = next((path for path, part in parts.items() if part is metric), attribute)
+    if found is None:
         raise ConfigError(
             f"log({name!r}) got a {type(metric).__name__} that is no attribute of the module, so it would neither move "
             "to the device nor be reset; set it as self.NAME in __init__, or pass metric_attribute='NAME'."
         )
+    return found

@@ -14,7 +14,7 @@ from lite import collectives
 from lite.errors import UsageError
 from lite.trainer.entries import Options
 from lite.trainer.hooks import CALLBACKS_ALONE, MODULE_ALONE, SHARED
-from lite.trainer.hparams import ClassAlone, HyperparametersMixin
+from lite.trainer.hparams import HyperparametersMixin, of_the_class
 from lite.trainer.manual import Optimisation
 from lite.trainer.module_hooks import ModuleHooks
 
@@ -263,7 +263,7 @@ class LightningModule(Optimisation, ModuleHooks, HyperparametersMixin, nn.Module
             parameter.requires_grad = True
         return self.train()
 
-    @classmethod
+    @of_the_class
     def load_from_checkpoint(
         cls: type[M],
         checkpoint_path: str | os.PathLike[str],
@@ -320,4 +320,3 @@ def detached(outputs: Any) -> Any:
 _COMPUTING = {"forward", "training_step", "validation_step", "test_step", "predict_step", "manual_step"}
 _OWN = {name for base in LightningModule.__mro__ if base not in (nn.Module, object) for name in vars(base)}
 LightningModule.plain_methods = frozenset((_OWN | {*SHARED, *CALLBACKS_ALONE, *MODULE_ALONE}) - _COMPUTING)
-setattr(LightningModule, "load_from_checkpoint", ClassAlone(vars(LightningModule)["load_from_checkpoint"].__func__))  # noqa: B010

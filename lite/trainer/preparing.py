@@ -84,12 +84,21 @@ class Preparing(Sources):
         self.state.stage = None
         before.restore()
 
+    def _warn_of_epoch_begun_anew(self, left: int) -> None:
+        if left:
+            warnings.warn(
+                f"the fit before this one ended in epoch {self.current_epoch}, after {left} of its batches: that epoch "
+                "begins anew, with the weights as they are. To go on exactly where a fit ended, save it by "
+                "trainer.save_checkpoint(path) and pass ckpt_path=path.",
+                stacklevel=4,
+            )
+
     def _warn_of_nothing_to_do(self) -> None:
         fit = self.fit_loop
         if fit.data.num_batches == 0:
             warnings.warn("there are no training batches; nothing is trained.", stacklevel=4)
             fit.max_epochs = 0 if fit.max_epochs < 0 else min(fit.max_epochs, fit.progress.epoch)
-        elif fit.is_over(self) and (fit.progress.epoch or fit.progress.updates):
+        elif fit.is_over(self) and not fit.is_unsettled and (fit.progress.epoch or fit.progress.updates):
             warnings.warn(
                 f"nothing is left to train: {fit.progress.epoch} epochs and {fit.progress.updates} steps are done, and "
                 f"max_epochs={fit.max_epochs}, max_steps={fit.max_steps}; raise trainer.fit_loop.max_epochs.",

@@ -67,7 +67,9 @@ def running(trainer: Any, fn: TrainerFn, module: Any, datamodule: Any) -> Iterat
         if not in_notebook():
             raise SystemExit(INTERRUPTED) from error
         warnings.warn(
-            "the run was interrupted; trainer.save_checkpoint or another fit goes on from here.", stacklevel=2
+            "the run was interrupted; trainer.save_checkpoint(path) keeps where it is, and fit(ckpt_path=path) goes on "
+            "from there; another fit without it begins the epoch anew.",
+            stacklevel=2,
         )
     finally:
         try:

@@ -124,7 +124,7 @@ class Serving(View):
         """Whether evaluation may have values of single batches to write."""
         return bool(self.loggers) and not self.sanity_checking and not self.barebones
 
-    def write_eval_step(self, stage: str) -> None:
-        """Write the values of one evaluation batch, where any were logged with on_step=True."""
+    def write_eval_step(self, stage: str, number: int) -> None:
+        """Write the values of the evaluation batch of that number, where any were logged with on_step=True."""
         if self.metrics.has_step_values(stage):
-            self.write_row(self.metrics.step_row(stage), stage)
+            self.write_row({"step": number, **self.metrics.step_row(stage)}, stage)

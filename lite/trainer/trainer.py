@@ -314,12 +314,16 @@ class Trainer(Preparing, Checkpoints, Interruption, Serving):
         parts = checkpointing.chosen_parts(restore, restore_except)
         self._launch()
         self._given = {"train": train_dataloaders, "val": val_dataloaders}
-        self.fit_loop.begin()
+        left = self.fit_loop.begin()
+        self.metrics.discard("train")
+        self.metrics.discard("validate")
         self.fit_loop.events = {choose("events", kind, ["batch", "epoch"]) for kind in events}
         self._check_fit(model, datamodule)
         with running(self, TrainerFn.FITTING, model, datamodule), self._stop_signals():
             checkpoint = self._read_for_fit(ckpt_path, weights_only)
-            if checkpoint is not None:
+            if checkpoint is None:
+                self._warn_of_epoch_begun_anew(left)
+            else:
                 checkpointing.restore_callbacks(self, checkpoint, states="callbacks" in parts)
                 if "state_dict" in parts:
                     checkpointing.restore_weights(self, checkpoint, str(self.ckpt_path))

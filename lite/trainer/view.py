@@ -207,8 +207,8 @@ class View:
 
     @property
     def logged_metrics(self) -> dict[str, Any]:
-        """The newest values that loggers got."""
-        return dict(self.metrics.logged)
+        """The newest values that are for loggers, also those that `log_every_n_steps` leaves out."""
+        return self.metrics.logged_metrics()
 
     @property
     def progress_bar_metrics(self) -> dict[str, Any]:

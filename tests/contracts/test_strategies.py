@@ -122,7 +122,8 @@ def test_many_forwards_before_one_backward_stay_in_step() -> None:
 
 def unweighed() -> list[str]:
     lite = Lite(accelerator="cpu")
-    model = lite.setup(MLP())
+    model = MLP()
+    model, _ = lite.setup(model, torch.optim.SGD(model.parameters()))
     caught = []
     for forget in ("raw backward", "two loaders", "two loaders, turned", "right"):
         sizes = (6, 5) if "turned" in forget else (5, 6)

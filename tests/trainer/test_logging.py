@@ -228,6 +228,50 @@ def test_behaviour_7_one_element_tensors_flags_and_log_dict(tmp_path: Path) -> N
     assert set(run.logged_metrics) == {"a", "b"}
 
 
+class Steps(Tiny):
+    """Values of single batches, in training and validation, for everybody."""
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        self.log("t", float(batch_idx), prog_bar=True)
+        self.log("both", float(batch_idx), on_epoch=True, prog_bar=True)
+        return self.loss(batch)
+
+    def validation_step(self, batch: Tensor, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.log("v", float(batch_idx), on_step=True, on_epoch=True, prog_bar=True)
+
+
+def test_behaviour_7_the_newest_step_values_stay_where_they_are_shown(tmp_path: Path) -> None:
+    """Also those that loggers were not given, between two rows and after the fit."""
+    run = trainer(logger=CSVLogger(tmp_path), log_every_n_steps=2, limit_val_batches=0)
+    for event in run.steps(Steps(), numbers(), events=("batch",)):
+        assert run.logged_metrics == {"t": event.batch_idx, "both_step": event.batch_idx}
+    expected = {"t": 2.0, "both_step": 2.0, "both_epoch": 1.0}
+    assert run.logged_metrics == run.progress_bar_metrics == expected
+    run = trainer(logger=CSVLogger(tmp_path), log_every_n_steps=2)
+    run.fit(Steps(), numbers(), numbers())
+    assert run.logged_metrics == run.progress_bar_metrics == {**expected, "v_step": 2.0, "v_epoch": 1.0}
+
+
+def test_steps_of_evaluation_lie_at_their_own_count(tmp_path: Path) -> None:
+    """Of each loader, over all epochs, also in a resumed run; epochs lie at the training step."""
+
+    def steps(logger: CSVLogger, name: str) -> list[int]:
+        return [int(row["step"]) for row in read_rows(logger) if row.get(name)]
+
+    loggers = [CSVLogger(tmp_path / name) for name in "ab"]
+    loaders = [numbers(8), numbers(4)]
+    run = trainer(max_epochs=2, logger=loggers[0])
+    for event in run.steps(Steps(), numbers(), loaders, events=("epoch",)):
+        if event.epoch == 0:
+            run.save_checkpoint(tmp_path / "x.ckpt")
+    assert steps(loggers[0], "v_step/dataloader_idx_0") == [0, 1, 2, 3]
+    assert steps(loggers[0], "v_step/dataloader_idx_1") == [0, 1]
+    assert steps(loggers[0], "v_epoch/dataloader_idx_0") == [2, 5]
+    run = trainer(max_epochs=2, logger=loggers[1])
+    run.fit(Steps(), numbers(), loaders, ckpt_path=tmp_path / "x.ckpt")
+    assert steps(loggers[1], "v_step/dataloader_idx_0") == [2, 3]
+
+
 def test_behaviour_8_evaluation_returns_a_dict_per_loader_and_prints_a_table(capsys: Any) -> None:
     """validate and test."""
     module, run = Tiny(), trainer()

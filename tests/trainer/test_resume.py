@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import random
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lite.trainer import Callback, LightningModule, seed_everything
-from tests.trainer.modules import trainer
+from lite.trainer.callbacks import EarlyStopping, ModelCheckpoint
+from tests.support.processes import run_distributed
+from tests.trainer.modules import Tiny, numbers, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:nothing is left to train")
 
@@ -121,3 +124,141 @@ def test_behaviour_41_training_gone_on_with_after_max_steps_continues_its_epoch(
     again = run(path, {}, resume=True)
     # A validation was due at the stop only in the run that was stopped, so random numbers may differ from there on.
     assert len(again[0]) == len(losses) - 3
+
+
+class SavesAnywhere(Callback):
+    """Saves in hooks after which something is still to come, and keeps how many losses and epochs there were."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder, self.seen, self.points = folder, 0, []
+
+    def save(self, trainer: Any, module: Any, *args: Any) -> None:
+        self.seen += 1
+        if self.folder is not None:
+            self.points.append((self.seen, len(module.losses), len(module.epochs)))
+            trainer.save_checkpoint(self.folder / f"{self.seen}.ckpt")
+
+    def on_train_end(self, trainer: Any, module: Any) -> None:
+        loader = trainer.val_dataloaders
+        self.passes = loader and loader.progress()  # workers draw their random numbers by how many there were
+
+    on_train_batch_end = on_validation_start = on_validation_batch_end = on_validation_end = on_train_epoch_end = save
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.seen = state_dict["seen"]
+
+
+class Kept(Noisy):
+    """Keeps its losses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.losses: list[float] = []
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        self.losses.append(float(loss.detach()))
+        return loss
+
+
+class Endless(IterableDataset[Tensor]):
+    """Five samples, of which nobody knows that they are five."""
+
+    def __iter__(self) -> Any:
+        return (torch.full((4,), index / 10) + torch.randn(4) * 0.1 for index in range(5))
+
+
+def fit_and_look(folder: Path, options: dict[str, Any], saves: SavesAnywhere, path: Path | None) -> tuple[Any, ...]:
+    """Losses, what the epochs saw, and how everything stood in the end."""
+    settings = dict(options)
+    patience, unknown = settings.pop("patience", 9), settings.pop("unknown_length", False)
+    seed_everything(1)
+    module, stopping = Kept(), EarlyStopping("val", patience=patience, min_delta=9.0)
+    keeping = ModelCheckpoint(folder / "kept", "{epoch}-{step}", "val", save_top_k=-1, save_on_train_epoch_end=False)
+    callbacks = [saves, stopping, keeping]
+    run = trainer(**{"max_epochs": 2, "enable_checkpointing": True, "callbacks": callbacks, **settings})
+    data: Any = Endless() if unknown else Augmented()
+    loader = DataLoader(data, batch_size=2, shuffle=None if unknown else True)
+    run.fit(module, loader, DataLoader(Augmented(), batch_size=4), ckpt_path=path)
+    counts = [saves.seen, run.global_step, run.current_epoch, stopping.wait_count, stopping.stopped_epoch]
+    best = [keeping.best_model_score, len(keeping.best_k_models), saves.passes]
+    metrics = {name: float(value) for name, value in run.callback_metrics.items()}
+    return module.losses, module.epochs, [*counts, *best, metrics, [p.tolist() for p in module.parameters()]]
+
+
+def differing(root: str, options: dict[str, Any]) -> list[int]:
+    """The numbers of the saves from which a resumed run differs from the one that went on; -1 where there are few."""
+    folder = Path(root)
+    with warnings.catch_warnings():
+        told = "Endless has no state_dict|nothing is left to train|log.*without sync_dist|differs between the ranks"
+        warnings.filterwarnings("ignore", f".*({told})")
+        saves = SavesAnywhere(folder)
+        losses, epochs, end = fit_and_look(folder, options, saves, None)
+        found = [] if saves.seen == len(saves.points) > 8 else [-1]
+        for number, done, epochs_done in saves.points:
+            again = fit_and_look(folder, options, SavesAnywhere(), folder / f"{number}.ckpt")
+            if again != (losses[done:], epochs[epochs_done:], end):
+                found.append(number)
+    return found
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"val_check_interval": 2},
+        {"val_check_interval": 0.5, "accumulate_grad_batches": 4},
+        {"val_check_interval": 2, "max_steps": 7},
+        {"val_check_interval": 2, "patience": 1},
+        {"unknown_length": True},
+    ],
+    ids=str,
+)
+def test_behaviour_41_a_save_within_a_hook_is_gone_on_with_where_it_was(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    """What was due after it comes after the resume too: validation, other callbacks' hooks, the stop, the saves."""
+    assert differing(str(tmp_path), options) == []
+
+
+def test_behaviour_41_saves_within_hooks_on_two_processes(tmp_path: Path) -> None:
+    """The same, where ranks draw other numbers and agree on the stop."""
+    options = {"max_epochs": 1, "val_check_interval": 1, "limit_train_batches": 3, "limit_val_batches": 1}
+    options |= {"patience": 1, "strategy": "ddp"}
+    assert run_distributed(differing, str(tmp_path), options) == [[], []]
+
+
+def test_behaviour_41_a_save_at_the_end_of_a_cut_off_epoch_goes_on_within_it(tmp_path: Path) -> None:
+    """Its hooks had begun, for a run that was over; with more steps to do they come again when the epoch ends."""
+    saves, loader = SavesAnywhere(tmp_path), DataLoader(Augmented(), batch_size=2)
+    trainer(max_steps=2, limit_val_batches=0, callbacks=[saves]).fit(Kept(), loader)
+    again = Kept()
+    run = trainer(limit_val_batches=0, callbacks=[SavesAnywhere()])
+    run.fit(again, loader, ckpt_path=tmp_path / f"{saves.seen}.ckpt")
+    assert (len(again.losses), len(again.epochs)) == (3, 1)
+
+
+class SeveralLoaders(Tiny):
+    """Logs for each validation loader its number and the epoch, under one name."""
+
+    def validation_step(self, batch: Tensor, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.log("val", 100.0 * dataloader_idx + self.current_epoch)
+
+
+@pytest.mark.parametrize("names", [None, ("easy", "hard")])
+def test_behaviour_41_metrics_of_several_loaders_keep_their_names(names: Any, tmp_path: Path) -> None:
+    """Saved before any validation, and after one: what callbacks see is what the whole run saw, under its names."""
+    loaders: Any = [numbers(4), numbers(4)] if names is None else {name: numbers(4) for name in names}
+    whole = trainer(max_epochs=2)
+    for number, _ in enumerate(whole.steps(SeveralLoaders(), numbers(), loaders, events=("batch",))):
+        whole.save_checkpoint(tmp_path / f"{number}.ckpt")
+    found = {key: float(value) for key, value in whole.callback_metrics.items()}
+    first, second = [f"{name}/val" for name in names] if names else [f"val/dataloader_idx_{n}" for n in (0, 1)]
+    assert (found[first], found[second], "val" in found) == (1.0, 101.0, False)
+    for number in range(6):
+        again = trainer(max_epochs=2)
+        for _ in range(2):  # the second time by a Trainer that has logged the same before
+            again.fit(SeveralLoaders(), numbers(), loaders, ckpt_path=tmp_path / f"{number}.ckpt")
+            assert {key: float(value) for key, value in again.callback_metrics.items()} == found, number

@@ -176,6 +176,41 @@ def test_behaviour_48_ctrl_c_ends_at_the_batch_so_that_the_run_goes_on_exactly(t
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+class Breaks(Tiny):
+    """Ends by an exception or Ctrl-C once, in the second batch of epoch 0; keeps what it has trained on."""
+
+    def __init__(self, error: BaseException | None) -> None:
+        super().__init__()
+        self.error, self.seen = error, []
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        self.log("ones", 1.0, on_epoch=True, reduce_fx="sum")
+        if self.error is not None and batch_idx == 1:
+            error, self.error = self.error, None
+            raise error
+        self.seen.append((self.current_epoch, batch_idx))
+        return self.loss(batch)
+
+
+@pytest.mark.parametrize("error", [ValueError("bad batch"), KeyboardInterrupt()], ids=["error", "ctrl-c"])
+def test_behaviour_38_an_epoch_that_broke_off_begins_anew(error: BaseException) -> None:
+    """By another fit of the same Trainer, which says so; nothing of the first try is in the epoch's metrics."""
+    module, run = Breaks(error), trainer(max_epochs=2, limit_val_batches=0)
+    with pytest.raises((ValueError, SystemExit)):
+        run.fit(module, numbers())
+    with pytest.warns(UserWarning, match="ended in epoch 0, after 1 of its batches: that epoch begins anew"):
+        for event in run.steps(module, numbers(), events=("epoch",)):
+            assert float(event.metrics["ones_epoch"]) == 3.0
+    assert module.seen == [(0, 0), (0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
+    assert (run.current_epoch, run.global_step) == (2, 7)
+    module, run = Breaks(None), trainer(max_epochs=2, max_steps=1, limit_val_batches=0)
+    run.fit(module, numbers())
+    assert run.current_epoch == 0  # the epoch that it is in: it is not complete
+    run.fit_loop.max_steps = -1
+    run.fit(module, numbers())
+    assert module.seen == [(0, 0), (1, 0), (1, 1), (1, 2)]  # that epoch's end had been
+
+
 def test_sigterm_saves_at_the_batch_and_ends_with_its_code(tmp_path: Path) -> None:
     """And "auto" goes on from there."""
 

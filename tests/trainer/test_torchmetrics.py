@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lite.errors import ConfigError
+from lite.trainer import Callback
 from tests.support.processes import run_distributed
 from tests.trainer.modules import Recorder, Tiny, numbers, trainer
 
@@ -56,6 +57,51 @@ def test_behaviour_6_metrics_are_computed_at_the_epochs_end_and_reset(tmp_path: 
     again = trainer(limit_val_batches=0)
     again.fit(Counting(), numbers(11, 4), ckpt_path=tmp_path / "a.ckpt")
     assert float(again.callback_metrics["seen"]) == one[-1]["seen"]
+
+
+class Saving(Callback):
+    """Saves at the end of each batch of training and validation and of each epoch, also before it is over with."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.saved = folder, 0
+
+    def on_validation_batch_end(self, trainer: Any, *args: Any) -> None:
+        self.saved += 1
+        trainer.save_checkpoint(self.folder / f"{self.saved}.ckpt")
+
+    on_train_batch_end = on_train_epoch_end = on_validation_batch_end
+
+
+class Stepping(Counting):
+    """Logs the newest batch's value too."""
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        self.seen(batch[:, 0].float())
+        self.log("seen", self.seen, on_step=True, on_epoch=True)
+        return self.loss(batch)
+
+
+def test_behaviour_41_metrics_count_once_in_a_resumed_run(tmp_path: Path) -> None:
+    """Saved wherever a batch or an epoch ends, also where nobody logs them between the resume and the epoch's end."""
+
+    def fit(*callbacks: Callback, path: Path | None = None, **options: Any) -> dict[str, float]:
+        run = trainer(max_epochs=2, callbacks=list(callbacks), **options)
+        run.fit(Stepping(), numbers(11, 4), numbers(5, 4), ckpt_path=path)
+        return {k: float(v) for k, v in run.callback_metrics.items()}
+
+    saving = Saving(tmp_path)
+    whole = fit(saving)
+    last = float(list(numbers(11, 4))[-1][:, 0].float().sum())
+    assert whole["seen_step"] == pytest.approx(
+        last, rel=1e-6
+    )  # what the last batch gave, not what a reset Metric gives
+    assert saving.saved == 2 * (3 + 2 + 1)
+    for number in range(1, saving.saved + 1):
+        assert fit(path=tmp_path / f"{number}.ckpt") == whole, number
+    stopped = trainer(max_epochs=2, max_steps=2)
+    stopped.fit(Stepping(), numbers(11, 4), numbers(5, 4))
+    stopped.save_checkpoint(tmp_path / "stopped.ckpt")
+    assert fit(path=tmp_path / "stopped.ckpt") == whole
 
 
 def test_behaviour_6_the_attribute_is_found_or_asked_for() -> None:

@@ -37,12 +37,18 @@ class EvaluationLoop:
         loader, batch: The cursor: the loader, and how many of its batches are done.
         running: It is under way.
         restoring: It goes on with an evaluation that was interrupted.
+        begun: By hook, whose methods have begun: those of the start and the end.
+        opened: A loader has been begun.
+        seen: By loader, the batches of evaluations that are over: where the values of single batches lie on the x axis.
     """
 
     def __init__(self, stage: str) -> None:
         self.stage = stage
         self.loader = self.batch = 0
         self.running = self.restoring = False
+        self.begun: dict[str, list[str]] = {}
+        self.opened = False
+        self.seen: dict[int, int] = {}
         self.loader_state: Any = None
         self._data: StageData | None = None
         self._old: OldHooks | None = None
@@ -70,35 +76,53 @@ class EvaluationLoop:
         """
         if data.num_batches == 0:
             return []
-        hooks, metrics, word = trainer.hooks, trainer.metrics, _HOOKS[self.stage]
-        metrics.num_loaders, metrics.loader_names = len(data.loaders), data.names
+        metrics, word = trainer.metrics, _HOOKS[self.stage]
+        metrics.take_loaders(data)
         self._data = data
         resumed, self.restoring = self.restoring, False
         if not resumed:
-            self.loader = self.batch = 0
+            self.loader, self.batch, self.begun, self.opened = 0, 0, {}, False
+        end = f"on_{word}_end"
+        with evaluating(trainer, word), no_grad():
+            if go_on is not None and resumed and (end in self.begun or not self.opened):
+                go_on()
+            results: list[dict[str, Any]] = []
+            if end not in self.begun:
+                results = self._run_loaders(trainer, data, go_on if resumed else None, each_batch)
+            if not self.running:
+                self._call(trainer, end)
+        if not self.running:
+            self.begun = {}
+        return results
+
+    def _run_loaders(
+        self,
+        trainer: Any,
+        data: StageData,
+        go_on: Callable[[], None] | None,
+        each_batch: Callable[[], bool] | None,
+    ) -> list[dict[str, Any]]:
+        """Evaluate all loaders; for each what was logged. One that was broken off is `running` still."""
+        metrics, word = trainer.metrics, _HOOKS[self.stage]
         self.running = True
         self._old = find_old_hooks(trainer.module, word)
-        with evaluating(trainer, word), no_grad():
-            if not resumed:
-                self._call(trainer, f"on_{word}_start")
-                self._call(trainer, f"on_{word}_epoch_start")
-            first = self.loader
-            for index in range(first, len(data.loaders)):
-                if index > first:
-                    self.loader, self.batch = index, 0
-                if self._run_loader(trainer, index, data, go_on if resumed and index == first else None, each_batch):
-                    return []
-            metrics.end_batches()
-            if self._old is not None:
-                metrics.at(metrics.place(self.stage, f"on_{word}_epoch_end"))
-                self._old.end()
-            self._call(trainer, f"on_{word}_epoch_end")
-            results: list[dict[str, Any]]
-            row, results = metrics.finish(self.stage, len(data.loaders))
-            trainer.write_row(row, self.stage)
-            self.running = False
-            metrics.at(metrics.place(self.stage, f"on_{word}_end"))
-            hooks.call(f"on_{word}_end")
+        self._call(trainer, f"on_{word}_start")
+        self._call(trainer, f"on_{word}_epoch_start")
+        first = self.loader
+        for index in range(first, len(data.loaders)):
+            if index > first:
+                self.loader, self.batch = index, 0
+            if self._run_loader(trainer, index, data, go_on if index == first else None, each_batch):
+                return []
+        metrics.end_batches()
+        if self._old is not None:
+            metrics.at(metrics.place(self.stage, f"on_{word}_epoch_end"))
+            self._old.end()
+        self._call(trainer, f"on_{word}_epoch_end")
+        results: list[dict[str, Any]]
+        row, results = metrics.finish(self.stage, len(data.loaders))
+        trainer.write_row(row, self.stage)
+        self.running = False
         self._data = None
         return results
 
@@ -126,7 +150,7 @@ class EvaluationLoop:
         in_step = place(stage, name, index)
         move, real = data.move, trainer.lite.real_samples if trainer.world_size > 1 else None
         writes_steps = trainer.logs_eval_steps(stage)
-        done = self.batch
+        done, seen = self.batch, self.seen.get(index, 0)
         for batch in self._open(data.loaders[index], data.limits[index], done, go_on):
             if move is not None:
                 batch = move(batch, index)
@@ -150,12 +174,13 @@ class EvaluationLoop:
                 for hook in on_end:
                     hook(outputs, batch, done - 1, index)
             if writes_steps:
-                trainer.write_eval_step(self.stage)
+                trainer.write_eval_step(self.stage, seen + done - 1)
             self.take(outputs, index, trainer)
             if old is not None and not metrics.filler:
                 old.keep(outputs, index)
             if each_batch is not None and each_batch():
                 return True
+        self.seen[index] = seen + done
         return False
 
     def take(self, outputs: Any, index: int, trainer: Any) -> None:
@@ -168,6 +193,7 @@ class EvaluationLoop:
         batches = iter(loader)
         if isinstance(loader, CombinedLoader):
             batches = (batch for batch, _, _ in batches)
+        self.opened = True
         if done and not hasattr(loader, "load_state_dict"):
             next(islice(batches, done, done), None)
         if go_on is not None:
@@ -176,11 +202,13 @@ class EvaluationLoop:
 
     def _call(self, trainer: Any, name: str) -> None:
         trainer.metrics.at(trainer.metrics.place(self.stage, name))
-        trainer.hooks.call(name)
+        trainer.hooks.call_rest(name, self.begun.setdefault(name, []))
 
     def state_dict(self) -> dict[str, Any]:
         """The cursor, and the position in the loader that is under way; plain values of this rank."""
         state: dict[str, Any] = {"running": self.running, "loader": self.loader, "batch": self.batch, "position": None}
+        state["begun"] = {name: list(owners) for name, owners in self.begun.items()}
+        state.update(opened=self.opened, seen=dict(self.seen))
         if self.running and self._data is not None and self.batch:
             loader = self._data.loaders[self.loader]
             state["position"] = loader.state_dict() if hasattr(loader, "state_dict") else None
@@ -188,8 +216,9 @@ class EvaluationLoop:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on there at the next `run`."""
-        self.restoring = state["running"]
-        if self.restoring:
+        self.begun, self.opened, self.seen = state["begun"], state["opened"], dict(state["seen"])
+        self.restoring = state["running"] or bool(self.begun)
+        if state["running"]:  # otherwise its loaders are through, and its end hooks alone are left
             self.loader, self.batch, self.loader_state = state["loader"], state["batch"], state["position"]
 
 

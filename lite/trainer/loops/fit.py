@@ -22,6 +22,7 @@ from lite.trainer.data import INFINITE, StageData
 from lite.trainer.events import Event
 from lite.trainer.loops.evaluate import EvaluationLoop
 from lite.trainer.loops.train_epoch import TrainEpochLoop, discard
+from lite.trainer.metric_objects import torchmetrics_state
 from lite.trainer.planning import check_monitored
 from lite.trainer.progress import Progress
 from lite.trainer.schedules import step_schedulers
@@ -67,8 +68,9 @@ class FitLoop:
         self.events = {"batch", "epoch"}
         self.stop_poll: Callable[[], bool] | None = None
         self.moment: RandomState | None = None
-        self.metrics_before: dict[str, Any] | None = None  # an epoch that is cut off may be gone on with
-        self._monitors_checked = False
+        self.sums_before: dict[str, Any] | None = None  # an epoch that is cut off may be gone on with
+        self._monitors_checked = self._cut_off = False
+        self.begun: list[str] | None = None  # whose hooks at the epoch's end have begun, while these run
         self._ending: bool | None = None  # the epoch's end is being saved, of a complete epoch or one that was cut off
 
     def run(self, trainer: Any) -> Iterator[Event]:
@@ -78,18 +80,21 @@ class FitLoop:
         hooks.call("on_train_start")
         progress.start_clock()
         epoch_done = Event("epoch", trainer)
-        while not self.is_over(trainer):
-            if not progress.within:
-                self._begin_epoch(trainer)
-            yield from self.epoch_loop.run(trainer)
-            if self.stopped_by_signal:
-                break
-            self._end_epoch(trainer)
-            if self.progress.within:  # cut off in the middle
-                break
-            if "epoch" in self.events:
-                yield epoch_done
-        progress.stop_clock()
+        try:
+            while not self.is_over(trainer) or self.is_unsettled:
+                if not progress.within:
+                    self._begin_epoch(trainer)
+                yield from self.epoch_loop.run(trainer)
+                if self.stopped_by_signal:
+                    break
+                self._end_epoch(trainer)
+                if self.progress.within:  # cut off in the middle
+                    self._cut_off = True
+                    break
+                if "epoch" in self.events:
+                    yield epoch_done
+        finally:
+            progress.stop_clock()
         if self.stopped_by_signal:
             return
         metrics.at(metrics.place("train", "on_train_end"))
@@ -101,6 +106,7 @@ class FitLoop:
 
     def _begin_epoch(self, trainer: Any) -> None:
         progress, metrics = self.progress, trainer.metrics
+        self.epoch_loop.begin()
         every = trainer.reload_dataloaders_every_n_epochs
         if every and progress.epoch > 0 and progress.epoch - max(progress.reloaded, 0) >= every:
             trainer.load_data(self, again=True)
@@ -116,11 +122,15 @@ class FitLoop:
         """Hooks, metrics, schedulers, saves; and on to the next epoch, unless this one was cut off."""
         hooks, metrics, progress = trainer.hooks, trainer.metrics, self.progress
         complete = not self._is_cut_off(trainer)
-        self.metrics_before = None if complete else metrics.state_dict()
+        self.sums_before = None
+        if not complete:
+            self.sums_before = {"metrics": metrics.state_dict(), "torchmetrics": torchmetrics_state(trainer.module)}
         metrics.at(metrics.place("train", "on_train_epoch_end"))
         if self.epoch_loop.old is not None:
             self.epoch_loop.old.end()
-        hooks.call("on_train_epoch_end")
+        self.begun = self.begun or []
+        hooks.call_rest("on_train_epoch_end", self.begun)
+        self.begun = None
         row, _ = metrics.finish("train")
         trainer.write_row(row)
         for hook in hooks.monitors:
@@ -170,6 +180,11 @@ class FitLoop:
         if 0 <= self.max_epochs <= progress.epoch:
             return True
         return self.stopped_by_signal or (self.wants_stop and self.may_stop_early())
+
+    @property
+    def is_unsettled(self) -> bool:
+        """Whether something is still due after a batch or at an epoch's end, as in a resumed run that is over."""
+        return self.progress.within and (not self.epoch_loop.settled or self.begun is not None)
 
     def may_stop_early(self) -> bool:
         """Whether a wish to stop counts by now."""
@@ -231,26 +246,24 @@ class FitLoop:
         """Validate now, where that is due; returns whether it was."""
         if not due:
             return False
-        progress = self.progress
         manual = not trainer.module.automatic_optimization
         if trainer.hooks.on_validation_model_zero_grad:
             trainer.hooks.call("on_validation_model_zero_grad")
         elif not self.epoch_loop.window_is_open and not manual:
             trainer.module.zero_grad()
         self._validate(trainer)
-        if not self.stopped_by_signal:
-            progress.validated, progress.validated_epoch = progress.batches, progress.epoch
-            self.schedule.done()
+        self._has_validated()
         return True
 
     def finish_validation(self, trainer: Any) -> None:
-        """Go on with a validation that was interrupted, where there is one."""
-        if self.val_loop.restoring:
-            self._validate(trainer)
-            if not self.stopped_by_signal:
-                self.progress.validated, self.progress.validated_epoch = self.progress.batches, self.progress.epoch
-                for callback in trainer.checkpoint_callbacks:
-                    callback.after_batch(trainer, validated=True)
+        """Go on with a validation that was interrupted."""
+        self._validate(trainer)
+        self._has_validated()
+
+    def _has_validated(self) -> None:
+        if not self.stopped_by_signal:
+            self.progress.validated, self.progress.validated_epoch = self.progress.batches, self.progress.epoch
+            self.schedule.done()
 
     def _validate(self, trainer: Any) -> None:
         trainer.load_data(self, "val")
@@ -285,6 +298,8 @@ class FitLoop:
             "epoch_loop": self.epoch_loop.state_dict(),
             "val_loop": {**self.val_loop.state_dict(), "position": None},
             "schedule": self.schedule.state_dict(),
+            "begun": None if self.begun is None else list(self.begun),
+            "stops": self.wants_stop and self.is_unsettled,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -293,13 +308,23 @@ class FitLoop:
         self.epoch_loop.load_state_dict(state["epoch_loop"])
         self.val_loop.load_state_dict(state["val_loop"])
         self.schedule.load_state_dict(state["schedule"])
+        self.begun, self.wants_stop = state.get("begun"), state.get("stops", False)
 
-    def begin(self) -> None:
-        """A call of `fit` begins."""
+    def begin(self) -> int:
+        """A call of `fit` begins.
+
+        Returns:
+            Batches of an epoch that an exception or Ctrl-C ended in the fit before this one: the epoch begins anew.
+        """
         self.wants_stop = self.wish = self.stopped_by_signal = self.interrupted = False
-        self.moment = self.metrics_before = None
+        self.moment = self.sums_before = self.begun = None
         self._monitors_checked = False
-        self.val_loop = EvaluationLoop("validate") if not self.val_loop.restoring else self.val_loop
-        if self.progress.within:  # of a fit before this one, that was cut off
-            self.progress.epoch, self.progress.batch, self.progress.within = self.progress.epoch + 1, 0, False
+        if not self.val_loop.restoring:
+            seen, self.val_loop = self.val_loop.seen, EvaluationLoop("validate")
+            self.val_loop.seen = seen
+        progress = self.progress
+        left = 0 if self._cut_off or not progress.within else progress.batch
+        progress.epoch += self._cut_off  # its end has been, so the next one comes
+        progress.batch, progress.within, self._cut_off = (0 if progress.within else progress.batch), False, False
         self._started_s = time.monotonic()
+        return left

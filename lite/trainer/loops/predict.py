@@ -46,6 +46,7 @@ class PredictLoop(EvaluationLoop):
         if data.num_batches == 0:
             return []
         self.loader = self.batch = 0
+        self.begun = {}
         self._data = data
         with evaluating(trainer, "predict"), no_grad():
             self._call(trainer, "on_predict_start")

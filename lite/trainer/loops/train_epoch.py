@@ -39,6 +39,7 @@ class TrainEpochLoop:
         windows: The run's windows: that one, or those of several optimizers.
         always_weighs: Whether every batch of a window is weighed by its size.
         flushes: What ends open windows where an epoch's end comes unannounced.
+        settled: What was due after the newest batch has been done, up to the saves.
         output: What `training_step` returned for the newest batch.
     """
 
@@ -49,6 +50,8 @@ class TrainEpochLoop:
         self.windows = Windows()
         self.always_weighs = False
         self.flushes: list[Callable[[], None]] = []
+        self.settled = True
+        self._ended = False  # the epoch has had its last batch, and what comes of that
         self._steps: dict[int, int] = {}  # of optimizers with a step function each, by their position
         self._look_at: float = 0
         self._validated_at_s = time.monotonic()
@@ -74,13 +77,18 @@ class TrainEpochLoop:
         move, driven = data.move, "batch" in fit.events
         stop_polled = fit.stop_poll if trainer.world_size > 1 else None  # alone, the signal itself lets the loop look
         event = Event("batch", trainer)
-        self._stepped = stepped = progress.stepped
+        stepped = progress.stepped
+        if self.settled:
+            self._stepped = stepped
         self._bars = [callback for callback in trainer.callbacks if isinstance(callback, ProgressBar)]
         batches = self._open(trainer, data, count)
-        fit.finish_validation(trainer)  # one that was interrupted; it goes on under the random state of that moment
+        over = fit.begun is not None and fit.is_over(trainer)  # saved as the epoch that ends the run was ending
+        if not over and count < num_batches and not self._ended:
+            fit.begun = None  # the run is to go on further than when it was saved
+        over = over or (not self.settled and self._settle(trainer, count))
         fit.restore_moment()
         self._look_at = self._next_look(trainer, count)
-        for batch in batches:
+        for batch in () if over else batches:
             if move is not None:
                 batch = move(batch, 0)
             begin_batch(batch, training)
@@ -103,8 +111,10 @@ class TrainEpochLoop:
             if on_end:
                 at(in_end)
                 outputs = hook_outputs(output)
+                self.settled = False
                 for hook in on_end:
                     hook(outputs, batch, count - 1)
+                self.settled = True
             if count >= self._look_at or fit.wants_stop or (stop_polled is not None and stop_polled()):
                 metrics.end_batches()
                 ends = self._look(trainer, count)
@@ -115,9 +125,13 @@ class TrainEpochLoop:
             elif driven:
                 yield event
         else:
-            if count < num_batches:  # the loader had fewer than it said, or nobody knew
-                self._end_of_batches(trainer)
-                fit.validate_if(trainer, fit.validates_at_end(trainer))
+            if count < num_batches and not over:  # the loader had fewer than it said, or nobody knew
+                if not self._ended:
+                    self._end_of_batches(trainer)
+                if fit.validates_at_end(trainer):
+                    self.settled = False
+                    fit.validate_if(trainer, True)
+                    self._decide(trainer, count, validated=True)
         metrics.end_batches()
         self._iterator = None
         self.output = None
@@ -128,7 +142,7 @@ class TrainEpochLoop:
         """The batches that are left, from an iterator that is begun here, or gone on with after an interruption."""
         loader, fit = data.loaders[0], trainer.fit_loop
         left = data.num_batches - count
-        if left <= 0:
+        if left <= 0 or self._ended:
             if fit.moment is not None:
                 discard(loader)
             return iter(())
@@ -146,6 +160,7 @@ class TrainEpochLoop:
 
     def _end_of_batches(self, trainer: Any) -> None:
         """The last batch of the epoch is done: an open window steps, and so do schedulers by the epoch."""
+        self._ended = True
         window, progress = self.window, trainer.fit_loop.progress
         if window is not None and window.is_open:
             window.flush()
@@ -216,6 +231,7 @@ class TrainEpochLoop:
     def _look(self, trainer: Any, count: int) -> bool:
         """Do what is due after this batch; whether the epoch ends here."""
         fit = trainer.fit_loop
+        self.settled = False
         if fit.interrupted:
             raise KeyboardInterrupt
         progress = fit.progress
@@ -231,6 +247,14 @@ class TrainEpochLoop:
         validated = fit.validate_if(trainer, fit.validation_is_due(trainer, count))
         if not validated and fit.wants_stop and fit.may_stop_early():
             validated = fit.validate_if(trainer, fit.validates(trainer))
+        return self._decide(trainer, count, validated=validated)
+
+    def _decide(self, trainer: Any, count: int, *, validated: bool) -> bool:
+        """Whether the epoch ends here; and saves, which have all that came before."""
+        fit = trainer.fit_loop
+        if fit.stopped_by_signal:  # within validation, which is gone on with
+            return True
+        self.settled = True
         ends: bool = fit.is_over(trainer)
         for callback in trainer.checkpoint_callbacks:
             callback.after_batch(trainer, validated=validated)
@@ -238,6 +262,15 @@ class TrainEpochLoop:
             bar.after_batch(trainer, count)
         self._look_at = self._next_look(trainer, count)
         return ends
+
+    def _settle(self, trainer: Any, count: int) -> bool:
+        """Do what was still due after the newest batch when the run was saved; whether the epoch ends here."""
+        fit = trainer.fit_loop
+        if fit.val_loop.restoring:  # it goes on under the random state of that moment
+            fit.finish_validation(trainer)
+            return self._decide(trainer, count, validated=True)
+        fit.restore_moment()
+        return self._look(trainer, count)
 
     def look_now(self) -> None:
         """Let the batch that runs be followed by a look at what is due."""
@@ -266,12 +299,21 @@ class TrainEpochLoop:
     # ---- state
 
     def state_dict(self) -> dict[str, Any]:
-        """The steps of each optimizer; the cursor is the fit loop's, and open windows are an entry of their own."""
-        return {"steps": dict(self._steps)}
+        """Counts, and what is still due; the cursor is the fit loop's, and open windows are an entry of their own."""
+        due = None if self.settled else {"stepped": self._stepped}
+        return {"steps": dict(self._steps), "due": due, "ended": self._ended}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on counting."""
+        """Go on counting, and do what is still due."""
         self._steps = dict(state.get("steps", {}))
+        due = state.get("due")
+        self.settled, self._ended = due is None, state.get("ended", False)
+        if due is not None:
+            self._stepped = due["stepped"]
+
+    def begin(self) -> None:
+        """An epoch begins."""
+        self.settled, self._ended = True, False
 
 
 def _paced(trainer: Any) -> bool:

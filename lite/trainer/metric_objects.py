@@ -1,0 +1,37 @@
+"""The states of a module's torchmetrics, which `state_dict` leaves out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lite.data.transfer import move_to_device
+from lite.trainer.entries import is_torchmetric
+
+
+def torchmetrics_of(module: Any) -> dict[str, Any]:
+    """The module's Metric objects, by their attributes' names."""
+    return {name: part for name, part in module.named_modules() if is_torchmetric(part)}
+
+
+def torchmetrics_state(module: Any) -> dict[str, Any]:
+    """Their sums, and the newest batch's values."""
+    return {
+        name: {"state": _copied(metric.metric_state), "count": metric._update_count, "newest": metric._forward_cache}
+        for name, metric in torchmetrics_of(module).items()
+    }
+
+
+def restore_torchmetrics(module: Any, states: dict[str, Any]) -> None:
+    """Go on from those sums."""
+    for name, metric in torchmetrics_of(module).items():
+        if name in states:
+            saved = move_to_device(states[name], metric.device)
+            for key, value in saved["state"].items():
+                setattr(metric, key, value)
+            metric._update_count, metric._forward_cache = saved["count"], saved.get("newest")
+            metric._computed = None
+
+
+def _copied(state: dict[str, Any]) -> dict[str, Any]:
+    """With lists of its own: `reset` empties a metric's."""
+    return {key: list(value) if isinstance(value, list) else value for key, value in state.items()}
