@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lite.errors import CheckpointError, some
+from lite.sharded import whole_shape
 from lite.state import plain_key
 
 # What torch's optimizers keep of a parameter's own shape, and Adafactor of its rows and columns.
@@ -105,6 +106,8 @@ def _check_optimizer(optimizer: Optimizer, loaded: Any, name: str) -> None:
     misfit = f"the checkpoint's {name!r} does not fit {type(optimizer).__name__}: "
     if not isinstance(loaded, Mapping) or not {"state", "param_groups"} <= loaded.keys():
         raise CheckpointError(f"{misfit}it is no optimizer's state.")
+    if hasattr(optimizer, "check_state_dict"):
+        optimizer.check_state_dict(loaded)
     if not _is_torchs(optimizer):
         return
     saved, groups = loaded["param_groups"], optimizer.param_groups
@@ -123,7 +126,7 @@ def _check_optimizer(optimizer: Optimizer, loaded: Any, name: str) -> None:
     numbers = (number for group in saved for number in group["params"])
     parameters = (parameter for group in groups for parameter in group["params"])
     for position, (number, parameter) in enumerate(zip(numbers, parameters, strict=True)):
-        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # DeepSpeed leaves an empty tensor
+        shape = whole_shape(parameter)
         others = {"row_var": (*shape[:-1], 1), "col_var": (*shape[:-2], 1, *shape[-1:])}
         for entry, value in loaded["state"].get(number, {}).items():
             if entry not in _MOMENTS or not isinstance(value, torch.Tensor) or value.ndim == 0:

@@ -26,6 +26,11 @@ def is_emptied(parameter: Tensor) -> bool:
     return hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id")
 
 
+def whole_shape(parameter: Tensor) -> tuple[int, ...]:
+    """The shape of a parameter with all ranks' parts; DeepSpeed's stage 3 leaves an empty tensor in its place."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
 class Elsewhere(Tensor):
     """Stands in a state for a tensor that another rank holds, as a tensor on the meta device of its shape and dtype."""
 

@@ -396,10 +396,10 @@ def compose_backward(lite: Steps) -> Callable[..., None]:
                 "lite.backward(create_graph=True) can't be averaged over several ranks: the averaging changes "
                 "gradients in place. Take those that a loss is made of by torch.autograd.grad(create_graph=True)."
             )
-        loss = strategy.prepare_backward(loss, partial=len(args) > 3 or kwargs.get("inputs") is not None)
         scale = lite._scale
         if scale is not None:
             loss = scale.apply(loss)
+        loss = strategy.prepare_backward(loss, partial=len(args) > 3 or kwargs.get("inputs") is not None)
         weight.uses += 1
         if weight.value != 1.0:
             factor = weight.use()

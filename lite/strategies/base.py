@@ -61,14 +61,17 @@ class Strategy:
         distributed: Whether it can run on several processes.
         divides_models: Whether ranks hold parts of a model where there are several; `shards` knows of this job.
         shards: Whether ranks hold parts of parameters and gradients, once it is connected.
+        has_gradients: Whether a parameter's `grad` is its gradient after backward, or this rank's part of it, once it
+            is connected.
         distributes_layers: Whether a model's layers lie on different ranks, once it is connected.
         start_method: How `Lite.launch` starts processes for it: "spawn", "fork" or "forkserver".
     """
 
     name: ClassVar[str] = "single"
     distributed: ClassVar[bool] = False
-    divides_models: ClassVar[bool] = False
+    divides_models: bool = False
     shards: bool = False
+    has_gradients: bool = True
     distributes_layers: bool = False
     start_method: str = "spawn"
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +32,8 @@ from lite.precision.base import Precision
 from lite.strategies import provenance
 from lite.strategies.base import Engine, Strategy, refuse_foreign
 from lite.strategies.deepspeed_config import complete, read
+from lite.strategies.deepspeed_state import misfit
+from lite.strategies.deepspeed_wiring import check_config
 from lite.strategies.process_group import ProcessGroup
 from lite.strategies.repointing import check_fit
 
@@ -37,6 +41,7 @@ if TYPE_CHECKING:
     from lite.strategies.deepspeed_engine import DeepSpeedEngine
 
 _log = logging.getLogger("lite")
+_OLDEST = (0, 19)  # as in setup.cfg
 _seen: list[Any] = []  # the process group that DeepSpeed knows
 _PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 _DOES = {
@@ -45,6 +50,7 @@ _DOES = {
     2: "divides gradients and the optimizer's state",
     3: "divides weights, gradients and the optimizer's state",
 }
+_EMPTY = re.compile(r"tensor [ab] \(0\)|\[0\]")  # in what torch says of a weight that stage 3 has given back
 _NO_OUTPUT = (
     "lite.backward got a loss that does not come from the output of a model that lite.setup returned, so gradients "
     "would stay different on each rank; compute it from the output of the model, not of a submodule or a copy of it."
@@ -57,22 +63,29 @@ class DeepSpeedStrategy(Strategy):
 
     The loop stays as it is under every strategy, and so do the model, its Parameters and the optimizer as objects.
     `optimizer.state_dict()` is the raw optimizer's whole state, on the CPU, and collective, as `model.state_dict()` is
-    in stage 3; `optimizer.state` is empty, and from stage 1 on `p.grad` is None: read a gradient by
-    `deepspeed.utils.safe_get_full_grad(p)`, and write into weights of stage 3 within
-    `deepspeed.zero.GatheredParameters(params, modifier_rank=0)`; `p.numel()` is 0 there, and `p.ds_numel` says. A
-    step uses gradients up, also where nobody calls `zero_grad`. `lite.no_backward_sync` saves communication in stage 0;
+    in stage 3; `optimizer.state` is empty.
+
+    From stage 1 on `p.grad` is no gradient to read: it is None, or this rank's own. Read one by
+    `deepspeed.utils.safe_get_full_grad(p)`, on all ranks, after `lite.clip_gradients(model, optimizer, max_norm=inf)`,
+    which finishes their reduction and changes nothing; before that it is each rank's own in stage 1, and an error in
+    stage 2. Drop gradients by the `zero_grad` of the model or the optimizer: `p.grad = None`, or the `zero_grad` of a
+    submodule, changes nothing where DeepSpeed has taken them already. A step uses them up, also where nobody calls
+    `zero_grad`. Write into weights of stage 3 within `deepspeed.zero.GatheredParameters(params, modifier_rank=0)`;
+    `p.numel()` is 0 there, and `p.ds_numel` says. `lite.no_backward_sync` saves communication in stage 0;
     stage 1 reduces gradients once per step anyway, and 2 and 3 at each backward, since they divide them.
 
     One optimizer trains a whole model, element by element (AdamW, SGD, ...); several models may each have their own.
     Precision is "32-true", or "bf16-mixed" or "16-mixed", which are autocast over float32 weights. In stage 3 call the
-    model, and methods of it that compute, on all ranks.
+    model, and methods of it that compute, on all ranks, also for evaluation; a backward goes through a forward once
+    (no `retain_graph`). What is trained is decided at setup: freeze and unfreeze before, or after `lite.teardown()`.
 
     Needs the extra: pip install lite[deepspeed].
 
     Args:
         stage: 0, 1, 2 or 3; None is the configuration's, or 2.
         config: DeepSpeed's configuration, as a dict or the path of a JSON file: `zero_optimization` and its buckets,
-            logging, profiling. Values of "auto" are left to DeepSpeed. What lite has arguments or calls for is refused.
+            logging, profiling. Values of "auto" are left to DeepSpeed. What lite has arguments or calls for is refused,
+            and so are keys that DeepSpeed would ignore.
         broadcast_buffers: Whether each forward that trains starts with rank 0's buffers, as under DDP.
         process_group_backend: "gloo", "nccl", ...; None chooses by device.
         timeout: How long a collective may wait for the other ranks; None is torch's default.
@@ -103,6 +116,8 @@ class DeepSpeedStrategy(Strategy):
         check_flag("broadcast_buffers", broadcast_buffers)
         if find_spec("deepspeed") is None:
             raise MissingExtraError("DeepSpeedStrategy needs deepspeed; pip install lite[deepspeed].")
+        _check_version()
+        self.divides_models = self.stage > 0
         self._broadcast_buffers = broadcast_buffers
         self._group = ProcessGroup(process_group_backend, timeout)
         self.start_method = start_method
@@ -111,6 +126,10 @@ class DeepSpeedStrategy(Strategy):
         self._all: list[weakref.ref[DeepSpeedEngine]] = []
         self._checked: weakref.ref[nn.Module] | None = None
         self._running: list[DeepSpeedEngine] = []
+        self._watch: Any = None  # a hook of the loss whose backward runs
+        self._marks: list[provenance.Mark] = []
+        self._done: weakref.WeakSet[provenance.Mark] = weakref.WeakSet()
+        self._again = False
 
     def _engines(self) -> Iterator[DeepSpeedEngine]:
         return (engine for ref in self._all if (engine := ref()) is not None and not engine.closed)
@@ -124,6 +143,7 @@ class DeepSpeedStrategy(Strategy):
     def connect(self, environment: Environment, device: torch.device) -> Any:
         self._world_size = environment.world_size()
         self.shards = self._divides
+        self.has_gradients = not self._divides
         store = self._group.join(environment, device)
         if self._world_size > 1:
             _bring_in(device)
@@ -146,6 +166,7 @@ class DeepSpeedStrategy(Strategy):
     def check_module(self, module: nn.Module) -> None:
         if self._world_size == 1:
             return
+        check_config(complete(self._config, module))
         self._checked = weakref.ref(module)
         name = type(module).__name__
         if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
@@ -182,6 +203,7 @@ class DeepSpeedStrategy(Strategy):
             module,
             self.stage,
             complete(self._config, module),
+            device,
             buffers=self._broadcast_buffers,
             is_saving=is_saving,
         )
@@ -203,6 +225,8 @@ class DeepSpeedStrategy(Strategy):
                 "lite.backward(loss, inputs=[...]) leaves out parameters whose gradients DeepSpeed waits for; leave "
                 "inputs= out, or use torch.autograd.grad and average by lite.all_reduce."
             )
+        if self._watch is not None:
+            self._watch.remove()  # of a backward that has failed
         marks, leaves = provenance.origins([loss])
         reached = {engine for mark in marks for ref in mark.states if (engine := ref()) is not None}
         for leaf in leaves:
@@ -237,12 +261,33 @@ class DeepSpeedStrategy(Strategy):
         self._running = [engine for engine in self._engines() if engine in reached and engine.is_ready]
         for engine in self._running:
             engine.begin_backward()
+        self._again = any(mark in self._done for mark in marks)
+        self._marks = marks
+        running = self._running
+
+        def note(gradient: Tensor) -> None:
+            for engine in running:
+                engine.note_begun()
+
+        self._watch = loss.register_hook(note)  # type: ignore[no-untyped-call]
         return loss
 
     def finish_backward(self) -> None:
         running, self._running = self._running, []
+        self._watch.remove()
+        self._done.update(self._marks)
+        self._marks = []
         for engine in running:
             engine.end_backward()
+
+    def explain_backward_error(self, error: RuntimeError) -> str | None:
+        if self.stage < 3 or not (self._again or _EMPTY.search(str(error))):
+            return None
+        return (
+            "lite.backward went through a forward a second time (retain_graph=True), and stage 3 has given the "
+            "weights that it used back after the first; add the losses up and call backward once, run the forward "
+            f"again, or use stage 2. Call lite.teardown() and set up again to go on. torch says: {error}"
+        )
 
     # ---- optimizers
 
@@ -281,6 +326,13 @@ class DeepSpeedStrategy(Strategy):
                 )
             if not any(p.requires_grad for p in model.parameters()):
                 raise ConfigError(f"{name} has nothing to train: all parameters of {type(model).__name__} are frozen.")
+            names = {id(p): key for key, p in model.named_parameters()}
+            problem = misfit(optimizer.state, [group["params"] for group in optimizer.param_groups], names)
+            if problem is not None:
+                raise ConfigError(
+                    f"{name} has state: {problem}; give these parameters a group of their own, make the optimizer "
+                    "anew, or use strategy='ddp' or 'fsdp'."
+                )
 
     def check_optimizer(self, optimizer: Optimizer) -> None:
         known: set[int] = set().union(*(engine.names for engine in self._engines()))
@@ -381,6 +433,24 @@ class DeepSpeedStrategy(Strategy):
 
     def no_sync(self, engine: Engine | None, enabled: bool) -> AbstractContextManager[None]:
         return super().no_sync(engine, enabled and self.stage == 0)
+
+
+def _check_version() -> None:
+    """Refuse a DeepSpeed whose inner parts are not those that are used here.
+
+    Raises:
+        MissingExtraError: It is older.
+    """
+    try:
+        found = version("deepspeed")
+    except PackageNotFoundError:  # a checkout on the path, which says nothing
+        return
+    numbers = tuple(int(number) for number in re.findall(r"\d+", found)[:2])
+    if numbers < _OLDEST:
+        raise MissingExtraError(
+            f"deepspeed {found} is installed, and DeepSpeedStrategy needs {'.'.join(map(str, _OLDEST))} or later; "
+            "pip install --upgrade lite[deepspeed]."
+        )
 
 
 def _bring_in(device: torch.device) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import json
 import os
 from collections.abc import Mapping
@@ -30,7 +31,48 @@ _OURS = {
     "tensor_parallel": "ModelParallelStrategy",
     "checkpoint": "lite.save and lite.load",
     "compile": "torch.compile",
+    "train_batch_size": "the batch_size of your DataLoader",
 }
+# What DeepSpeed 0.19.8 reads besides. It ignores any other key without a word.
+_THEIRS = [
+    "activation_checkpointing",
+    "aio",
+    "autotuning",
+    "comet",
+    "comms_logger",
+    "communication_data_type",
+    "csv_monitor",
+    "data_efficiency",
+    "data_parallel_size",
+    "dataloader_drop_last",
+    "datastates_ckpt",
+    "disable_allgather",
+    "disable_python_gc",
+    "dump_state",
+    "expert_parallel",
+    "flops_profiler",
+    "gradient_allreduce_op",
+    "gradient_predivide_factor",
+    "hybrid_engine",
+    "log_level",
+    "memory_breakdown",
+    "pipeline",
+    "prescale_gradients",
+    "seq_parallel_communication_data_type",
+    "sequence_parallel_size",
+    "steps_per_print",
+    "tensorboard",
+    "timers",
+    "train_micro_batch_size_per_gpu",
+    "use_data_before_expert_parallelism",
+    "vocabulary_size",
+    "wall_clock_breakdown",
+    "wandb",
+    "weight_quantization",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "zero_optimization",
+]
 _HARMLESS: dict[str, tuple[Any, ...]] = {
     "gradient_accumulation_steps": (1,),
     "gradient_clipping": (0, 0.0, None),
@@ -54,19 +96,25 @@ def read(stage: Any, config: Any) -> tuple[int, dict[str, Any]]:
         ConfigError: The stage is not known, the file can't be read, or a key contradicts lite's own settings.
     """
     asked = _load(config)
-    unset = [key for key, value in asked.items() if value == "auto"]
-    for key in unset:
-        del asked[key]
+    _check_keys(asked)
+    asked = {key: value for key, value in asked.items() if not _is_auto(value)}
     for key, instead in _OURS.items():
         if key in asked and _says_something(key, asked[key]):
             raise ConfigError(
                 f"config has {key!r}: {asked[key]!r}, which lite decides; leave {key!r} out, and use {instead}."
             )
         asked.pop(key, None)
+    asked = _without_auto(asked)
+    micro = asked.get("train_micro_batch_size_per_gpu", 1)
+    if isinstance(micro, bool) or not isinstance(micro, int) or micro < 1:
+        raise ConfigError(
+            f"config has 'train_micro_batch_size_per_gpu': {micro!r}; it must be a whole number above 0, by which "
+            "DeepSpeed counts samples. The batch_size of your DataLoader decides."
+        )
     zero = asked.get("zero_optimization", {})
     if not isinstance(zero, Mapping):
         raise ConfigError(f"config's 'zero_optimization' is {zero!r}; it must be a dict.")
-    zero = {key: value for key, value in zero.items() if value != "auto"}
+    zero = dict(zero)
     theirs = zero.get("stage")
     if stage is None:
         stage = theirs if theirs is not None else 2
@@ -83,6 +131,16 @@ def read(stage: Any, config: Any) -> tuple[int, dict[str, Any]]:
                 "use FSDPStrategy(cpu_offload=True)."
             )
         zero.pop(key, None)
+    if zero.pop("zenflow", None) is not None:
+        raise ConfigError(
+            "config has 'zero_optimization': {'zenflow': ...}, which offloads the optimizer, and lite does not drive; "
+            "leave 'zenflow' out, or use FSDPStrategy(cpu_offload=True)."
+        )
+    if stage > 0 and asked.get("prescale_gradients"):
+        raise ConfigError(
+            f"config has 'prescale_gradients': {asked['prescale_gradients']!r}, which DeepSpeed has for stage 0 alone; "
+            "leave it out."
+        )
     if stage == 1 and zero.get("overlap_comm"):
         raise ConfigError(
             "config has 'zero_optimization': {'overlap_comm': True} with stage=1, whose gradients are reduced at the "
@@ -107,8 +165,7 @@ def complete(config: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:
     """The configuration that DeepSpeed gets for one model."""
     whole = copy.deepcopy(dict(config))
     zero = whole["zero_optimization"]
-    if "train_batch_size" not in whole:  # it only counts samples by it
-        whole.setdefault("train_micro_batch_size_per_gpu", 1)
+    whole.setdefault("train_micro_batch_size_per_gpu", 1)  # it only counts samples by it
     whole["gradient_accumulation_steps"] = 1
     whole["gradient_clipping"] = 0.0  # DeepSpeed clips by itself otherwise, to 1
     whole["zero_allow_untested_optimizer"] = True
@@ -138,6 +195,26 @@ def _load(config: Any) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"config={str(config)!r} holds a {type(content).__name__}; it must be a JSON object.")
     return content
+
+
+def _check_keys(config: Mapping[str, Any]) -> None:
+    known = [*_OURS, *_THEIRS]
+    for key in config:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "leave it out."
+            raise ConfigError(f"config has {key!r}, which DeepSpeed does not know, and would ignore; {hint}")
+
+
+def _is_auto(value: Any) -> bool:
+    """Whether a value, or whether it is on, is left to DeepSpeed."""
+    return value == "auto" or (isinstance(value, Mapping) and value.get("enabled") == "auto")
+
+
+def _without_auto(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    return {key: _without_auto(item) for key, item in value.items() if not isinstance(item, str) or item != "auto"}
 
 
 def _says_something(key: str, value: Any) -> bool:

@@ -12,7 +12,7 @@ How DeepSpeed 0.19 behaves, and what follows from it:
 - Stage 3 leaves old gradients where a parameter gets none; so its buffer is emptied at each window's begin. It takes
   two backwards for one unless it is told of a forward in between (`clear_backward_seen_flag`); so it is told of one at
   each backward.
-- Parameters without any gradient are stepped with zeros. That is warned of.
+- From stage 1 on parameters without any gradient are stepped with zeros. That is warned of.
 - float32 weights are held twice in stages 1 and 2, and the second copy decides. It is renewed before each step, so that
   whatever was loaded or written into the model counts.
 """
@@ -38,7 +38,7 @@ from lite.errors import UsageError, some
 from lite.strategies import provenance
 from lite.strategies.base import Engine
 from lite.strategies.deepspeed_state import Parts
-from lite.strategies.deepspeed_wiring import Original, copy_settings, forget, initialize, view_of
+from lite.strategies.deepspeed_wiring import Original, copy_settings, forget, gathered, initialize, view_of
 from lite.strategies.restoring import broadcast_from_rank_0
 
 
@@ -49,6 +49,7 @@ class DeepSpeedEngine(Engine):
         module: The model, on its device.
         stage: ZeRO's.
         config: DeepSpeed's, for this model.
+        device: The model's.
         buffers: Whether each forward that trains starts with rank 0's buffers.
         is_saving: Whether a checkpoint is being written, for which rank 0 alone needs whole tensors.
 
@@ -67,6 +68,7 @@ class DeepSpeedEngine(Engine):
         module: nn.Module,
         stage: int,
         config: dict[str, Any],
+        device: torch.device,
         *,
         buffers: bool,
         is_saving: Callable[[], bool],
@@ -74,6 +76,7 @@ class DeepSpeedEngine(Engine):
         self._module = weakref.ref(module)
         self.stage = stage
         self._config = config
+        self._device = device
         self._is_saving = is_saving
         self.names = {id(p): name for name, p in module.named_parameters()}
         self._parameters = list(module.parameters())
@@ -81,13 +84,15 @@ class DeepSpeedEngine(Engine):
         self.syncs_buffers = buffers and any(True for _ in module.buffers())
         self._self = weakref.ref(self)
         self._sync = True
-        self.closed = self._begun = self._failed = False
+        self.closed = self._begun = self._runs = self._failed = False
+        self._before: tuple[bool, dict[int, list[Tensor]]] = False, {}
         self.gradients_agree = True
         self._pending = self._finished = False
         self._held: dict[int, list[Tensor]] = {}
         self._seen: set[int] = set()
         self._warned = False
         self._undo: list[Callable[[], None]] = []
+        self._unhook: list[Callable[[], None]] = []
         self.engine: Any = None
         self._optimizer: weakref.ref[Optimizer] | None = None
         self._view: Any = None
@@ -98,7 +103,7 @@ class DeepSpeedEngine(Engine):
         self._original = Original(module)
         broadcast_from_rank_0(module)
         if stage == 0:
-            self.engine = initialize(module, None, config)
+            self.engine = initialize(module, None, config, device)
             self._original.settle()
         for number, parameter in enumerate(self._parameters):
             if parameter.requires_grad:
@@ -206,14 +211,16 @@ class DeepSpeedEngine(Engine):
     # ---- backward
 
     def begin_backward(self) -> None:
-        """A backward that reaches this model begins."""
+        """A backward that reaches this model is about to begin; `note_begun` is called when it does."""
+        self._forget_refused()
         if self._failed or self._begun:
             self._failed = True
             raise UsageError(
                 f"a backward through {type(self.module).__name__} has failed half-way before, and DeepSpeed still has "
                 "a part of its gradients; call lite.teardown() and set up again."
             )
-        self._begun = True
+        self._begun, self._runs = True, False
+        self._before = self._finished, self._held
         if self.stage == 0:
             return
         if not self._pending:
@@ -231,24 +238,52 @@ class DeepSpeedEngine(Engine):
         engine._running_engine_backward = True
         engine._backward_prologue()
 
+    def note_begun(self) -> None:
+        """Gradients have begun to flow."""
+        self._runs = True
+
+    def _forget_refused(self) -> None:
+        """A backward that was about to begin was refused before it did: it never was."""
+        if not self._begun or self._runs:
+            return
+        self._begun = False
+        self._finished, self._held = self._before
+        if self.stage > 0:
+            self._zero.exit_backward()
+            self._leave_backward()
+
+    def _leave_backward(self) -> None:
+        engine = self.engine
+        engine._running_engine_backward_count -= 1
+        engine._running_engine_backward = engine._running_engine_backward_count > 0
+
     def end_backward(self) -> None:
         """It is done: reduce what it has left."""
         self._begun = False
         self._pending = True
-        engine = self.engine
         if self.stage == 0:
             self.gradients_agree = self._sync
             if self._sync:
                 self._reduce_all()
             return
-        engine._backward_epilogue()
-        engine._running_engine_backward_count -= 1
-        engine._running_engine_backward = engine._running_engine_backward_count > 0
+        self.engine._backward_epilogue()
+        self._leave_backward()
 
     def _reduce_all(self) -> None:
-        """Stage 0: the mean of the ranks' gradients, in place."""
+        """Stage 0: the mean of the ranks' gradients, in place.
+
+        DeepSpeed puts zeros where a rank has none. Where no rank has any, none is left, so that the step leaves the
+        parameter alone; a rank that has all asks no device for that.
+        """
+        trained = [p for p in self._parameters if p.requires_grad]
+        mine = [p.grad is not None for p in trained]
+        anywhere: Tensor = collectives.all_reduce(torch.tensor(mine, dtype=torch.uint8, device=self._device), "max")
         self.engine.set_gradient_accumulation_boundary(True)
         self.engine.allreduce_gradients()
+        if not all(mine):
+            for parameter, has_one in zip(trained, anywhere.tolist(), strict=True):
+                if not has_one:
+                    parameter.grad = None
 
     def no_sync(self) -> AbstractContextManager[None]:
         return self._no_sync()
@@ -266,6 +301,7 @@ class DeepSpeedEngine(Engine):
 
     def gradients(self) -> list[Tensor]:
         """This rank's parts of the mean gradients, to read and to change; none where there was no backward."""
+        self._forget_refused()
         if not self._pending:
             return []
         self._finish()
@@ -289,6 +325,7 @@ class DeepSpeedEngine(Engine):
 
     def drop_gradients(self) -> None:
         """Forget them, so that the next step changes nothing."""
+        self._forget_refused()
         self._held = {}
         self._finished = self._pending = False
         self.gradients_agree = True
@@ -318,26 +355,22 @@ class DeepSpeedEngine(Engine):
             )
         raw: Any = type(optimizer)
         patched = optimizer.__dict__.pop("step", None)  # of a scheduler that was made before
-        before = dict(optimizer.state)
-        optimizer.state = defaultdict(dict)
-        self._view = view_of(optimizer, raw)
-        # DeepSpeed gets those groups alone of which something is trained.
-        trained = [any(p.requires_grad for p in group["params"]) for group in optimizer.param_groups]
-        self._numbers = [number for number, it_is in enumerate(trained) if it_is]
-        self.engine = initialize(self.module, self._view, self._config)
-        self._original.settle()
-        self.parts = Parts(self.engine, self.stage, self._view, self.names, self._is_saving)
-        self._optimizer = weakref.ref(optimizer)
-        disguise(optimizer, self._body(raw))
-        if self.stage == 3:
-            for part in self.module.modules():
-                load: Any = part.register_load_state_dict_pre_hook(self.parts.cut_for_loading)  # type: ignore[no-untyped-call]
-                put_together = functools.partial(
-                    self.parts.put_together
-                )  # torch marks the hook, which a method forbids
-                state: Any = part.register_state_dict_post_hook(put_together)  # type: ignore[no-untyped-call]
-                self._undo += [load.remove, state.remove]
-        self.parts.take_state(before)
+        before = optimizer.state
+
+        def give_back() -> None:
+            optimizer.__class__ = raw
+            optimizer.state = before
+            if patched is not None:
+                optimizer.__dict__["step"] = patched
+
+        try:
+            optimizer.state = defaultdict(dict)
+            self._divide(optimizer, raw, before)
+        except BaseException as error:
+            give_back()
+            if isinstance(error, Exception):
+                self._abandon()
+            raise
         reference = weakref.ref(optimizer)
 
         def undo() -> None:
@@ -351,6 +384,35 @@ class DeepSpeedEngine(Engine):
                 it.state.update(self._final)
 
         return undo
+
+    def _divide(self, optimizer: Optimizer, raw: Any, before: Any) -> None:
+        """Let DeepSpeed divide the model, and the optimizer's state from before."""
+        self._view = view_of(optimizer, raw)
+        # DeepSpeed gets those groups alone of which something is trained.
+        trained = [any(p.requires_grad for p in group["params"]) for group in optimizer.param_groups]
+        self._numbers = [number for number, it_is in enumerate(trained) if it_is]
+        self._original = Original(self.module)
+        self.engine = initialize(self.module, self._view, self._config, self._device)
+        self._original.settle()
+        groups = [group["params"] for group in optimizer.param_groups]
+        self.parts = Parts(self.engine, self.stage, self._view, groups, self.names, self._is_saving)
+        self._optimizer = weakref.ref(optimizer)
+        disguise(optimizer, self._body(raw))
+        if self.stage == 3:
+            for part in self.module.modules():
+                load: Any = part.register_load_state_dict_pre_hook(self.parts.cut_for_loading)  # type: ignore[no-untyped-call]
+                put_together = functools.partial(
+                    self.parts.put_together
+                )  # torch marks the hook, which a method forbids
+                state: Any = part.register_state_dict_post_hook(put_together)  # type: ignore[no-untyped-call]
+                self._unhook += [load.remove, state.remove]
+        self.parts.take_state(before)
+
+    def _abandon(self) -> None:
+        """Take back what a division that has failed did to the model, which stays set up without an optimizer."""
+        self._original.settle()
+        self._make_plain(self._whole_values())
+        self._optimizer = None
 
     def _body(self, raw: Any) -> dict[str, Any]:
         mine = self
@@ -381,10 +443,22 @@ class DeepSpeedEngine(Engine):
                 self.state = defaultdict(dict)
 
         def load_state_dict(self: Optimizer, state_dict: dict[str, Any]) -> None:
-            raw.load_state_dict(self, state_dict)
-            whole = dict(self.state)
-            self.state = defaultdict(dict)
-            mine.parts.take_state(whole)
+            before = self.param_groups  # torch makes new ones
+            try:
+                raw.load_state_dict(self, state_dict)
+                mine.parts.take_state(self.state)
+            except BaseException:
+                self.param_groups = before
+                raise
+            finally:
+                self.state = defaultdict(dict)
+
+        def check_state_dict(self: Optimizer, state_dict: dict[str, Any]) -> None:
+            numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+            held = [p for group in self.param_groups for p in group["params"]]
+            if len(numbers) == len(held):  # torch refuses it otherwise
+                state = state_dict["state"]
+                mine.parts.check_state({p: state.get(n, {}) for n, p in zip(numbers, held, strict=True)})
 
         def add_param_group(self: Optimizer, param_group: dict[str, Any]) -> None:
             raise UsageError(
@@ -397,12 +471,14 @@ class DeepSpeedEngine(Engine):
             "zero_grad": zero_grad,
             "state_dict": state_dict,
             "load_state_dict": load_state_dict,
+            "check_state_dict": check_state_dict,
             "add_param_group": add_param_group,
             "state_is_local": True,
         }
 
     def step(self, optimizer: Optimizer) -> None:
         """Step on this rank's parts, and give all ranks the new weights. Collective: call on all ranks."""
+        self._forget_refused()
         if not self._pending:
             return  # as raw, where no parameter has a gradient
         self._finish()
@@ -447,8 +523,6 @@ class DeepSpeedEngine(Engine):
                 stacklevel=2,
             )
             return
-        module = self.module
-        values: dict[int, Tensor] = {}
         if self.parts is not None:
             self._final = self.parts.whole_state()
             for trained, entries in self._final.items():
@@ -456,23 +530,36 @@ class DeepSpeedEngine(Engine):
                 for key, value in entries.items():
                     if isinstance(value, Tensor) and value.ndim:
                         entries[key] = value.to(device)
-            for part in module.modules():
-                with self.parts.gathered(part) if self.stage == 3 else nullcontext():
-                    for parameter in part._parameters.values():
-                        if parameter is not None and id(parameter) not in values:
-                            values[id(parameter)] = parameter.detach().clone()
         for undo in self._undo:
             undo()
+        parts = self.parts
+        self._make_plain(self._whole_values() if parts is not None else {})
+        if parts is not None:
+            parts.closed = True
+        self._parameters = []
+
+    def _whole_values(self) -> dict[int, Tensor]:
+        """A copy of each parameter, by id. Collective in stage 3."""
+        values: dict[int, Tensor] = {}
+        for part in self.module.modules():
+            held = [p for p in part._parameters.values() if p is not None]
+            divided = [p for p in held if hasattr(p, "ds_id")]
+            with gathered(divided) if divided else nullcontext():
+                values.update({id(p): p.detach().clone() for p in held if id(p) not in values})
+        return values
+
+    def _make_plain(self, values: dict[int, Tensor]) -> None:
+        """Take DeepSpeed off the model, whose parameters get these values."""
+        for undo in self._unhook:
+            undo()
+        self._unhook = []
         if self.engine is not None:
             self.engine.destroy()
-            if self.stage == 3:
-                forget(module)
+        if self.stage == 3:
+            forget(self.module)
         self._original.restore()
         for parameter in self._parameters:
             if id(parameter) in values:
                 parameter.data = values[id(parameter)]
                 parameter.grad = None
-        if self.parts is not None:
-            self.parts.closed = True
         self.engine = self._view = self.parts = None
-        self._parameters = []

@@ -6,7 +6,7 @@ Relies on where deepspeed 0.19 keeps them: `p._hp_mapping` and `single_partition
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -15,7 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lite.errors import CheckpointError
-from lite.sharded import Elsewhere
+from lite.sharded import Elsewhere, whole_shape
+from lite.strategies.deepspeed_wiring import gathered
 
 
 class Parts:
@@ -25,6 +26,7 @@ class Parts:
         engine: DeepSpeed's.
         stage: ZeRO's.
         view: The optimizer that DeepSpeed has been given.
+        groups: The parameters of each of the user's param_groups.
         names: The parameters, id to name.
         is_saving: Whether a checkpoint is being written, for which rank 0 alone needs whole tensors.
 
@@ -33,12 +35,19 @@ class Parts:
     """
 
     def __init__(
-        self, engine: Any, stage: int, view: Any, names: dict[int, str], is_saving: Callable[[], bool]
+        self,
+        engine: Any,
+        stage: int,
+        view: Any,
+        groups: list[list[Tensor]],
+        names: dict[int, str],
+        is_saving: Callable[[], bool],
     ) -> None:
         self._engine = engine
         self._zero = engine.optimizer
         self._stage = stage
         self._view = view
+        self._groups = groups
         self._names = names
         self._is_saving = is_saving
         self.closed = False
@@ -84,35 +93,35 @@ class Parts:
         """Let DeepSpeed's optimizer go on from a raw optimizer's state.
 
         Raises:
-            CheckpointError: Parameters that DeepSpeed keeps together have taken different numbers of steps.
+            CheckpointError: Parameters that DeepSpeed keeps together differ in their state; nothing was changed.
         """
+        self.check_state(whole)
         state = self._view.state
         state.clear()
         for parameter, flat in self._flats():
             if parameter not in whole or not whole[parameter]:
                 continue
             for key, value in whole[parameter].items():
-                if key == "step" or not isinstance(value, Tensor) or tuple(value.shape) != self._shape(parameter):
-                    value = value.clone() if isinstance(value, Tensor) else value
-                    if not _alike(state[flat].setdefault(key, value), value):
-                        raise CheckpointError(
-                            f"{key!r} is {state[flat][key]} for some parameters and {value} for "
-                            f"{self._names[id(parameter)]!r}, and DeepSpeed keeps one for all of a param_group; load "
-                            "with strategy='ddp' or 'fsdp', or give these parameters a group of their own."
-                        )
+                if is_shared(key, value, self._shape(parameter)):
+                    state[flat].setdefault(key, value.clone() if isinstance(value, Tensor) else value)
                     continue
                 if key not in state[flat]:
                     state[flat][key] = torch.zeros_like(flat)
                 to, part = self._part(parameter, flat, state[flat][key]), self._cut(parameter, value)
                 to[: part.numel()].copy_(part)
-        given = [flat for p, flat in self._flats() if whole.get(p)]
-        lacking = [p for p, flat in self._flats() if not whole.get(p) and any(flat is other for other in given)]
-        if lacking:
-            raise CheckpointError(
-                f"{self._names[id(lacking[0])]!r} has no optimizer state, but others of its param_group have, and "
-                "DeepSpeed keeps them together; load with strategy='ddp' or 'fsdp'."
-            )
         self._link_state()
+
+    def check_state(self, whole: Mapping[Tensor, Mapping[str, Any]]) -> None:
+        """Refuse a raw optimizer's state that `take_state` can't take.
+
+        Raises:
+            CheckpointError: Parameters that DeepSpeed keeps together differ in their state.
+        """
+        problem = misfit(whole, self._groups, self._names)
+        if problem is not None:
+            raise CheckpointError(
+                f"{problem}; load with strategy='ddp' or 'fsdp', or give these parameters a group of their own."
+            )
 
     def _link_state(self) -> None:
         """Stages 1 and 2: let parameters know their parts of the optimizer's state.
@@ -148,17 +157,13 @@ class Parts:
         return flat.narrow(0, place.start, place.numel)
 
     def _shape(self, parameter: Any) -> tuple[int, ...]:
-        return tuple(parameter.ds_shape if self._stage == 3 else parameter.shape)
+        return whole_shape(parameter)
 
     # ---- the model's state in stage 3
 
     def gathered(self, module: nn.Module) -> AbstractContextManager[Any]:
         """A context in which the module's own parameters are whole. Collective: call on all ranks."""
-        import deepspeed
-
-        held = [p for p in module._parameters.values() if p is not None]
-        context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(held, enabled=bool(held))
-        return context
+        return gathered([p for p in module._parameters.values() if p is not None])
 
     def put_together(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
         """A hook of each part's `state_dict`: whole tensors on the CPU, for those that hold empty ones."""
@@ -235,5 +240,41 @@ class Parts:
         return self._shape(parameter)
 
 
+def is_shared(key: str, value: Any, shape: tuple[int, ...]) -> bool:
+    """Whether an entry of a parameter's state is no tensor of its shape: DeepSpeed keeps one for a whole group."""
+    return key == "step" or tuple(getattr(value, "shape", ("none",))) != shape
+
+
+def misfit(
+    whole: Mapping[Tensor, Mapping[str, Any]], groups: Iterable[Sequence[Tensor]], names: Mapping[int, str]
+) -> str | None:
+    """Why DeepSpeed can't go on from a raw optimizer's state; None where it can.
+
+    Args:
+        whole: The state, by parameter.
+        groups: The parameters of each param_group; what is frozen doesn't count.
+        names: The parameters' names, by id.
+    """
+    for group in groups:
+        trained = [p for p in group if p.requires_grad]
+        given = [p for p in trained if whole.get(p)]
+        lacking = [p for p in trained if not whole.get(p)]
+        if given and lacking:
+            return (
+                f"{names[id(lacking[0])]!r} has no optimizer state, but others of its param_group have, and DeepSpeed "
+                "keeps them together"
+            )
+        kept: dict[str, Any] = {}
+        for parameter in given:
+            for key, value in whole[parameter].items():
+                if is_shared(key, value, whole_shape(parameter)) and not _alike(kept.setdefault(key, value), value):
+                    return (
+                        f"{key!r} is {kept[key]} for some parameters and {value} for {names[id(parameter)]!r}, and "
+                        "DeepSpeed keeps one for all of a param_group"
+                    )
+    return None
+
+
 def _alike(one: Any, other: Any) -> bool:
+    one, other = (value.read() if hasattr(value, "read_part") else value for value in (one, other))
     return bool(torch.equal(one, other)) if isinstance(one, Tensor) and isinstance(other, Tensor) else one == other

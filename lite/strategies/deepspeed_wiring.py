@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
+import copy
 import logging
 import warnings
 import weakref
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from lite.disguise import disguise
+from lite.errors import ConfigError
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
 _LATER = ("ds_", "_ds_", "applied_pre_backward_ref_cnt")  # attributes that come in forward and backward
@@ -60,7 +65,42 @@ class Original:
                 part._parameters = self._tables[part](part._parameters.items())
 
 
-def initialize(module: nn.Module, optimizer: Any, config: dict[str, Any]) -> Any:
+def check_config(config: dict[str, Any]) -> None:
+    """Refuse a configuration as DeepSpeed would, before anything is changed.
+
+    Raises:
+        ConfigError: A value is none that it takes, or a key is not known.
+    """
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from deepspeed.utils import logger
+
+    logger.addFilter(_is_a_warning)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # as in initialize
+            DeepSpeedConfig(copy.deepcopy(config))
+    except Exception as error:
+        raise ConfigError(f"config is refused by DeepSpeed: {_explain(error)}") from error
+    finally:
+        logger.removeFilter(_is_a_warning)
+
+
+def _is_a_warning(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.WARNING
+
+
+def _explain(error: Exception) -> str:
+    told: Any = getattr(error, "errors", None)  # of pydantic, which DeepSpeed's configuration is made of
+    if told is None:
+        return f"{error or type(error).__name__}"
+    kind = getattr(error, "title", "")
+    return "; ".join(f"{'.'.join(map(str, one['loc']))!r} ({kind}): {one['msg']}" for one in told())
+
+
+def initialize(module: nn.Module, optimizer: Any, config: dict[str, Any], device: torch.device) -> Any:
+    """DeepSpeed's engine around a model on its device."""
+    # It takes the GPU of LOCAL_RANK otherwise.
+    args = None if device.index is None else argparse.Namespace(device_rank=device.index)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deepspeed 0.19.8: deprecations of torch's and pydantic's, in its own code
         import deepspeed
@@ -70,8 +110,10 @@ def initialize(module: nn.Module, optimizer: Any, config: dict[str, Any]) -> Any
         logger.addFilter(_knows_optimizers)
         try:
             engine, *_ = deepspeed.initialize(
-                model=module, optimizer=optimizer, config=config, dist_init_required=False
+                args=args, model=module, optimizer=optimizer, config=config, dist_init_required=False
             )
+        except (AssertionError, NotImplementedError, ValueError) as error:
+            raise ConfigError(f"DeepSpeed can't train {type(module).__name__} so: {_explain(error)}") from error
         finally:
             logger.removeFilter(_knows_optimizers)
     return engine
@@ -82,11 +124,26 @@ def _knows_optimizers(record: logging.LogRecord) -> bool:
 
 
 def forget(module: nn.Module) -> None:
-    """Take a model off the stack that DeepSpeed keeps for the whole process."""
+    """Take a model off the stack, and out of the cache, that DeepSpeed keeps for the whole process."""
     from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
     for index in [i for i, other in enumerate(FWD_MODULE_STACK) if other is module]:
         del FWD_MODULE_STACK[index]
+    # deepspeed 0.19.8: a cache of a method keeps each coordinator and the layers it was called with, for ever. It holds
+    # what another model would compute again.
+    cached: Any = vars(PartitionedParameterCoordinator).get("_PartitionedParameterCoordinator__params_to_release")
+    for cell in (cached, *(cell.cell_contents for cell in getattr(cached, "__closure__", None) or ())):
+        if hasattr(cell, "cache_clear"):
+            cell.cache_clear()
+
+
+def gathered(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
+    """A context in which parameters that stage 3 has divided are whole. Collective: call on all ranks."""
+    import deepspeed
+
+    context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(parameters, enabled=bool(parameters))
+    return context
 
 
 def view_of(optimizer: Optimizer, raw: Any) -> Any:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import warnings
+import weakref
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,10 +15,14 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
-from lite import ConfigError, DeepSpeedStrategy, Lite, MissingExtraError
+from lite import CheckpointError, ConfigError, DeepSpeedStrategy, Lite, MissingExtraError, UsageError
 from lite.accelerators import DeviceProbe
 from lite.plan import resolve
+from lite.strategies.deepspeed_wiring import initialize
+from lite.trainer import LightningModule, Trainer
+from lite.trainer.callbacks.model_summary import summarize
 from tests.contracts.test_numbers import FLOAT32_TOLERANCE, WITH_DEEPSPEED, deepspeed
 from tests.support.models import MLP, VAE, TinyGPT, next_token_loss, sentences
 from tests.support.processes import run_distributed, run_python
@@ -48,6 +55,13 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
     ({"config": {"gradient_accumulation_steps": 4}}, ["'gradient_accumulation_steps': 4", "lite.accumulate"]),
     ({"config": {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}}, ["offload", "cpu_offload=True"]),
     ({"stage": 1, "config": {"zero_optimization": {"overlap_comm": True}}}, ["overlap_comm", "stage=2"]),
+    ({"config": {"zero_optimisation": {}}}, ["'zero_optimisation'", "did you mean 'zero_optimization'?"]),
+    ({"config": {"mine": 1}}, ["'mine'", "leave it out"]),
+    ({"config": {"bf16": {"enabled": True, "x": "auto"}}}, ["'bf16'", "precision='bf16-mixed'"]),
+    ({"config": {"train_batch_size": 7}}, ["'train_batch_size': 7", "the batch_size of your DataLoader"]),
+    ({"config": {"train_micro_batch_size_per_gpu": 0}}, ["'train_micro_batch_size_per_gpu': 0", "above 0"]),
+    ({"config": {"prescale_gradients": True}}, ["'prescale_gradients': True", "leave it out"]),
+    ({"config": {"zero_optimization": {"zenflow": {"topk_ratio": 0.1}}}}, ["zenflow", "cpu_offload=True"]),
 ]
 
 
@@ -76,6 +90,29 @@ def test_a_file_and_what_says_nothing_are_taken(tmp_path: Path) -> None:
     path.write_text(json.dumps({**off, "zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}))
     assert DeepSpeedStrategy(config=str(path)).stage == 3
     assert DeepSpeedStrategy().stage == 2
+    as_hugging_face = {
+        "fp16": {"enabled": "auto", "loss_scale": 0, "initial_scale_power": 16},
+        "bf16": {"enabled": "auto"},
+        "zero_optimization": {"stage": 3, "offload_param": {"device": "auto"}, "stage3_prefetch_bucket_size": "auto"},
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "steps_per_print": 2000,
+    }
+    strategy = DeepSpeedStrategy(config=as_hugging_face)
+    assert strategy.stage == 3
+    assert "auto" not in repr(strategy._config)
+    assert [DeepSpeedStrategy(stage).divides_models for stage in range(4)] == [False, True, True, True]
+
+
+@pytest.mark.parametrize(
+    ("found", "fits"), [("0.18.9", False), ("0.19.0rc1", True), ("0.19.8+git", True), ("1.0", True)]
+)
+def test_an_older_package_is_told(found: str, fits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its inner parts are others."""
+    monkeypatch.setattr("lite.strategies.deepspeed.find_spec", lambda name: True)
+    monkeypatch.setattr("lite.strategies.deepspeed.version", lambda name: found)
+    with nullcontext() if fits else pytest.raises(MissingExtraError, match=rf"deepspeed {found} .* 0.19 or later"):
+        DeepSpeedStrategy()
 
 
 @WITH_DEEPSPEED
@@ -402,3 +439,243 @@ def test_a_step_that_deepspeed_leaves_out_is_told() -> None:
         assert unchanged == [True, False]
         assert len(messages) == 1
         assert "DeepSpeed has left out the step of SGD" in messages[0]
+
+
+def state_of(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    state: dict[str, Any] = optimizer.state_dict()
+    return {
+        "groups": [{**group, "params": len(group["params"])} for group in state["param_groups"]],
+        "state": {n: {key: torch.as_tensor(v).tolist() for key, v in one.items()} for n, one in state["state"].items()},
+    }
+
+
+def half_stepped(**options: Any) -> tuple[Fork, torch.optim.Optimizer]:
+    """One of whose layers' parameters have state, and the others' have none."""
+    torch.manual_seed(1)
+    model = Fork()
+    optimizer = torch.optim.Adam(model.parameters(), **{"lr": 0.1, **options})
+    model(torch.ones(2, 4), True).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return model, optimizer
+
+
+def refused(stage: int, folder: Path) -> dict[str, str]:
+    """What is refused, with everything as it was before; and what a failure within DeepSpeed leaves."""
+    told: dict[str, str] = {}
+
+    def tell(what: str, call: Any) -> None:
+        with pytest.raises((ConfigError, CheckpointError, UsageError, RuntimeError)) as caught:
+            call()
+        told[what] = f"{caught.type.__name__}: {caught.value}"
+
+    # setup
+    lite = start(stage)
+    model, optimizer = half_stepped()
+    before = state_of(optimizer)
+    tell("setup", lambda: lite.setup(model, optimizer))
+    typo = {"zero_optimization": {"stgae": 3, "contiguous_gradients": 5}}
+    mistaken = Lite(accelerator="cpu", strategy=DeepSpeedStrategy(stage, typo))
+    tell("typo", lambda: mistaken.setup(model, optimizer))
+    assert type(model) is Fork
+    assert type(optimizer) is torch.optim.Adam
+    assert state_of(optimizer) == before
+
+    # a failure within DeepSpeed
+    whole = torch.optim.Adam(model.parameters(), lr=0.1)
+    (model(torch.ones(2, 4), True) + model(torch.ones(2, 4), False)).sum().backward()
+    whole.step()
+    whole.zero_grad()
+    torch.optim.lr_scheduler.StepLR(whole, 1)  # which patches step
+    values, before = [p.detach().clone() for p in model.parameters()], state_of(whole)
+    attributes = set(vars(whole))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lite.strategies.deepspeed_state.Parts._link_state", fail)
+        tell("within", lambda: lite.setup(model, whole))
+    assert type(whole) is torch.optim.Adam
+    assert set(vars(whole)) == attributes
+    assert state_of(whole) == before
+    assert all(torch.equal(p, value) for p, value in zip(model.parameters(), values, strict=True))
+    lite.setup_optimizers(whole)
+    assert state_of(whole) == before
+    lite.backward((model(torch.ones(2, 4), True) + model(torch.ones(2, 4), False)).sum())
+    whole.step()
+
+    # loading
+    weights = {key: value.clone() for key, value in model.state_dict().items()}
+    before = state_of(whole)
+    other, its = half_stepped(lr=0.7)
+    tell("load_state_dict", lambda: whole.load_state_dict(its.state_dict()))
+    path = folder / f"{stage}-{lite.global_rank}.pt"
+    torch.save({"model": other.state_dict(), "optimizer": its.state_dict()}, path)
+    tell("load", lambda: lite.load(path, {"model": model, "optimizer": whole}))
+    assert state_of(whole) == before
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+    lite.teardown()
+    assert type(model) is Fork
+    return told
+
+
+def fail(*args: Any) -> None:
+    raise RuntimeError("within DeepSpeed")
+
+
+@WITH_DEEPSPEED
+@pytest.mark.parametrize("stage", [2, 3])
+def test_what_is_refused_stays_as_it_was(stage: int, tmp_path: Path) -> None:
+    """A setup and a load are done whole, or not at all."""
+    first, second = run_distributed(refused, stage, tmp_path)
+    assert first == second
+    uneven = "'right.weight' has no optimizer state, but others of its param_group have"
+    expected = {
+        "setup": f"ConfigError: Adam has state: {uneven}",
+        "typo": "ConfigError: config is refused by DeepSpeed: .*'stgae' .*Extra inputs",
+        "within": "RuntimeError: within DeepSpeed",
+        "load_state_dict": f"CheckpointError: {uneven}",
+        "load": f"CheckpointError: {uneven}",
+    }
+    for what, pattern in expected.items():
+        assert re.search(pattern, first[what], re.DOTALL), (what, first[what])
+
+
+def refused_backwards(lite: Lite, stage: int) -> tuple[list[torch.Tensor], list[Any]]:
+    torch.manual_seed(3)
+    model, optimizer = lite.setup(model := MLP(), torch.optim.SGD(model.parameters(), lr=0.1))
+    x = torch.linspace(0, 1, 8).view(2, 4) + lite.global_rank
+    window = lite.accumulate(model, steps=2)
+    with window(weight=3.0):
+        lite.backward(model(x).mean())
+    for wrong in (lambda: lite.backward(model(x)), lambda: lite.backward(model(x).mean(), nonsense=True)):
+        with pytest.raises((RuntimeError, TypeError)), window(weight=1.0):
+            wrong()
+    with pytest.raises(UsageError, match="give all or none"), window():
+        lite.backward(model(x).mean())
+    with window(weight=1.0):
+        lite.backward(model(x + 1).mean())
+    if stage > 0:
+        from deepspeed.utils import safe_get_full_grad
+
+        lite.clip_gradients(model, optimizer, max_norm=float("inf"))
+        gradients = [safe_get_full_grad(p).clone() for p in model.parameters()]
+    else:
+        gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    optimizer.step()
+    lite.teardown()
+    return gradients, [weakref.ref(thing) for thing in (model, *model.parameters())]
+
+
+def steps_of_one(stage: int) -> tuple[list[torch.Tensor], int]:
+    """The gradients after some refused backwards, and how much of the model is left after teardown."""
+    lite = start(stage)
+    gradients, references = refused_backwards(lite, stage)
+    gc.collect()
+    kept = sum(reference() is not None for reference in references)
+    if stage == 3:
+        model, _ = lite.setup(model := MLP(), torch.optim.SGD(model.parameters(), lr=0.1))
+        output = model(torch.ones(2, 4))
+        lite.backward(output.mean(), retain_graph=True)
+        with pytest.raises(UsageError, match=r"a second time \(retain_graph=True\), and stage 3"):
+            lite.backward(output.pow(2).mean())
+    return gradients, kept
+
+
+@WITH_DEEPSPEED
+@pytest.mark.parametrize("stage", [0, *DIVIDED])
+def test_gradients_are_read_after_clipping_and_nothing_is_kept(stage: int) -> None:
+    """Also after backwards that were refused before they began; a graph that stage 3 can't keep is told.
+
+    In float32, to the tolerance of the contract's numbers.
+    """
+    torch.manual_seed(3)
+    model = MLP()
+    x = torch.linspace(0, 1, 8).view(2, 4)
+    (sum(3 * model(x + rank).mean() + model(x + rank + 1).mean() for rank in range(2)) / 8).backward()
+    for gradients, kept in run_distributed(steps_of_one, stage):
+        assert kept == 0
+        for mine, parameter in zip(gradients, model.parameters(), strict=True):
+            assert parameter.grad is not None
+            torch.testing.assert_close(mine, parameter.grad, rtol=0, atol=FLOAT32_TOLERANCE)
+
+
+def unused_in_stage_0() -> list[torch.Tensor]:
+    lite = start(0)
+    torch.manual_seed(1)
+    model, optimizer = lite.setup(model := Fork(), torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5))
+    for lefts in ((True, True), (True, False), (True, True)):
+        optimizer.zero_grad()
+        lite.backward(model(torch.ones(2, 4), lefts[lite.global_rank]).sum())
+        optimizer.step()
+    return [p.detach().clone() for p in model.parameters()]
+
+
+@WITH_DEEPSPEED
+def test_stage_0_leaves_a_parameter_alone_that_no_rank_used() -> None:
+    """As raw: no decay, no momentum. Where one rank used it, the others count zeros.
+
+    In float32, to the tolerance of the contract's numbers.
+    """
+    torch.manual_seed(1)
+    model = Fork()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
+    for lefts in ((True, True), (True, False), (True, True)):
+        optimizer.zero_grad()
+        (sum(model(torch.ones(2, 4), left).sum() for left in lefts) / 2).backward()
+        optimizer.step()
+    for mine in run_distributed(unused_in_stage_0):
+        for value, wanted in zip(mine, model.parameters(), strict=True):
+            torch.testing.assert_close(value, wanted.detach(), rtol=0, atol=FLOAT32_TOLERANCE)
+
+
+def device_of_gpu_1() -> Any:
+    import deepspeed
+
+    given: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(deepspeed, "initialize", lambda **options: given.append(options["args"]) or (None,))
+        for device in (torch.device("cuda", 1), torch.device("cpu")):
+            initialize(nn.Linear(1, 1), None, {}, device)
+    return vars(given[0]), given[1]
+
+
+@WITH_DEEPSPEED
+def test_deepspeed_is_told_which_gpu_it_is() -> None:
+    """That of the Lite, not that of LOCAL_RANK."""
+    assert run_distributed(device_of_gpu_1) == 2 * [({"device_rank": 1}, None)]
+
+
+class Regression(LightningModule):
+    """Notes the summary that it has while it trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(4, 1)
+        self.summary = ""
+
+    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+        self.summary = summarize(self)
+        return self.net(batch[0]).pow(2).mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def fit(stage: int) -> tuple[str, str]:
+    module, quiet = Regression(), {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    loader = DataLoader(TensorDataset(torch.ones(8, 4)), batch_size=4)
+    trainers = [
+        Trainer(accelerator="cpu", strategy=deepspeed(stage), max_steps=1, track_grad_norm=norm, **quiet)
+        for norm in (2, -1)
+    ]
+    with pytest.raises(ConfigError) as caught:
+        trainers[0].fit(module, loader)
+    trainers[1].fit(module, loader)
+    return str(caught.value), module.summary
+
+
+@WITH_DEEPSPEED
+def test_the_trainer_asks_for_no_gradients_that_are_not_there() -> None:
+    """It refuses track_grad_norm, and counts divided parameters whole."""
+    for error, table in run_distributed(fit, 3):
+        assert "track_grad_norm=2 under strategy='deepspeed'" in error
+        assert "5 parameters, 5 of them trained, 0.000 MB" in table
+        assert "net  | Linear | 5" in table

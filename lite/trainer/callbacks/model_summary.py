@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from lite.sharded import whole_shape
 from lite.trainer.callbacks.base import Callback
 
 
@@ -47,8 +49,8 @@ def summarize(module: nn.Module, max_depth: int = 1) -> str:
     lines = [" | ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines.insert(1, "-+-".join("-" * w for w in widths))
     known = [p for p in module.parameters() if not is_lazy(p)]
-    total, trained = sum(p.numel() for p in known), sum(p.numel() for p in known if p.requires_grad)
-    size_mb = sum(p.numel() * p.element_size() for p in known) / 1e6
+    total, trained = sum(map(_numel, known)), sum(_numel(p) for p in known if p.requires_grad)
+    size_mb = sum(_numel(p) * p.element_size() for p in known) / 1e6
     totals = f"{total:,} parameters, {trained:,} of them trained, {size_mb:.3f} MB"
     return "\n".join([*(lines if len(rows) > 1 and max_depth != 0 else ()), totals])
 
@@ -56,4 +58,8 @@ def summarize(module: nn.Module, max_depth: int = 1) -> str:
 def _count(part: nn.Module) -> str:
     if any(is_lazy(p) for p in part.parameters()):
         return "?"
-    return f"{sum(p.numel() for p in part.parameters()):,}"
+    return f"{sum(map(_numel, part.parameters())):,}"
+
+
+def _numel(parameter: nn.Parameter) -> int:
+    return math.prod(whole_shape(parameter))

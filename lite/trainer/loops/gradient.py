@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
-from lite.errors import UsageError
+from lite.errors import ConfigError, UsageError
 from lite.trainer.hooks import indexed, overrides
 from lite.trainer.module import LightningModule
 
@@ -72,7 +72,7 @@ def before_step_hooks(trainer: Any, clip: Callable[[Optimizer], Any] | None) -> 
     """What comes between backward and step: hooks, norms, clipping; None where there is nothing."""
     module, hooks, metrics, lite = trainer.module, trainer.hooks, trainer.metrics, trainer.lite
     before, place = hooks.on_before_optimizer_step, metrics.place("train", "on_before_optimizer_step")
-    norm_type = trainer.track_grad_norm
+    norm_type = tracked_norm(trainer)
     if not before and clip is None and norm_type is None:
         return None
     unscale = getattr(lite.precision, "unscale", None) if lite.precision.changes_step else None
@@ -105,6 +105,22 @@ def clipping(trainer: Any) -> Callable[[Optimizer], None] | None:
 def old_settings(optimizer: Optimizer) -> dict[str, Any]:
     """What an override of optimizer_step in an older version's form is told besides."""
     return {"on_tpu": False, "using_native_amp": False, "using_lbfgs": isinstance(optimizer, LBFGS)}
+
+
+def tracked_norm(trainer: Any) -> float | None:
+    """The p of the norms to log; None for none.
+
+    Raises:
+        ConfigError: The strategy leaves no gradients to measure where they are read.
+    """
+    norm_type: float | None = trainer.track_grad_norm
+    if norm_type is not None and not trainer.lite.strategy.has_gradients:
+        raise ConfigError(
+            f"track_grad_norm={norm_type:g} under strategy={trainer.lite.strategy.name!r}, whose gradients leave the "
+            "parameters in backward; leave it out, log what self.lite.clip_gradients(...) returns (the total norm), or "
+            "use strategy='ddp' or 'fsdp'."
+        )
+    return norm_type
 
 
 def log_norms(module: Any, norm_type: float) -> None:

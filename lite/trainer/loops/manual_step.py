@@ -7,7 +7,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from lite.trainer.loops.calling import Step, step_caller
-from lite.trainer.loops.gradient import log_norms
+from lite.trainer.loops.gradient import log_norms, tracked_norm
 from lite.trainer.manual import in_hands
 
 
@@ -31,7 +31,7 @@ def manual_optimizers(trainer: Any) -> list[Any]:
     """The run's optimizers for `training_step`: their steps run the hooks and count."""
     hooks, metrics, progress = trainer.hooks, trainer.metrics, trainer.fit_loop.progress
     before_step, zero = hooks.on_before_optimizer_step, hooks.on_before_zero_grad
-    norm_type = trainer.track_grad_norm
+    norm_type = tracked_norm(trainer)
     places = {name: metrics.place("train", name) for name in ("on_before_optimizer_step", "on_before_zero_grad")}
 
     def run(name: str, methods: Any, optimizer: Optimizer) -> None:
