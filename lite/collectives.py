@@ -249,6 +249,14 @@ def as_bytes(value: Tensor) -> Tensor:
     return value.view(-1).view(torch.uint8)
 
 
+def take_from_rank_0(tensor: Tensor) -> None:
+    """Give a tensor rank 0's values, in place. Collective: call on all ranks."""
+    sent = tensor.detach().contiguous()
+    dist.broadcast(as_bytes(sent), src=0)
+    if sent.data_ptr() != tensor.data_ptr():
+        tensor.detach().copy_(sent)
+
+
 class _Gather(torch.autograd.Function):
     """Every rank's tensor; backward sums the gradients that all ranks have for this rank's."""
 

@@ -123,6 +123,12 @@ def plain_key(key: str) -> str:
     return key.replace(_COMPILED, "")
 
 
+def uncompiled(module: torch.nn.Module) -> torch.nn.Module:
+    """The module that `torch.compile` made this one of; any other module itself."""
+    original = getattr(module, "_orig_mod", None)
+    return original if isinstance(original, torch.nn.Module) else module
+
+
 def like(mapping: Mapping[Any, Any], items: dict[Any, Any]) -> dict[Any, Any]:
     """A mapping with new items of the kind that `mapping` is, where `torch.load(weights_only=True)` knows that kind.
 

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from lite import collectives, gradients
 from lite.errors import ConfigError, UsageError, shown
 from lite.facets.base import Facet
+from lite.state import uncompiled
 from lite.wrapping.optimizer import move_optimizer_state, wrap_optimizer
 
 if TYPE_CHECKING:
@@ -311,9 +312,7 @@ class Steps(Facet):
             raise ConfigError(
                 f"{call} got {shown(model)} as the model; pass a torch.nn.Module that lite.setup returned."
             )
-        raw: nn.Module = model
-        if model not in self._modules and isinstance(original := getattr(model, "_orig_mod", None), nn.Module):
-            raw = original
+        raw: nn.Module = model if model in self._modules else uncompiled(model)
         if raw not in self._modules:
             raise UsageError(
                 f"{call} got a {type(model).__name__} that lite.setup has not prepared; pass the model that it "

@@ -9,7 +9,6 @@ from operator import attrgetter
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from lite import collectives
@@ -42,8 +41,9 @@ class Averaged:
         self._register = register
         self._options = options
         self.ignored: set[str] = set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
-        self.packed = {name for name, p in module.named_parameters() if is_packed(p)}
-        _check_alike({name: p for name, p in module.named_parameters() if name in self.packed})
+        packed = {name: p for name, p in module.named_parameters() if is_packed(p)}
+        _check_alike(packed)
+        self.packed = set(packed)
         self.names = {id(p): name for name, p in module.named_parameters()}
         self._parameters = self._first = list(module.parameters())  # kept, so that no id is given to another one
         self._tables = Tables(module)
@@ -141,10 +141,7 @@ class Averaged:
         """Rank 0's weights for a model without a parameter to train, for which there is no DDP."""
         for name, tensor in (*module.named_parameters(), *module.named_buffers()):
             if name not in self.ignored and tensor.numel() and not is_packed(tensor):
-                sent = tensor.detach().contiguous()
-                dist.broadcast(sent.view(-1).view(torch.uint8), src=0)
-                if sent.data_ptr() != tensor.data_ptr():
-                    tensor.detach().copy_(sent)
+                collectives.take_from_rank_0(tensor)
 
 
 def _check_alike(packed: dict[str, Any]) -> None:

@@ -203,10 +203,7 @@ class DeepSpeedEngine(Engine):
 
     def _take_buffers(self) -> None:
         for buffer in self.module.buffers():
-            sent = buffer.detach().contiguous()
-            dist.broadcast(collectives.as_bytes(sent), src=0)
-            if sent.data_ptr() != buffer.data_ptr():
-                buffer.detach().copy_(sent)
+            collectives.take_from_rank_0(buffer)
 
     # ---- backward
 

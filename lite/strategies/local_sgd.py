@@ -355,7 +355,4 @@ def _average(tensors: Sequence[Tensor]) -> None:
 
 def _broadcast(tensor: Tensor) -> None:
     if tensor.numel() and not is_packed(tensor):
-        sent = tensor.detach().contiguous()
-        dist.broadcast(sent.view(-1).view(torch.uint8), src=0)
-        if sent.data_ptr() != tensor.data_ptr():
-            tensor.detach().copy_(sent)
+        collectives.take_from_rank_0(tensor)

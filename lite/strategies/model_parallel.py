@@ -12,6 +12,7 @@ from torch import nn
 
 from lite.errors import ConfigError
 from lite.sharded import is_sharded
+from lite.state import uncompiled
 from lite.strategies import parallel_plan
 from lite.strategies.footprint import Footprint, parts
 from lite.strategies.fsdp import names_of_blocks, place, policies, shard_over_data
@@ -149,7 +150,7 @@ class ModelParallelStrategy(ShardedStrategy):
     def check_module(self, module: nn.Module) -> None:
         super().check_module(module)
         if self._world_size > 1 and self._plan is not None:
-            named = parallel_plan.uncompiled(module)
+            named = uncompiled(module)
             parallel_plan.check_styles(named, self._plan)
             parallel_plan.check_heads(named, parallel_plan.column_layers(named, self._plan), self._tensor)
 
@@ -165,7 +166,7 @@ class ModelParallelStrategy(ShardedStrategy):
 
         place(module, device)
         tied = parallel_plan.shared_names(module)
-        named = parallel_plan.uncompiled(module)
+        named = uncompiled(module)
         if self._plan is not None:
             parallelize_module(named, self._mesh["tensor"], self._plan)
         else:

@@ -79,12 +79,6 @@ def check_styles(module: nn.Module, plan: Mapping[str, Any]) -> None:
             )
 
 
-def uncompiled(module: nn.Module) -> nn.Module:
-    """The module whose layers have the names that the user knows, of one that `torch.compile` made."""
-    original = getattr(module, "_orig_mod", None)
-    return original if isinstance(original, nn.Module) else module
-
-
 def _matches(name: str, key: str) -> bool:
     parts, patterns = name.split("."), key.split(".")
     return len(parts) == len(patterns) and all(map(fnmatch, parts, patterns))

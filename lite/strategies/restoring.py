@@ -122,11 +122,6 @@ def _leave_fsdp(part: nn.Module) -> None:
 
 def broadcast_from_rank_0(module: nn.Module) -> None:
     """Rank 0's values for every plain parameter and buffer. Collective: call on all ranks."""
-    import torch.distributed as dist
-
     for tensor in (*module.parameters(), *module.buffers()):
         if tensor.numel() and not is_sharded(tensor) and not tensor.is_meta:
-            sent = tensor.detach().contiguous()
-            dist.broadcast(collectives.as_bytes(sent), src=0)
-            if sent.data_ptr() != tensor.data_ptr():
-                tensor.detach().copy_(sent)
+            collectives.take_from_rank_0(tensor)

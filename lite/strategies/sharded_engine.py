@@ -205,10 +205,7 @@ class ShardedEngine(Engine):
         for part, name in self._buffers:
             buffer = part._buffers[name]
             assert buffer is not None
-            sent = buffer.detach().contiguous()
-            dist.broadcast(sent.view(-1).view(torch.uint8), src=0)
-            if sent.data_ptr() != buffer.data_ptr():
-                buffer.detach().copy_(sent)
+            collectives.take_from_rank_0(buffer)
 
     # ---- backward
 
