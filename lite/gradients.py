@@ -290,6 +290,19 @@ def put_back_gradients(parameters: Iterable[nn.Parameter], gradients: list[Tenso
         parameter.grad = None if gradient is None else gradient.to(parameter.device, copy=True)
 
 
+def check_loss(loss: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Tell why a backward has failed, where the loss is no single number and no `gradient` says what it stands for.
+
+    Raises:
+        UsageError: It is so.
+    """
+    if loss.numel() != 1 and not args and kwargs.get("gradient") is None:
+        raise UsageError(
+            f"backward got a loss of shape {tuple(loss.shape)}, which is no single number; reduce it, as by "
+            "loss.mean(), or pass gradient=."
+        )
+
+
 def check_weight(call: str, weight: Any) -> None:
     """Refuse a weight that is no number of tokens or samples. Tensors' values are not looked at.
 

@@ -288,6 +288,7 @@ CALLS: list[tuple[Callable[[], Any], type[Exception], list[str]]] = [
     (lambda: lite().accumulate(steps=2), ConfigError, ["no model"]),
     (mixed_weights, UsageError, ["weight"]),
     (nested_windows, UsageError, ["open already", "lite.accumulate(first, second"]),
+    (lambda: lite().backward(torch.ones(3, requires_grad=True) * 2), UsageError, ["shape (3,)", "loss.mean()"]),
     (lambda: lite(devices=2).backward(torch.ones(1)), UsageError, ["backward", "lite.launch(fn)"]),
     (lambda: lite().backward(torch.ones(1), model=MLP()), UsageError, ["backward", "MLP"]),
     (lambda: lite().clip_gradients("x", max_norm=1.0), ConfigError, ["clip_gradients got 'x'", "torch.nn.Module"]),

@@ -386,7 +386,11 @@ def compose_backward(lite: Steps) -> Callable[..., None]:
     def backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
         if lite._scale is not None:
             loss = lite._scale.apply(loss)
-        plain(loss, *args, **kwargs)
+        try:
+            plain(loss, *args, **kwargs)
+        except RuntimeError:
+            gradients.check_loss(loss, args, kwargs)
+            raise
 
     def checked_backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
         # Tensor.backward(gradient, retain_graph, create_graph, inputs)
@@ -408,6 +412,7 @@ def compose_backward(lite: Steps) -> Callable[..., None]:
             plain(loss, *args, **kwargs)
             strategy.finish_backward()
         except RuntimeError as error:
+            gradients.check_loss(loss, args, kwargs)
             collectives.raise_explained(error)
             advice = strategy.explain_backward_error(error)
             if advice is None:

@@ -180,10 +180,33 @@ def seconds(name: str, value: str | timedelta | Mapping[str, int]) -> float:
     raise ConfigError(f"{name}={value!r} must be 'DD:HH:MM:SS', a timedelta, or a dict such as {{'minutes': 30}}.")
 
 
+def flags(**values: Any) -> None:
+    """Refuse what is neither True nor False, nor None where the default is meant."""
+    for name, value in values.items():
+        if value is not None and not (isinstance(value, (bool, int)) and value in (0, 1)):
+            raise ConfigError(f"{name}={value!r} must be True or False.")
+
+
+def flag_or(name: str, value: Any, *words: str) -> Any:
+    """True, False, None where the default is meant, or one of some words."""
+    if value is None or isinstance(value, bool):
+        return value
+    return choose(name, value, words) if isinstance(value, str) else choose(name, value, ["True", "False", *words])
+
+
+def folder(name: str, value: Any) -> str:
+    """A path or URL as a string; None is the current directory."""
+    if value is None:
+        return os.getcwd()
+    if not isinstance(value, (str, os.PathLike)):
+        raise ConfigError(f"{name}={value!r} must be a path: a string or a pathlib.Path.")
+    return str(os.fspath(value))
+
+
 def clipping(value: Any, algorithm: Any) -> None:
     """Check gradient_clip_val and gradient_clip_algorithm."""
-    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
-        raise ConfigError(f"gradient_clip_val={value!r} must be a number.")
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0):
+        raise ConfigError(f"gradient_clip_val={value!r} must be a number of at least 0; 0 and None clip nothing.")
     if algorithm is not None:
         choose("gradient_clip_algorithm", algorithm, ["norm", "value"])
 
@@ -225,6 +248,11 @@ def validation_schedule(interval: Any, every_n_epochs: int | None) -> Validation
     if isinstance(interval, (str, timedelta, Mapping)):
         return ValidationSchedule(1.0, every_n_epochs, seconds("val_check_interval", interval))
     value = share("val_check_interval", interval)
+    if not value:
+        raise ConfigError(
+            f"val_check_interval={interval!r} must be a number of batches (at least 1), a share above 0.0, or a time; "
+            "limit_val_batches=0 switches validation off."
+        )
     if every_n_epochs is None and isinstance(value, float):
         raise ConfigError(
             f"val_check_interval={value!r} with check_val_every_n_epoch=None must be a number of batches, or a time."

@@ -182,11 +182,8 @@ class Entry:
     def partial(self) -> Any:
         return None
 
-    def take(self, total: Any) -> None:
-        pass
-
-    def compute(self) -> Tensor | None:
-        """The epoch's value."""
+    def compute(self, total: Any = None) -> Tensor | None:
+        """The epoch's value: of this rank's sums, or of all ranks' together."""
         return None
 
     def reset(self) -> None:
@@ -266,23 +263,18 @@ class EpochEntry(Entry):
         self._fold()
         return self.kind, float(self._total), self._weight
 
-    def take(self, total: Any) -> None:
-        """Take all ranks' in the place of this one's own."""
-        _, value, self._weight = total
-        self.touched = True
+    def compute(self, total: Any = None) -> Tensor | None:
         if self.kind == "custom":
-            self._pending = [torch.tensor(v) for v in value]
-        else:
-            self._pending, self._weights = [], []
-            self._total = torch.tensor(value, dtype=torch.float64)
-
-    def compute(self) -> Tensor | None:
-        if self.kind == "custom":
-            return self.reduce(torch.stack([as_scalar(v) for v in self._pending]))
+            values = self._pending if total is None else total[1]
+            return self.reduce(torch.stack([as_scalar(v) for v in values]))
         self._fold()
-        if self._total is None or (self._mean and self._weight == 0):
+        found, weight = self._total, self._weight
+        if total is not None:
+            _, number, weight = total
+            found = torch.tensor(number, dtype=torch.float64)
+        if found is None or (self._mean and weight == 0):
             return None
-        value = self._total / self._weight if self._mean else self._total
+        value = found / weight if self._mean else found
         return value.to(self._dtype or torch.get_default_dtype())  # type: ignore[no-any-return]
 
     def reset(self) -> None:
@@ -317,7 +309,7 @@ class MetricEntry(Entry):
         cached = self.value._forward_cache
         return as_scalar(self.value.compute() if cached is None else cached)
 
-    def compute(self) -> Tensor | None:
+    def compute(self, total: Any = None) -> Tensor | None:
         return as_scalar(self.value.compute())
 
     def reset(self) -> None:

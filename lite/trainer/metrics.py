@@ -88,6 +88,10 @@ class Metrics:
 
     # ---- where
 
+    def begin_run(self) -> None:
+        """A call of fit, validate, test or predict begins, which shows what it logs itself."""
+        self.kept, self.logged, self.bar = {}, {}, {}
+
     def place(self, stage: str, hook: str, loader: int | None = None) -> Place:
         """The place of that hook; stages are "train", "validate", "test", "predict"."""
         key = (stage, hook, loader)
@@ -300,38 +304,48 @@ class Metrics:
         Returns:
             What loggers get, and for each evaluation loader what was logged for it.
         """
-        entries = [(place, entry) for place, entry in self._of(stage) if entry.on_epoch and entry.touched]
-        shared = {(p.hook, p.loader, e.key): e.partial() for p, e in entries if e.options.sync_dist and e.shares}
-        if self._world_size > 1 and self._any_shared(stage):
-            merged = merge(collectives.all_gather_objects(shared))
-            for place, entry in self._of(stage):
-                total = merged.get((place.hook, place.loader, entry.key))
-                if total is not None:
-                    entry.take(total)
-            entries = [(place, entry) for place, entry in self._of(stage) if entry.on_epoch and entry.touched]
-        self._keep_steps(stage)
         row: Row = {}
         per_loader: list[Row] = [{} for _ in range(num_loaders)]
-        for place, entry in entries:
-            newest = entry.step_value() if entry.on_step and stage == "train" else None
-            value = entry.compute()
-            entry.reset()
-            if value is None:
-                continue
-            self.kept[entry.name] = value
-            if entry.on_step:
-                self.kept[entry.epoch_name] = value
-            if newest is not None:
-                self.kept[entry.step_name] = newest
+        for place, entry, value in self.show(stage):
             if entry.logger:
                 row[entry.epoch_name] = value
-            if entry.options.prog_bar:
-                self.bar[entry.epoch_name] = value
             for index, results in enumerate(per_loader):
                 if place.loader in (None, index):
                     results[entry.epoch_name] = value
-        self.logged.update(row)
+        for _, entry in self._of(stage):
+            if entry.on_epoch:
+                entry.reset()
         return row, per_loader
+
+    def show(self, stage: str) -> list[tuple[Place, Entry, Tensor]]:
+        """Compute an epoch's values as they are by now, for callbacks to see. Collective as `finish` is."""
+        values = self._epoch_values(stage)
+        self._keep_steps(stage)
+        for _, entry, value in values:
+            self.kept[entry.name] = value
+            if entry.on_step:
+                self.kept[entry.epoch_name] = value
+                if stage == "train" and entry.value is not None:
+                    self.kept[entry.step_name] = entry.step_value()
+                entry.fresh = False  # the epoch's value is newer
+            if entry.logger:
+                self.logged[entry.epoch_name] = value
+            if entry.options.prog_bar:
+                self.bar[entry.epoch_name] = value
+        return values
+
+    def _epoch_values(self, stage: str) -> list[tuple[Place, Entry, Tensor]]:
+        totals: dict[Any, Any] = {}
+        if self._world_size > 1 and self._any_shared(stage):
+            mine = [(p, e) for p, e in self._of(stage) if e.on_epoch and e.touched and e.options.sync_dist and e.shares]
+            totals = merge(collectives.all_gather_objects({(p.hook, p.loader, e.key): e.partial() for p, e in mine}))
+        values: list[tuple[Place, Entry, Tensor]] = []
+        for place, entry in self._of(stage):
+            total = totals.get((place.hook, place.loader, entry.key))
+            value = entry.compute(total) if entry.on_epoch and (entry.touched or total is not None) else None
+            if value is not None:
+                values.append((place, entry, value))
+        return values
 
     def _keep_steps(self, stage: str) -> None:
         """The newest steps' values stay where they are shown, when the epoch's sums are reset."""

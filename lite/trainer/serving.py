@@ -33,6 +33,7 @@ class Serving(View):
         """A run of this module begins."""
         self.state.fn, self.state.status = fn, TrainerStatus.RUNNING
         self.module, self.datamodule = module, datamodule
+        self.metrics.begin_run()
         self._loaded.clear()
         self._eval_data.clear()
         self._train_raw = None

@@ -143,6 +143,7 @@ class Trainer(Preparing, Checkpoints, Interruption, Serving):
         auto_lr_find: bool | str = False,
         auto_scale_batch_size: bool | str = False,
     ) -> None:
+        arguments.flags(barebones=barebones)
         if barebones:
             arguments.barebones(
                 logger=logger,
@@ -168,7 +169,16 @@ class Trainer(Preparing, Checkpoints, Interruption, Serving):
         timed = max_time is not None or arguments.has_timer(callbacks)
         limits = arguments.epochs_and_steps(max_epochs, min_epochs, max_steps, min_steps, timed=timed)
         arguments.clipping(gradient_clip_val, gradient_clip_algorithm)
-        self.default_root_dir = os.fspath(default_root_dir if default_root_dir is not None else os.getcwd())
+        arguments.flags(
+            enable_checkpointing=enable_checkpointing,
+            enable_progress_bar=enable_progress_bar,
+            enable_model_summary=enable_model_summary,
+            benchmark=benchmark,
+            detect_anomaly=detect_anomaly,
+            inference_mode=inference_mode,
+            sync_batchnorm=sync_batchnorm,
+        )
+        self.default_root_dir = arguments.folder("default_root_dir", default_root_dir)
         self.overfit_batches = share("overfit_batches", overfit_batches)
         self.limit_train_batches = share("limit_train_batches", limit_train_batches)
         self.limit_val_batches = share("limit_val_batches", limit_val_batches)
@@ -184,9 +194,12 @@ class Trainer(Preparing, Checkpoints, Interruption, Serving):
         self.accumulation = accumulation
         self.gradient_clip_val, self.gradient_clip_algorithm = gradient_clip_val, gradient_clip_algorithm
         self.track_grad_norm = arguments.norm_type(track_grad_norm)
-        self.deterministic, self.benchmark, self.detect_anomaly = deterministic, benchmark, detect_anomaly
+        self.deterministic = arguments.flag_or("deterministic", deterministic, "warn")
+        self.benchmark, self.detect_anomaly = benchmark, detect_anomaly
         self.inference_mode, self.sync_batchnorm = inference_mode, sync_batchnorm
-        self.use_distributed_sampler = use_distributed_sampler
+        self.use_distributed_sampler = arguments.flag_or(
+            "use_distributed_sampler", use_distributed_sampler, "interleaved"
+        )
         self.multiple_trainloader_mode = choose(
             "multiple_trainloader_mode", multiple_trainloader_mode, [mode for mode in MODES if mode != "sequential"]
         )
@@ -195,7 +208,10 @@ class Trainer(Preparing, Checkpoints, Interruption, Serving):
         )
         self.num_nodes = num_nodes
         self.profiler = make_profiler(profiler)
-        self.auto_lr_find, self.auto_scale_batch_size = auto_lr_find, auto_scale_batch_size
+        self.auto_lr_find = auto_lr_find
+        self.auto_scale_batch_size = arguments.flag_or(
+            "auto_scale_batch_size", auto_scale_batch_size, "power", "binsearch"
+        )
         self.fit_loop = FitLoop(
             *limits, schedule=arguments.validation_schedule(val_check_interval, check_val_every_n_epoch)
         )

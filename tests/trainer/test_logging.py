@@ -372,3 +372,59 @@ def test_behaviour_42_one_cursor_and_every_row_has_the_clocks(tmp_path: Path) ->
     assert [row["batches"] for row in rows if row["val"]] == ["3", "6"]
     seconds = [float(row["seconds"]) for row in rows]
     assert seconds == sorted(seconds) and seconds[0] > 0
+
+
+class Watcher(Callback):
+    """Reads the metrics in a callback's hooks at the end of epochs."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.seen: list[dict[str, float]] = []
+        self.path = path
+
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        if not trainer.sanity_checking:
+            self.seen.append({"val": float(trainer.callback_metrics["val"])})
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        self.seen.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+        if self.path is not None and trainer.current_epoch == 0:
+            trainer.save_checkpoint(self.path)
+
+
+class Watched(Tiny):
+    """Its epoch means are 0.5 and 0.25 more in each epoch."""
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        self.log("both", float(batch_idx + self.current_epoch), on_step=True, on_epoch=True)
+        self.log("mean", float(batch_idx + self.current_epoch), on_step=False, on_epoch=True)
+        return self.loss(batch)
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.log("val", float(batch_idx + self.current_epoch))
+
+    def on_train_epoch_end(self) -> None:
+        self.log("after", self.current_epoch)
+
+
+def test_callbacks_see_an_epochs_values_as_it_ends(tmp_path: Path) -> None:
+    """As do those that a save within the hook is gone on with from; and what an epoch's end logs comes on top."""
+    watcher = Watcher(tmp_path / "within.ckpt")
+    run = trainer(callbacks=watcher, max_epochs=2)
+    run.fit(Watched(), numbers(8), numbers(8))
+    first = {"val": 0.5, "both": 0.5, "both_epoch": 0.5, "both_step": 1.0, "mean": 0.5}
+    second = {"val": 1.5, "both": 1.5, "both_epoch": 1.5, "both_step": 2.0, "mean": 1.5, "after": 0.0}
+    assert watcher.seen == [{"val": 0.5}, first, {"val": 1.5}, second]
+    assert {name: float(value) for name, value in run.callback_metrics.items()} == {**second, "after": 1.0}
+    resumed = Watcher()
+    again = trainer(callbacks=resumed, max_epochs=2)
+    again.fit(Watched(), numbers(8), numbers(8), ckpt_path=tmp_path / "within.ckpt")
+    assert resumed.seen == [{"val": 1.5}, second]  # the first epoch's hook had begun when it saved
+    assert again.callback_metrics == run.callback_metrics
+
+
+def test_a_run_shows_only_its_own_metrics() -> None:
+    """What a fit logged is no longer there after a validation."""
+    run = trainer(max_epochs=1)
+    run.fit(Watched(), numbers(8), numbers(8))
+    run.validate(Watched(), numbers(4), verbose=False)
+    assert {name: float(value) for name, value in run.callback_metrics.items()} == {"val": 1.0}

@@ -36,12 +36,21 @@ class Everything(Tiny):
         self.log("rank0", float(self.global_rank), rank_zero_only=True)
 
 
+class AtEpochEnd(Callback):
+    """What a callback sees of the metrics as an epoch ends."""
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        self.seen = {name: float(value) for name, value in trainer.callback_metrics.items() if name != "rank0"}
+
+
 def whole_run(batch_size: int, accumulate: int) -> dict[str, Any]:
     """fit, validate, test and predict; 11 and 5 rows don't divide by 2."""
     module = Everything()
-    run = trainer(max_epochs=2, accumulate_grad_batches=accumulate, **STRATEGY)
+    watcher = AtEpochEnd()
+    run = trainer(max_epochs=2, accumulate_grad_batches=accumulate, callbacks=watcher, **STRATEGY)
     run.fit(module, numbers(11, batch_size), numbers(5, batch_size))
     metrics = {k: float(v) for k, v in run.callback_metrics.items() if k != "rank0"}
+    assert watcher.seen == metrics
     test = run.test(module, numbers(5, batch_size), verbose=False)
     validated = run.validate(module, numbers(1, batch_size), verbose=False)
     validated[0].pop("rank0", None)

@@ -115,6 +115,8 @@ class EvaluationLoop:
             if self._run_loader(trainer, index, data, go_on if index == first else None, each_batch):
                 return []
         metrics.end_batches()
+        if self._old is not None or getattr(trainer.hooks, f"on_{word}_epoch_end"):
+            metrics.show(self.stage)
         if self._old is not None:
             metrics.at(metrics.place(self.stage, f"on_{word}_epoch_end"))
             self._old.end()

@@ -125,6 +125,8 @@ class FitLoop:
         self.sums_before = None
         if not complete:
             self.sums_before = {"metrics": metrics.state_dict(), "torchmetrics": torchmetrics_state(trainer.module)}
+        if hooks.on_train_epoch_end or self.epoch_loop.old is not None:
+            metrics.show("train")
         metrics.at(metrics.place("train", "on_train_epoch_end"))
         if self.epoch_loop.old is not None:
             self.epoch_loop.old.end()
