@@ -138,8 +138,15 @@ class Iteration:
 
     # ---- its state
 
-    def state_dict(self) -> dict[str, Any]:
-        """Plain values: how far the user's loop has come; the same on all ranks unless `per_rank`."""
+    def state_dict(self, *, undone: int = 0) -> dict[str, Any]:
+        """Plain values: how far the user's loop has come; the same on all ranks unless `per_rank`.
+
+        Args:
+            undone: How many of the batches that it was given last are to be given again.
+
+        Raises:
+            UsageError: The position can't be stored, or not that of a batch before.
+        """
         current = self._next or self._pass
         size = 1 if self._sampler is None else self._sampler.group_size
         length, order = _length(self._dataset), self._order()
@@ -158,17 +165,20 @@ class Iteration:
                 f"given out {current.consumed}, so they don't tell how far the loop has come. Store it at the end of "
                 "an epoch, or give the class state_dict and load_state_dict."
             )
-        items = current.skip + current.consumed * size
+        stream, consumed = self._stream_state(current), current.consumed - undone
+        if undone and (stream is not None or consumed < 0):
+            raise UsageError("the dataset tells only where it is, so its last batch can't be given again.")
+        items = current.skip + consumed * size
         length = None if self._sampler is None else _length(self._sampler.sampler)
         return {
             **state,
             "epoch": current.epoch,
-            "batches": current.first + current.consumed,
+            "batches": current.first + consumed,
             "items": items if length is None else min(items, length),
             "seed": current.seed,
-            "crc": current.consumed_crc(),
+            "crc": current.crc_after(consumed),
             "start": current.start.state_dict(),
-            "stream": self._stream_state(current),
+            "stream": stream,
             "apart": None if self._sampler is None else self._sampler.apart(),
         }
 

@@ -173,9 +173,12 @@ def _give_iteration(loader: DataLoader[Any], iteration: Iteration, shard: Shard,
         count = len(dataset)  # type: ignore[arg-type]  # without a length: TypeError, as it is raw
         return count // size if self.drop_last else -(-count // size)
 
-    def state_dict(self: DataLoader[Any]) -> dict[str, Any]:
-        """How far the user's loop has come, counted in batches that it was given; see `Lite.setup_dataloaders`."""
-        return iteration.state_dict()
+    def state_dict(self: DataLoader[Any], *, undone: int = 0) -> dict[str, Any]:
+        """How far the user's loop has come, counted in batches that it was given; see `Lite.setup_dataloaders`.
+
+        `undone` of them are to be given again: 1 within a step, whose batch is not done.
+        """
+        return iteration.state_dict(undone=undone)
 
     def check_state_dict(self: DataLoader[Any], state: dict[str, Any]) -> None:
         """Refuse a state that means nothing here; `Lite.load` asks before it changes anything."""

@@ -100,9 +100,9 @@ class Pass:
         """The sampler has drawn the next group, of items that it might not yield again."""
         self._crcs.append(items_crc(group, self._crcs[-1] if self._crcs else self.crc))
 
-    def consumed_crc(self) -> int:
-        """The checksum of all items that the user's loop has been given."""
-        return self._crcs[self.consumed - 1] if self._crcs and self.consumed else self.crc
+    def crc_after(self, batches: int) -> int:
+        """The checksum of all items in so many batches that the user's loop has been given, and of those skipped."""
+        return self._crcs[batches - 1] if self._crcs and batches else self.crc
 
 
 def items_crc(items: Iterable[Any], crc: int = 0) -> int:

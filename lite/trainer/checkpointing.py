@@ -15,15 +15,17 @@ import torch
 
 from lite import collectives
 from lite.checkpoint.per_rank import parts_of_ranks, restore_random_state
-from lite.errors import CheckpointError, choose
+from lite.errors import CheckpointError, UsageError, choose
 from lite.loading import restore_object
 from lite.seed import Moment, RandomState
 from lite.sharded import is_sharded
 from lite.state import is_stateful, module_state
+from lite.trainer.combined import position
 from lite.trainer.foreign import progress_of_foreign
 from lite.trainer.hparams import storable
 from lite.trainer.loops.train_epoch import discard
 from lite.trainer.metric_objects import restore_torchmetrics, torchmetrics_state
+from lite.trainer.progress import Progress
 
 PARTS = {
     "model": "state_dict",
@@ -98,18 +100,30 @@ def _exact_state(trainer: Any) -> dict[str, Any]:
     """What only an exact resume needs: positions in the data, and of every rank its random states and sums."""
     fit, metrics = trainer.fit_loop, trainer.metrics
     loader = fit.data.loaders[0] if fit.data.loaders else None
-    position = loader.state_dict() if is_stateful(loader) else None  # type: ignore[union-attr]
+    where = _position(loader, fit.progress) if is_stateful(loader) else None
     per_rank = bool(getattr(loader, "state_is_per_rank", False))
     sums = fit.sums_before or {"metrics": metrics.state_dict(), "torchmetrics": torchmetrics_state(trainer.module)}
     mine: dict[str, Any] = {
         "random": RandomState.capture(cuda=True).state_dict(),
         **sums,
-        "position": position if per_rank else None,
+        "position": where if per_rank else None,
         "validation": fit.val_loop.state_dict()["position"],
         "val_loaders": [loader.state_dict() if is_stateful(loader) else None for loader in fit.val_data.loaders],
     }
     ranks = collectives.all_gather_objects(mine)
-    return {"ranks": ranks, "position": None if per_rank else position}
+    return {"ranks": ranks, "position": None if per_rank else where}
+
+
+def _position(loader: Any, progress: Progress) -> Any:
+    """Where training's loader goes on: with the batch whose step is not done, where one is under way."""
+    undone = int(progress.within and getattr(loader, "batches_done", 0) > progress.batch)
+    try:
+        return position(loader, undone=undone)
+    except UsageError as error:
+        if not undone:
+            raise
+        warnings.warn(f"saved within a training step, whose batch a resumed run leaves out: {error}", stacklevel=6)
+        return loader.state_dict()
 
 
 # ---- restoring

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from lite.errors import choose
+from lite.errors import UsageError, choose
 
 MODES = ("min_size", "max_size_cycle", "max_size", "sequential")
 
@@ -35,6 +35,8 @@ class CombinedLoader:
         self.limits: list[float] | None = None
         self._done: list[bool] = [False] * len(self.flattened)
         self._resumed: list[bool] | None = None
+        self.batches_done = 0  # those before an interruption included
+        self._skipped = 0
 
     def replaced(self, change: Callable[[Any], Any]) -> CombinedLoader:
         """The same over `change(loader)` for each loader."""
@@ -43,6 +45,7 @@ class CombinedLoader:
         made.flattened = [change(loader) for loader in self.flattened]
         made.iterables = tree_unflatten(made.flattened, self._spec)
         made._done, made._resumed = [False] * len(made.flattened), None
+        made.batches_done = made._skipped = 0
         return made
 
     def __iter__(self) -> Iterator[tuple[Any, int, int]]:
@@ -57,8 +60,10 @@ class CombinedLoader:
                 yield batch, number, index
 
     def _together(self) -> Iterator[tuple[Any, int, int]]:
-        iterators = [iter(loader) for loader in self.flattened]
-        self._done, self._resumed = self._resumed or [False] * len(iterators), None
+        self._done, self._resumed = self._resumed or [False] * len(self.flattened), None
+        over = [done and self.mode == "max_size" for done in self._done]  # another pass would be the next epoch's
+        iterators = [iter(()) if end else iter(one) for one, end in zip(self.flattened, over, strict=True)]
+        self.batches_done, self._skipped = self._skipped, 0
         number = 0
         while iterators:
             parts: list[Any] = []
@@ -82,6 +87,7 @@ class CombinedLoader:
                     if first is _NOTHING:  # an empty loader can't be begun anew
                         return
                     parts.append(first)
+            self.batches_done += 1
             yield tree_unflatten(parts, self._spec), number, 0
             number += 1
 
@@ -98,26 +104,46 @@ class CombinedLoader:
             return 0
         return sum(lengths) if self.mode == "sequential" else min(lengths) if self.mode == "min_size" else max(lengths)
 
-    def state_dict(self) -> dict[str, Any]:
-        """How far it has come, with the state of every loader that has one."""
-        states = [loader.state_dict() if hasattr(loader, "state_dict") else None for loader in self.flattened]
-        return {"done": list(self._done), "loaders": states}
+    def state_dict(self, *, undone: int = 0) -> dict[str, Any]:
+        """How far it has come, with the state of every loader that has one; `undone`: 1 to give the newest batch again.
+
+        Raises:
+            UsageError: A loader can't give its newest batch again.
+        """
+        states = []
+        for done, loader in zip(self._done, self.flattened, strict=True):
+            drawn = undone and not (done and self.mode == "max_size")
+            states.append(position(loader, undone=1 if drawn else 0) if hasattr(loader, "state_dict") else None)
+        return {"done": list(self._done), "batches": self.batches_done - undone, "loaders": states}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Let the next iteration go on from there."""
-        self._resumed = list(state["done"])
+        self._resumed, self._skipped = list(state["done"]), state["batches"]
         for loader, saved in zip(self.flattened, state["loaders"], strict=True):
             if saved is not None:
                 loader.load_state_dict(saved)
 
     def forget_position(self) -> None:
         """Let the next iteration begin with all loaders again."""
-        self._resumed = None
+        self._resumed, self._skipped = None, 0
 
     @property
     def state_is_per_rank(self) -> bool:
         """Whether ranks have positions of their own."""
         return any(getattr(loader, "state_is_per_rank", False) for loader in self.flattened)
+
+
+def position(loader: Any, *, undone: int) -> Any:
+    """A loader's state, or with `undone` that of so many batches before.
+
+    Raises:
+        UsageError: It can't give them again.
+    """
+    if not undone:
+        return loader.state_dict()
+    if not hasattr(loader, "batches_done"):
+        raise UsageError(f"{type(loader).__name__} tells only where it is, so its last batch can't be given again.")
+    return loader.state_dict(undone=undone)
 
 
 _NOTHING = object()

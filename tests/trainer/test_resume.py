@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from lite.trainer import Callback, LightningModule, seed_everything
 from lite.trainer.callbacks import EarlyStopping, ModelCheckpoint
 from tests.support.processes import run_distributed
-from tests.trainer.modules import Tiny, numbers, trainer
+from tests.trainer.modules import Numbers, Tiny, numbers, trainer, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:nothing is left to train")
 
@@ -262,3 +262,49 @@ def test_behaviour_41_metrics_of_several_loaders_keep_their_names(names: Any, tm
         for _ in range(2):  # the second time by a Trainer that has logged the same before
             again.fit(SeveralLoaders(), numbers(), loaders, ckpt_path=tmp_path / f"{number}.ckpt")
             assert {key: float(value) for key, value in again.callback_metrics.items()} == found, number
+
+
+class Fails(Tiny):
+    """Notes its batches; fails in the step with that number, or saves before the optimizer steps in it."""
+
+    def __init__(self, fails_in: int = -1, saves_in: int = -1, path: Path | None = None) -> None:
+        super().__init__()
+        self.fails_in, self.saves_in, self.path = fails_in, saves_in, path
+        self.batches: list[Any] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if self.global_step == self.fails_in:
+            raise RuntimeError("out of memory")
+        parts = list(batch.values()) if isinstance(batch, dict) else [batch]
+        self.batches.append([None if part is None else part.tolist() for part in parts])
+        return torch.stack([self.loss(part) for part in parts if part is not None]).sum()
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        if self.global_step == self.saves_in:
+            self.trainer.save_checkpoint(self.path)
+
+
+def shuffled(count: int) -> DataLoader[Tensor]:
+    return DataLoader(Numbers(count), batch_size=2, shuffle=True, generator=torch.Generator().manual_seed(count))
+
+
+@pytest.mark.parametrize("combined", [None, "max_size_cycle", "max_size"])
+@pytest.mark.parametrize("step", [0, 2, 3, 5])
+def test_a_batch_whose_step_failed_is_given_again(combined: str | None, step: int, tmp_path: Path) -> None:
+    """As is one in whose step the run is saved; of several loaders each part, also where a short one begins anew."""
+
+    def run(module: Fails, path: Path | None = None) -> Fails:
+        loaders: Any = shuffled(8) if combined is None else {"long": shuffled(8), "short": shuffled(4)}
+        options: dict[str, Any] = {} if combined is None else {"multiple_trainloader_mode": combined}
+        saves = ModelCheckpoint(tmp_path, "failed", save_top_k=0, save_on_exception=True)
+        options |= {"callbacks": saves, "enable_checkpointing": True, "limit_val_batches": 0}
+        trainer(max_epochs=2, **options).fit(module, loaders, ckpt_path=path)
+        return module
+
+    whole = run(Fails(saves_in=step, path=tmp_path / "within.ckpt"))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(Fails(fails_in=step))
+    for name in ("failed", "within"):
+        again = run(Fails(), tmp_path / f"{name}.ckpt")
+        assert again.batches == whole.batches[step:]
+        assert weights(again) == weights(whole)
