@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from lite.seed import seed_everything
 from lite.trainer.callbacks.base import Callback
 from lite.trainer.combined import CombinedLoader
 from lite.trainer.datamodule import LightningDataModule
 from lite.trainer.module import LightningModule
+from lite.trainer.seeding import seed_everything
 from lite.trainer.trainer import Trainer
 
 __all__ = ["Callback", "CombinedLoader", "LightningDataModule", "LightningModule", "Trainer", "seed_everything"]

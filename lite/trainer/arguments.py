@@ -10,6 +10,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping
 from datetime import timedelta
+from numbers import Integral
 from typing import Any, TypeVar
 
 from lite.errors import ConfigError, choose
@@ -113,7 +114,9 @@ def translated(given: dict[str, Any], names: list[str]) -> dict[str, Any]:
             if value:
                 warnings.warn(f"Trainer({name}={value!r}) is ignored: metrics are single numbers here.", stacklevel=4)
         else:
-            choose("Trainer's argument", name, [*names, *_REFUSED])
+            near = difflib.get_close_matches(name, [*names, *_OLD], n=1, cutoff=0.5)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"Trainer has no argument {name!r}.{hint} It has {', '.join(names)}.")
     return result
 
 
@@ -142,16 +145,18 @@ def _told(name: str, value: Any, new: str) -> None:
 
 def whole(name: str, value: Any, least: int) -> int:
     """A whole number of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise ConfigError(f"{name}={value!r} must be a whole number of at least {least}.")
-    return value
+    return int(value)
 
 
 def share(name: str, value: Any) -> int | float:
     """A number of batches, or a share of them from 0.0 to 1.0; None is all."""
     if value is None:
         return 1.0
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
         raise ConfigError(f"{name}={value!r} must be a whole number of batches, or a share from 0.0 to 1.0.")
     if isinstance(value, float) and value > 1.0:
         raise ConfigError(f"{name}={value!r} is a share above 1.0; a number of batches is a whole number.")
@@ -165,13 +170,15 @@ def seconds(name: str, value: str | timedelta | Mapping[str, int]) -> float:
         >>> seconds("max_time", "01:00:00:30")
         86430.0
     """
-    if isinstance(value, timedelta):
-        return value.total_seconds()
     if isinstance(value, Mapping):
         try:
-            return timedelta(**value).total_seconds()
+            return seconds(name, timedelta(**value))
         except TypeError as error:
             raise ConfigError(f"{name}={dict(value)!r} is no timedelta: {error}.") from None
+    if isinstance(value, timedelta):
+        if value < timedelta(0):
+            raise ConfigError(f"{name}={value!s} is a time before the beginning; give one of at least 0 seconds.")
+        return value.total_seconds()
     if isinstance(value, str):
         parts = value.strip().split(":")
         if len(parts) == 4 and all(part.isdigit() for part in parts):

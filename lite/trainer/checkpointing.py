@@ -20,6 +20,7 @@ from lite.loading import restore_object
 from lite.seed import Moment, RandomState
 from lite.sharded import is_sharded
 from lite.state import is_stateful, module_state
+from lite.trainer.callbacks.base import Checkpoint
 from lite.trainer.combined import position
 from lite.trainer.foreign import progress_of_foreign
 from lite.trainer.hparams import storable
@@ -139,8 +140,15 @@ def restore_weights(trainer: Any, checkpoint: dict[str, Any], path: str) -> None
         warnings.warn(f"not everything in ckpt_path={path!r} was loaded: {report}", stacklevel=4)
 
 
-def restore_callbacks(trainer: Any, checkpoint: dict[str, Any], *, states: bool) -> None:
-    """Tell everyone of the checkpoint, and give the callbacks their states."""
+def restore_callbacks(trainer: Any, checkpoint: dict[str, Any], *, states: bool = True, fitting: bool) -> None:
+    """Tell everyone of the checkpoint, and give the callbacks their states.
+
+    Args:
+        trainer: Whose callbacks they are.
+        checkpoint: The checkpoint.
+        states: Whether states are given.
+        fitting: Whether a fit goes on from it; callbacks that save go on from no other run's files.
+    """
     module, datamodule = trainer.module, trainer.datamodule
     if datamodule is not None:
         datamodule.on_load_checkpoint(checkpoint)
@@ -154,8 +162,10 @@ def restore_callbacks(trainer: Any, checkpoint: dict[str, Any], *, states: bool)
         return
     known = {callback.state_key: callback for callback in trainer.callbacks}
     for key, state in checkpoint.get("callbacks", {}).items():
-        if key in known:
+        if key in known and (fitting or not isinstance(known[key], Checkpoint)):
             known[key].load_state_dict(state)
+    if not fitting:
+        return
     left = [key for key in checkpoint.get("callbacks", {}) if key not in known]
     if left:
         warnings.warn(f"the checkpoint has states of callbacks that this Trainer doesn't have: {left}.", stacklevel=4)

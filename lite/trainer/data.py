@@ -9,6 +9,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
+from lite import collectives
 from lite.data.loader import copied, in_order
 from lite.errors import ConfigError
 from lite.trainer.combined import CombinedLoader
@@ -31,6 +32,7 @@ class StageData:
         names: Of evaluation loaders that were given as a dict.
         move: Moves a batch, where loaders don't; None where they do.
         combined: Training draws from several loaders together.
+        may_end_alone: A rank's training data may end before the others', and nobody knows when.
         sources: What the user gave, each with what was made of it.
     """
 
@@ -39,12 +41,27 @@ class StageData:
     names: list[str] | None = None
     move: Move | None = None
     combined: bool = False
+    may_end_alone: bool = False
     sources: list[tuple[Any, Any]] = field(default_factory=list)
 
     @property
     def num_batches(self) -> float:
         """All batches that count."""
         return sum(self.limits)
+
+    def agree(self) -> None:
+        """Let training end on all ranks with the same batch. Collective: call on all ranks."""
+        known = [length(loader) is not None for loader in self.loaders]
+        everyone = collectives.all_gather_objects((self.limits, known))
+        self.may_end_alone = not all(all(known) for _, known in everyone)
+        limits = [limits for limits, _ in everyone]
+        self.limits = [min(column) for column in zip(*limits, strict=True)]
+        if any(mine != self.limits for mine in limits):
+            warnings.warn(
+                f"the ranks have {[int(sum(mine)) for mine in limits if sum(mine) < INFINITE]} training batches; an "
+                f"epoch ends on all of them after {int(self.num_batches)}.",
+                stacklevel=6,
+            )
 
 
 def find_loaders(name: str, given: Any, module: Any, datamodule: Any) -> Any:
@@ -141,7 +158,7 @@ def train_data(
         move = lambda batch, index: lite.to_device(batch)  # noqa: E731
     name = "overfit_batches" if overfit else "limit_train_batches"
     limits = [limit_batches(overfit or limit, length(loader), name)]
-    return StageData([loader], limits, None, move, several, sources)
+    return StageData([loader], limits, None, move, several, sources=sources)
 
 
 def eval_data(

@@ -10,6 +10,7 @@ from typing import Any
 
 from lite.errors import ConfigError
 from lite.loggers import CSVLogger, Logger, TensorBoardLogger
+from lite.trainer.arguments import seconds
 from lite.trainer.callbacks.accumulation import GradientAccumulationScheduler
 from lite.trainer.callbacks.base import Checkpoint
 from lite.trainer.callbacks.early_stopping import EarlyStopping
@@ -50,6 +51,7 @@ def assemble_callbacks(
         ("enable_checkpointing", checkpointing, Checkpoint, ModelCheckpoint),
     ]
     if max_time is not None and not any(isinstance(c, Timer) for c in callbacks):
+        seconds("max_time", max_time)
         callbacks.append(Timer(max_time))
     accumulates = accumulate is not None or every > 1
     if accumulates and any(isinstance(c, GradientAccumulationScheduler) for c in callbacks):
@@ -58,7 +60,7 @@ def assemble_callbacks(
             "callbacks; leave one out."
         )
     if accumulate is not None:
-        callbacks.append(GradientAccumulationScheduler(accumulate))
+        callbacks.append(GradientAccumulationScheduler(accumulate, argument="accumulate_grad_batches="))
     for argument, wanted, kind, make in kinds:
         found = [c for c in callbacks if isinstance(c, kind)]
         if wanted is False:

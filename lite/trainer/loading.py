@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 import inspect
+import json
 import os
 import warnings
 from ast import literal_eval
 from collections.abc import Mapping
 from typing import Any
 
-from lite.errors import CheckpointError, MissingExtraError
+from lite.errors import CheckpointError, ConfigError, MissingExtraError
 from lite.loading import restore_object
 from lite.trainer.foreign import read_checkpoint
 
@@ -102,7 +103,11 @@ def _make(cls: Any, checkpoint: Mapping[str, Any], overrides: dict[str, Any]) ->
 
 
 def read_hparams(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Hyperparameters of a .yaml or .csv file (columns key, value)."""
+    """Hyperparameters of a .json, .yaml or .csv file (columns key, value).
+
+    Raises:
+        ConfigError: It has none in that form.
+    """
     text = os.fspath(path)
     if text.endswith((".yaml", ".yml")):
         try:
@@ -111,8 +116,19 @@ def read_hparams(path: str | os.PathLike[str]) -> dict[str, Any]:
             raise MissingExtraError(f"hparams_file={text!r} needs PyYAML: pip install pyyaml") from error
         with open(path) as file:
             return dict(yaml.safe_load(file) or {})
+    if text.endswith(".json"):
+        with open(path) as file:
+            found = json.load(file)
+        if not isinstance(found, dict):
+            raise ConfigError(f"hparams_file={text!r} has a {type(found).__name__}, no dict of hyperparameters.")
+        return found
     with open(path, newline="") as file:
-        rows = {row["key"]: row["value"] for row in csv.DictReader(file)}
+        table = csv.DictReader(file)
+        if not {"key", "value"} <= set(table.fieldnames or ()):
+            raise ConfigError(
+                f"hparams_file={text!r} is no .json and no .yaml, and not a table with the columns 'key' and 'value'."
+            )
+        rows = {row["key"]: row["value"] for row in table}
     return {key: _literal(value) for key, value in rows.items()}
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+from torch import nn
 
 from lite.data.transfer import move_to_device
 from lite.trainer.entries import is_torchmetric
@@ -30,6 +34,18 @@ def restore_torchmetrics(module: Any, states: dict[str, Any]) -> None:
                 setattr(metric, key, value)
             metric._update_count, metric._forward_cache = saved["count"], saved.get("newest")
             metric._computed = None
+
+
+@contextmanager
+def unchanged_metrics(module: nn.Module) -> Iterator[None]:
+    """Within the block the module's torchmetrics count nothing: the batch only keeps this rank in step."""
+    found = list(torchmetrics_of(module).values())
+    before = [(m, m._copy_state_dict(), m._update_count, m._computed) for m in found]
+    yield
+    for metric, state, count, computed in before:
+        for name, value in state.items():
+            setattr(metric, name, value)
+        metric._update_count, metric._computed = count, computed
 
 
 def _copied(state: dict[str, Any]) -> dict[str, Any]:

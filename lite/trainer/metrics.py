@@ -219,8 +219,8 @@ class Metrics:
                     yield place, entry
 
     def callback_metrics(self) -> Row:
-        """Every name's newest value, as 0-dim tensors."""
-        found = dict(self.kept)
+        """Every name's newest value, as 0-dim tensors; what is written into it counts as logged."""
+        found = self.kept
         for _, entry in self._of("train"):
             if entry.on_step and entry.fresh:
                 value = entry.step_value()
@@ -236,6 +236,8 @@ class Metrics:
         warning where they differ. `own=True` leaves every rank its own of these.
         """
         mine = self.callback_metrics().get(name)
+        if mine is not None and not isinstance(mine, Tensor):  # somebody has written it into callback_metrics
+            mine = torch.tensor(float(mine))
         if self._world_size == 1:
             return mine
         steps = [e for _, e in self._of("train") if e.on_step and e.fresh and e.is_own]

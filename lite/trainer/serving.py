@@ -115,7 +115,8 @@ class Serving(View):
         """Give loggers a row, with the epoch and the clocks in it."""
         if not row or self.sanity_checking or not self.loggers:
             return
-        step = max(self.fit_loop.progress.stepped - 1, 0)
+        # A row of training has the number of its newest step, counted from 0; one after training comes behind.
+        step = max(self.fit_loop.progress.stepped - self.fitting, 0)
         values = dict(row)
         if "step" in values:
             step = int(values.pop("step"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from lite.errors import ConfigError
+from lite.errors import CheckpointError, ConfigError
 from lite.trainer.data import StageData, eval_data, find_loaders, find_move, has_loaders, train_data
 from lite.trainer.hooks import overrides
 from lite.trainer.loops.calling import step_caller
@@ -43,7 +43,12 @@ class Sources(View):
         """Let training's loader go on from a stored position."""
         loader = self.fit_loop.data.loaders[0]
         if position is not None and hasattr(loader, "load_state_dict"):
-            loader.load_state_dict(position)
+            try:
+                loader.load_state_dict(position)
+            except CheckpointError as error:
+                if self.fit_loop.progress.within:
+                    raise
+                warnings.warn(f"the next epoch begins with the training data as they are now: {error}", stacklevel=5)
         elif self.fit_loop.progress.batch:
             warnings.warn(
                 f"the training data are a {type(loader).__name__} without a position of its own: they are read again "

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
-from lite.errors import ConfigError, choose
+from lite.errors import ConfigError, choose, shown
 from lite.lite import Lite
 from lite.loggers import Logger
 from lite.trainer import arguments, checkpointing, evaluation
@@ -159,7 +159,7 @@ class Trainer(Preparing, Checkpoints, Interruption, Serving):
             logger = enable_checkpointing = enable_progress_bar = enable_model_summary = False
             log_every_n_steps = num_sanity_val_steps = 0
         self.barebones = barebones
-        self.fast_dev_run = whole("fast_dev_run", int(fast_dev_run), 0)
+        self.fast_dev_run = whole("fast_dev_run", 1 if fast_dev_run is True else fast_dev_run or 0, 0)
         if self.fast_dev_run:
             n = self.fast_dev_run
             limit_train_batches = limit_val_batches = limit_test_batches = limit_predict_batches = n
@@ -218,6 +218,8 @@ class Trainer(Preparing, Checkpoints, Interruption, Serving):
         self.validate_loop, self.test_loop = EvaluationLoop("validate"), EvaluationLoop("test")
         self.predict_loop = PredictLoop()
         if lite is not None:
+            if not isinstance(lite, Lite):
+                raise ConfigError(f"lite={shown(lite)} must be a Lite object, such as Lite(strategy='ddp').")
             if logger not in (None, True, False):
                 raise ConfigError("Trainer(lite=..., logger=...): the Lite object has the loggers; pass them to Lite.")
             self.loggers = [] if logger is False else list(lite.loggers)
@@ -340,7 +342,7 @@ class Trainer(Preparing, Checkpoints, Interruption, Serving):
             if checkpoint is None:
                 self._warn_of_epoch_begun_anew(left)
             else:
-                checkpointing.restore_callbacks(self, checkpoint, states="callbacks" in parts)
+                checkpointing.restore_callbacks(self, checkpoint, states="callbacks" in parts, fitting=True)
                 if "state_dict" in parts:
                     checkpointing.restore_weights(self, checkpoint, str(self.ckpt_path))
             self._set_up(train=True)
@@ -579,7 +581,7 @@ class Trainer(Preparing, Checkpoints, Interruption, Serving):
                 self.ckpt_path = path
                 with foreign_globals():
                     checkpoint = self.lite.load(path, weights_only=weights_only is not False)
-                checkpointing.restore_callbacks(self, checkpoint, states=False)
+                checkpointing.restore_callbacks(self, checkpoint, fitting=False)
                 checkpointing.restore_weights(self, checkpoint, path)
             self._set_up(train=False)
             self._log_hyperparameters()

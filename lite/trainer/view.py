@@ -7,6 +7,7 @@ import os
 from typing import Any
 
 from lite.loggers import Logger
+from lite.trainer.callbacks.accumulation import GradientAccumulationScheduler
 from lite.trainer.callbacks.base import Callback, Checkpoint
 from lite.trainer.data import INFINITE
 from lite.trainer.metrics import Metrics
@@ -140,9 +141,12 @@ class View:
         limit = fit.max_steps if fit.max_steps >= 0 else INFINITE
         if batches == INFINITE or fit.max_epochs < 0:
             return limit
-        per_epoch = math.ceil(batches / self.accumulate_grad_batches)
-        total: float = min(per_epoch * fit.max_epochs, limit)
-        return total
+        scheduler = next((c for c in self.callbacks if isinstance(c, GradientAccumulationScheduler)), None)
+        if scheduler is None:
+            total: float = math.ceil(batches / self.accumulate_grad_batches) * fit.max_epochs
+        else:
+            total = sum(math.ceil(batches / scheduler.factor(epoch)) for epoch in range(fit.max_epochs))
+        return min(total, limit)
 
     def _load_train_data(self) -> None:
         raise NotImplementedError

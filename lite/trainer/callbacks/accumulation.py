@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lite.errors import ConfigError
+from lite.errors import ConfigError, shown
 from lite.trainer.callbacks.base import Callback
 
 
@@ -14,17 +14,20 @@ class GradientAccumulationScheduler(Callback):
 
     Args:
         scheduling: {epoch: batches per step}, epochs from 0; before the first one it is 1.
+        argument: How the user gave it, for errors.
     """
 
-    def __init__(self, scheduling: Mapping[int, int]) -> None:
-        if not scheduling:
-            raise ConfigError("GradientAccumulationScheduler({}): give at least one epoch, {0: 4} say.")
+    def __init__(
+        self, scheduling: Mapping[int, int], *, argument: str = "GradientAccumulationScheduler: scheduling="
+    ) -> None:
+        if not isinstance(scheduling, Mapping) or not scheduling:
+            raise ConfigError(f"{argument}{shown(scheduling)}: give at least one epoch, {{0: 4}} say.")
         for epoch, factor in scheduling.items():
             for what, value, least in (("epoch", epoch, 0), ("number of batches", factor, 1)):
                 if isinstance(value, bool) or not isinstance(value, int) or value < least:
                     raise ConfigError(
-                        f"GradientAccumulationScheduler({dict(scheduling)!r}): the {what} {value!r} must be a whole "
-                        f"number of at least {least}."
+                        f"{argument}{dict(scheduling)!r}: the {what} {value!r} must be a whole number of at least "
+                        f"{least}."
                     )
         self.scheduling = dict(sorted(scheduling.items()))
 

@@ -141,7 +141,8 @@ class EarlyStopping(Callback):
             return False, f"{name} is better: {value}, after {better}"
         self.wait_count += 1
         if self.wait_count >= self.patience:
-            return True, f"{name} was not better than {self.best_score} in the last {self.wait_count} checks"
+            checks = f"{self.wait_count} check{'s' * (self.wait_count > 1)}"
+            return True, f"{name} was not better than {self.best_score} in the last {checks}"
         return False, None
 
     def _better(self, value: float, than: float) -> bool:

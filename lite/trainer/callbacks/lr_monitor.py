@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from lite.errors import ConfigError, choose
 from lite.trainer.callbacks.base import Callback
 
@@ -60,6 +62,7 @@ class LearningRateMonitor(Callback):
         for name, value in row.items():
             self.lrs.setdefault(name, []).append(value)
         trainer.metrics.logged.update(row)
+        trainer.metrics.kept.update({name: torch.tensor(value) for name, value in row.items()})
         if row:
             trainer.write_row({"step": trainer.fit_loop.progress.stepped, **row})
 
@@ -74,8 +77,6 @@ class LearningRateMonitor(Callback):
             count = seen[kind] = seen.get(kind, 0) + 1
             name = name or (f"lr-{kind}" if count == 1 else f"lr-{kind}-{count - 1}")
             if interval is not None and paced is not None and paced != interval:
-                continue
-            if interval == "step" and paced is None:
                 continue
             groups = optimizer.param_groups
             for index, group in enumerate(groups):

@@ -38,7 +38,14 @@ class BasePredictionWriter(Callback):
     def write_on_epoch_end(
         self, trainer: Any, pl_module: Any, predictions: list[Any], batch_indices: list[Any]
     ) -> None:
-        """Write all of this rank's predictions; both lists are nested by loader and batch."""
+        """Write all of this rank's predictions.
+
+        Args:
+            trainer: The Trainer.
+            pl_module: The module.
+            predictions: As `trainer.predict` returns them: by batch, with several loaders a list of such lists.
+            batch_indices: The dataset's indices, nested by loader, batch and sample.
+        """
 
     def on_predict_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -53,4 +60,5 @@ class BasePredictionWriter(Callback):
     def on_predict_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         if self.interval != "batch":
             loop = trainer.predict_loop
-            self.write_on_epoch_end(trainer, pl_module, loop.predictions, loop.batch_indices)
+            found = loop.predictions
+            self.write_on_epoch_end(trainer, pl_module, found[0] if len(found) == 1 else found, loop.batch_indices)

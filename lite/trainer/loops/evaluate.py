@@ -13,14 +13,13 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import nn
 
 from lite.errors import ConfigError
 from lite.trainer.combined import CombinedLoader
 from lite.trainer.data import INFINITE, StageData, length
-from lite.trainer.entries import is_torchmetric
 from lite.trainer.hooks import overrides
 from lite.trainer.loops.calling import signature_of
+from lite.trainer.metric_objects import unchanged_metrics
 from lite.trainer.module import LightningModule
 from lite.trainer.old import OldHooks, find_old_hooks
 
@@ -260,15 +259,3 @@ def evaluating(trainer: Any, word: str) -> Iterator[None]:
 def no_gradients(inference_mode: bool) -> Callable[[], AbstractContextManager[Any]]:
     """The context of evaluation."""
     return torch.inference_mode if inference_mode else torch.no_grad
-
-
-@contextmanager
-def unchanged_metrics(module: nn.Module) -> Iterator[None]:
-    """Within the block the module's torchmetrics count nothing: the batch only keeps this rank in step."""
-    found: list[Any] = [part for part in module.modules() if is_torchmetric(part)]
-    before = [(m, m._copy_state_dict(), m._update_count, m._computed) for m in found]
-    yield
-    for metric, state, count, computed in before:
-        for name, value in state.items():
-            setattr(metric, name, value)
-        metric._update_count, metric._computed = count, computed

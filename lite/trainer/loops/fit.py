@@ -80,6 +80,8 @@ class FitLoop:
         hooks.call("on_train_start")
         progress.start_clock()
         epoch_done = Event("epoch", trainer)
+        if trainer.world_size > 1:
+            self.data.agree()
         try:
             while not self.is_over(trainer) or self.is_unsettled:
                 if not progress.within:
@@ -111,6 +113,8 @@ class FitLoop:
         if every and progress.epoch > 0 and progress.epoch - max(progress.reloaded, 0) >= every:
             trainer.load_data(self, again=True)
             progress.reloaded = progress.epoch
+            if trainer.world_size > 1:
+                self.data.agree()
         if self.moment is not None:
             discard(self.data.loaders[0])
         self.restore_moment()

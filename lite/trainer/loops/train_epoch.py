@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
+from torch import nn
 from torch.utils.data import DataLoader
 
 from lite import collectives
@@ -21,8 +22,10 @@ from lite.trainer.combined import CombinedLoader
 from lite.trainer.data import INFINITE, StageData, length
 from lite.trainer.events import Event
 from lite.trainer.hooks import overrides
-from lite.trainer.loops.calling import hook_outputs
+from lite.trainer.loops.calling import Step, hook_outputs
 from lite.trainer.loops.step import compose_step
+from lite.trainer.metric_objects import unchanged_metrics
+from lite.trainer.metrics import Metrics
 from lite.trainer.module import LightningModule
 from lite.trainer.old import OldHooks, find_old_hooks
 from lite.trainer.schedules import step_schedulers
@@ -75,6 +78,10 @@ class TrainEpochLoop:
         by_step = [c for c in trainer.lr_scheduler_configs if c.interval == "step"] if _paced(trainer) else []
         by_step = [] if trainer.declared else by_step
         move, driven = data.move, "batch" in fit.events
+        splits = trainer.world_size > 1 and not data.combined
+        real = trainer.lite.real_samples if splits else None
+        if splits:
+            step = _without_counting(step, metrics, trainer.module)
         stop_polled = fit.stop_poll if trainer.world_size > 1 else None  # alone, the signal itself lets the loop look
         event = Event("batch", trainer)
         stepped = progress.stepped
@@ -92,6 +99,8 @@ class TrainEpochLoop:
             if move is not None:
                 batch = move(batch, 0)
             begin_batch(batch, training)
+            if real is not None:
+                metrics.filler = real() == 0
             if on_start:
                 at(in_start)
                 if any([hook(batch, count) == -1 for hook in on_start]):
@@ -99,7 +108,7 @@ class TrainEpochLoop:
                 at(training)
             output = self.output = step(batch, count)
             count += 1
-            if old is not None:
+            if old is not None and not metrics.filler:
                 old.keep(hook_outputs(output))
             if by_step and progress.stepped > stepped:
                 stepped = progress.stepped
@@ -151,7 +160,7 @@ class TrainEpochLoop:
             batches = (batch for batch, _, _ in batches)
         if count and not hasattr(loader, "load_state_dict"):
             next(islice(batches, count, count), None)  # a plain iterable is read again up to here
-        if trainer.world_size > 1 and length(loader) is None:
+        if data.may_end_alone:
             batches = _until_any_ends(batches)
         self._iterator = batches
         if left < INFINITE and left != _remaining(loader, count):
@@ -349,6 +358,18 @@ def _even(data: StageData) -> bool:
         return size is not None and len(loader.dataset) % size == 0  # type: ignore[arg-type]
     except TypeError:
         return False
+
+
+def _without_counting(step: Step, metrics: Metrics, module: nn.Module) -> Step:
+    """The step, in which metrics leave out a batch that only keeps this rank in step."""
+
+    def counted(batch: Any, batch_idx: int) -> Any:
+        if not metrics.filler:
+            return step(batch, batch_idx)
+        with unchanged_metrics(module):
+            return step(batch, batch_idx)
+
+    return counted
 
 
 def _until_any_ends(batches: Iterator[Any]) -> Iterator[Any]:
