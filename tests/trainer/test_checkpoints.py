@@ -339,3 +339,46 @@ def test_load_from_checkpoint_says_what_is_missing(tmp_path: Path) -> None:
         Larger.load_from_checkpoint(tmp_path / "x.ckpt", strict=False)
     (tmp_path / "hparams.csv").write_text("key,value\nlr,0.5\n")
     assert Tiny.load_from_checkpoint(tmp_path / "x.ckpt", hparams_file=tmp_path / "hparams.csv").hparams.lr == 0.5
+    (tmp_path / "hparams.json").write_text('{"lr": 0.7}')
+    assert Tiny.load_from_checkpoint(tmp_path / "x.ckpt", hparams_file=tmp_path / "hparams.json").hparams.lr == 0.7
+    (tmp_path / "hparams.txt").write_text("lr: 0.7")
+    with pytest.raises(ConfigError, match=r"hparams.txt' is no .json and no .yaml, and not a table"):
+        Tiny.load_from_checkpoint(tmp_path / "x.ckpt", hparams_file=tmp_path / "hparams.txt")
+
+
+class Remembers(Callback):
+    """Has a state."""
+
+    def __init__(self, value: int = 0) -> None:
+        self.value = value
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"value": self.value}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.value = state_dict["value"]
+
+
+def test_evaluation_gives_callbacks_their_states_and_lets_those_that_save_be(tmp_path: Path) -> None:
+    """An average of weights is needed in a test too; the best checkpoint stays the one that this Trainer has saved."""
+    options = {"enable_checkpointing": True, "max_epochs": 2}
+    run = trainer(callbacks=[Remembers(3), ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)], **options)
+    run.fit(Tiny(), numbers(), numbers())
+    again, saves = Remembers(), ModelCheckpoint(tmp_path)
+    saves.best_model_path = "mine.ckpt"
+    trainer(callbacks=[again, saves], **options).test(Tiny(), numbers(), tmp_path / "epoch=0.ckpt", verbose=False)
+    assert (again.value, saves.best_model_path) == (3, "mine.ckpt")
+
+
+def test_data_may_have_grown_when_the_next_epoch_begins(tmp_path: Path) -> None:
+    """Between two epochs there is no position that would mean nothing; within one there is."""
+    run = trainer(callbacks=ModelCheckpoint(tmp_path, "end"), enable_checkpointing=True)
+    for event in run.steps(Tiny(), numbers(8), numbers(4)):
+        if event.kind == "batch" and event.global_step == 1:
+            run.save_checkpoint(tmp_path / "within.ckpt")
+    again = trainer(max_epochs=2, callbacks=ModelCheckpoint(tmp_path, "end"), enable_checkpointing=True)
+    with pytest.warns(UserWarning, match="next epoch begins with the training data as they are now"):
+        again.fit(Tiny(), numbers(20), numbers(4), ckpt_path=tmp_path / "end.ckpt")
+    assert again.global_step == 2 + 5
+    with pytest.raises(CheckpointError, match="8 samples, but this one has 20"):
+        again.fit(Tiny(), numbers(20), numbers(4), ckpt_path=tmp_path / "within.ckpt")

@@ -15,6 +15,7 @@ from torch import Tensor
 from lite.errors import ConfigError, UsageError
 from lite.loggers import CSVLogger
 from lite.trainer import Callback, LightningModule
+from lite.trainer.callbacks import ModelCheckpoint
 from tests.trainer.modules import Numbers, Tiny, TinyData, numbers, trainer
 
 
@@ -420,6 +421,19 @@ def test_callbacks_see_an_epochs_values_as_it_ends(tmp_path: Path) -> None:
     again.fit(Watched(), numbers(8), numbers(8), ckpt_path=tmp_path / "within.ckpt")
     assert resumed.seen == [{"val": 1.5}, second]  # the first epoch's hook had begun when it saved
     assert again.callback_metrics == run.callback_metrics
+
+
+def test_what_a_callback_writes_into_the_metrics_counts(tmp_path: Path) -> None:
+    """ModelCheckpoint can follow it, beside what was logged."""
+
+    class Writes(Callback):
+        def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+            trainer.callback_metrics["mine"] = 2.5 - trainer.current_epoch
+
+    saves = ModelCheckpoint(tmp_path, "{mine:.1f}", monitor="mine", mode="max")
+    run = trainer(callbacks=[Writes(), saves], max_epochs=2, enable_checkpointing=True)
+    run.fit(Watched(), numbers(8), numbers(8))
+    assert saves.best_model_path.endswith("mine=2.5.ckpt")
 
 
 def test_a_run_shows_only_its_own_metrics() -> None:

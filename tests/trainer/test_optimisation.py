@@ -253,6 +253,10 @@ def test_behaviour_14_estimated_stepping_batches_is_known_in_configure_optimizer
     module, run = Cycle(), trainer(max_epochs=2, accumulate_grad_batches=2, **OPTIONS)
     run.fit(module, numbers(18))
     assert module.total == run.global_step == 6
+    for schedule in ({0: 3}, {0: 1, 1: 4}, {1: 5}):
+        module, run = Cycle(), trainer(max_epochs=3, accumulate_grad_batches=schedule, **OPTIONS)
+        run.fit(module, numbers(18))
+        assert module.total == run.global_step == run.estimated_stepping_batches
     module, run = Cycle(), trainer(max_epochs=9, max_steps=4, **OPTIONS)
     run.fit(module, numbers())
     assert module.total == run.global_step == 4

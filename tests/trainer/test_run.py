@@ -21,6 +21,7 @@ from lite.trainer.callbacks import (
     GradientAccumulationScheduler,
     LambdaCallback,
     LearningRateMonitor,
+    ModelCheckpoint,
     ModelSummary,
     Timer,
     TQDMProgressBar,
@@ -139,6 +140,14 @@ def test_variables_of_the_environment_are_told_apart(monkeypatch: pytest.MonkeyP
         ({"barebones": "x"}, "barebones='x'"),
         ({"val_check_interval": 0}, "val_check_interval=0 must be"),
         ({"val_check_interval": 0.0}, "limit_val_batches=0 switches validation off"),
+        ({"lite": 5}, "lite=5 must be a Lite object"),
+        ({"fast_dev_run": "foo"}, "fast_dev_run='foo'"),
+        ({"fast_dev_run": 2.5}, "fast_dev_run=2.5"),
+        ({"limit_val_batches": float("nan")}, "limit_val_batches=nan"),
+        ({"max_time": timedelta(seconds=-60)}, "max_time=-1 day, 23:59:00"),
+        ({"max_time": "soon"}, "max_time='soon'"),
+        ({"accumulate_grad_batches": {"a": 1}}, "accumulate_grad_batches={'a': 1}: the epoch 'a'"),
+        ({"max_epoch": 3}, "Trainer has no argument 'max_epoch'. Did you mean 'max_epochs'"),
         ({"default_root_dir": 5}, "default_root_dir=5 must be a path"),
         ({"use_distributed_sampler": "x"}, "use_distributed_sampler='x'"),
         ({"auto_scale_batch_size": "powr"}, "Did you mean 'power'"),
@@ -297,6 +306,11 @@ def test_learning_rates_are_monitored(tmp_path: Path) -> None:
     trainer(max_epochs=2, callbacks=monitor, logger=CSVLogger(tmp_path)).fit(Groups(), datamodule=TinyData())
     assert monitor.lrs["lr-Adam/pg1"] == [0.1, 0.05]
     assert monitor.lrs["lr-Adam/pg2-momentum"] == [0.9, 0.9]
+    saves = ModelCheckpoint(tmp_path, "{lr-Adam/pg2:.2f}")  # the rates are among the metrics
+    trainer(callbacks=[LearningRateMonitor(), saves], logger=CSVLogger(tmp_path), enable_checkpointing=True).fit(
+        Groups(), datamodule=TinyData()
+    )
+    assert saves.best_model_path.endswith("lr-Adam_pg2=0.50.ckpt")
     by_step = trainer(
         max_epochs=2,
         accumulate_grad_batches=2,

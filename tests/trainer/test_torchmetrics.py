@@ -36,26 +36,26 @@ class Counting(Tiny):
 
 
 def two_epochs(batch_size: int) -> list[dict[str, float]]:
-    """11 rows to train on and 5 to validate on: batches are ragged, and of two ranks the second has none at the end."""
+    """9 rows to train on and 5 to validate on: batches are ragged, and of two ranks the second has none at the end."""
     seen = Recorder()
     run = trainer(max_epochs=2, strategy="ddp", callbacks=[seen])
-    run.fit(Counting(), numbers(11, batch_size), numbers(5, batch_size))
+    run.fit(Counting(), numbers(9, batch_size), numbers(5, batch_size))
     return [*seen.seen, {k: float(v) for k, v in run.callback_metrics.items()}]
 
 
 def test_behaviour_6_metrics_are_computed_at_the_epochs_end_and_reset(tmp_path: Path) -> None:
     """Over all batches and ranks, each sample once; also when a run goes on in the middle of an epoch."""
-    rows = [float(batch[:, 0].float().sum()) for batch in numbers(11, 4)]
+    rows = [float(batch[:, 0].float().sum()) for batch in numbers(9, 4)]
     one = two_epochs(4)
     assert one[-1]["seen"] == pytest.approx(sum(rows), rel=1e-6)  # float32, added up batch by batch
     assert [m["val_seen"] for m in one] == [2.0, 2.0, 2.0]
     for rank in run_distributed(two_epochs, 2):
         assert rank[-1]["seen"] == pytest.approx(sum(rows), rel=1e-6)
-    events = trainer(limit_val_batches=0).steps(Counting(), numbers(11, 4), events=("batch",))
+    events = trainer(limit_val_batches=0).steps(Counting(), numbers(9, 4), events=("batch",))
     next(events).trainer.save_checkpoint(tmp_path / "a.ckpt")
     events.close()
     again = trainer(limit_val_batches=0)
-    again.fit(Counting(), numbers(11, 4), ckpt_path=tmp_path / "a.ckpt")
+    again.fit(Counting(), numbers(9, 4), ckpt_path=tmp_path / "a.ckpt")
     assert float(again.callback_metrics["seen"]) == one[-1]["seen"]
 
 
