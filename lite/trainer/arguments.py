@@ -13,7 +13,7 @@ from datetime import timedelta
 from numbers import Integral
 from typing import Any, TypeVar
 
-from lite.errors import ConfigError, choose
+from lite.errors import ConfigError, choose, shown
 from lite.trainer.validation import ValidationSchedule
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -271,6 +271,15 @@ def has_timer(callbacks: Any) -> bool:
     """Whether a Timer is among the callbacks."""
     several = callbacks if isinstance(callbacks, (list, tuple)) else [callbacks]
     return any(type(callback).__name__ == "Timer" for callback in several)
+
+
+def beside_lite(**values: tuple[Any, ...]) -> None:
+    """Refuse what a ready Lite object has otherwise, beside `lite=`; each value is followed by those that are fine."""
+    for name, (value, *fine) in values.items():
+        if value not in fine:
+            raise ConfigError(
+                f"Trainer(lite=..., {name}={shown(value)}): the Lite object has its own; write Lite({name}=...)."
+            )
 
 
 def barebones(**costs: Any) -> None:

@@ -26,7 +26,6 @@ from lite.trainer.foreign import progress_of_foreign
 from lite.trainer.hparams import storable
 from lite.trainer.loops.train_epoch import discard
 from lite.trainer.metric_objects import restore_torchmetrics, torchmetrics_state
-from lite.trainer.progress import Progress
 
 PARTS = {
     "model": "state_dict",
@@ -101,7 +100,7 @@ def _exact_state(trainer: Any) -> dict[str, Any]:
     """What only an exact resume needs: positions in the data, and of every rank its random states and sums."""
     fit, metrics = trainer.fit_loop, trainer.metrics
     loader = fit.data.loaders[0] if fit.data.loaders else None
-    where = _position(loader, fit.progress) if is_stateful(loader) else None
+    where = _position(loader, fit.epoch_loop.under_way) if is_stateful(loader) else None
     per_rank = bool(getattr(loader, "state_is_per_rank", False))
     sums = fit.sums_before or {"metrics": metrics.state_dict(), "torchmetrics": torchmetrics_state(trainer.module)}
     mine: dict[str, Any] = {
@@ -115,13 +114,12 @@ def _exact_state(trainer: Any) -> dict[str, Any]:
     return {"ranks": ranks, "position": None if per_rank else where}
 
 
-def _position(loader: Any, progress: Progress) -> Any:
+def _position(loader: Any, under_way: bool) -> Any:
     """Where training's loader goes on: with the batch whose step is not done, where one is under way."""
-    undone = int(progress.within and getattr(loader, "batches_done", 0) > progress.batch)
     try:
-        return position(loader, undone=undone)
+        return position(loader, undone=int(under_way))
     except UsageError as error:
-        if not undone:
+        if not under_way:
             raise
         warnings.warn(f"saved within a training step, whose batch a resumed run leaves out: {error}", stacklevel=6)
         return loader.state_dict()

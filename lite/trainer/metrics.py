@@ -91,6 +91,7 @@ class Metrics:
     def begin_run(self) -> None:
         """A call of fit, validate, test or predict begins, which shows what it logs itself."""
         self.kept, self.logged, self.bar = {}, {}, {}
+        self.sanity = False
 
     def place(self, stage: str, hook: str, loader: int | None = None) -> Place:
         """The place of that hook; stages are "train", "validate", "test", "predict"."""
@@ -292,7 +293,8 @@ class Metrics:
                 entry.unwritten = False
                 if entry.is_own:
                     together[entry.step_name] = entry
-        if together and self._world_size > 1:
+        # In training a rank may lack a key; in evaluation it may even lack a batch, so there all ranks log it.
+        if self._world_size > 1 and (collectives.any_rank(bool(together)) if stage == "train" else together):
             everyone = collectives.all_gather_objects({name: float(row[name]) for name in together})
             for name, entry in together.items():
                 values = torch.tensor([each[name] for each in everyone if name in each], dtype=torch.float64)

@@ -82,6 +82,15 @@ class OldHooks:
                 self.outputs.append([])
             self.outputs[loader].append(output)
 
+    def tell_of_outputs_before(self) -> None:
+        """Outputs of an epoch's part before an interruption are in no checkpoint."""
+        if self.epoch_end is not None:
+            warnings.warn(
+                f"{self.epoch_end.__name__} gets the outputs of the epoch's part since the resume alone; keep sums in "
+                "buffers or by self.log instead, which are resumed.",
+                stacklevel=6,
+            )
+
     def end(self) -> None:
         """Call the epoch's hook with what was kept."""
         if self.epoch_end is not None:

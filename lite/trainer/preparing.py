@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -19,6 +20,30 @@ from lite.trainer.sources import Sources
 from lite.trainer.state import RunningStage
 
 
+def synchronised_batch_norms(module: nn.Module) -> Callable[[], None]:
+    """Let batch norms within a module use all ranks' statistics.
+
+    Returns:
+        What puts the module's own layers back, with the values that they have by then.
+    """
+    places = [
+        (parent, name, child)
+        for parent in module.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, nn.modules.batchnorm._BatchNorm) and not isinstance(child, nn.SyncBatchNorm)
+    ]
+    nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
+
+    def put_back() -> None:
+        for parent, name, own in places:
+            now = getattr(parent, name)
+            if now is not own:
+                own._parameters, own._buffers, own.training = now._parameters, now._buffers, now.training
+                setattr(parent, name, own)
+
+    return put_back
+
+
 class Preparing(Sources):
     """The side of `Trainer` that makes a run ready."""
 
@@ -28,12 +53,18 @@ class Preparing(Sources):
     lr_scheduler_configs: list[SchedulerConfig]
     declared: list[Declared]
     _in_hands: list[Any]
+    _put_back: Callable[[], None] | None
     _told_hparams: bool
 
     def _set_up(self, *, train: bool) -> None:
         """Let Lite prepare module, optimizers and schedulers."""
         if self.sync_batchnorm and self.world_size > 1:
-            nn.SyncBatchNorm.convert_sync_batchnorm(self.module)  # type: ignore[no-untyped-call]
+            if self.lite.device.type == "cpu":
+                raise ConfigError(
+                    "sync_batchnorm=True: torch's SyncBatchNorm doesn't run on the CPU; leave it out, and BatchNorm takes "
+                    "its mean over a rank's samples."
+                )
+            self._put_back = synchronised_batch_norms(self.module)
         self.optimizers, self.lr_scheduler_configs, self.declared, self._in_hands = [], [], [], []
         if not train:
             self.lite.setup(self.module)
@@ -78,6 +109,7 @@ class Preparing(Sources):
         self.metrics.at(self.metrics.place("", "on_sanity_check_end"))
         self.hooks.call("on_sanity_check_end")
         self.metrics.discard("validate")
+        self.metrics.forget_places("validate")
         self.metrics.kept, self.metrics.sanity = kept, False
         self.metrics.bar.clear()
         self.metrics.logged.clear()
@@ -97,7 +129,7 @@ class Preparing(Sources):
         fit = self.fit_loop
         if fit.data.num_batches == 0:
             warnings.warn("there are no training batches; nothing is trained.", stacklevel=4)
-            fit.max_epochs = 0 if fit.max_epochs < 0 else min(fit.max_epochs, fit.progress.epoch)
+            fit.empty = True
         elif fit.is_over(self) and not fit.is_unsettled and (fit.progress.epoch or fit.progress.updates):
             warnings.warn(
                 f"nothing is left to train: {fit.progress.epoch} epochs and {fit.progress.updates} steps are done, and "

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,7 +48,8 @@ def running(trainer: Any, fn: TrainerFn, module: Any, datamodule: Any) -> Iterat
             trainer.metrics.at(trainer.metrics.place("", "setup"))
             trainer.hooks.call("setup", stage)
             trainer.agree_on_log_dir()
-            module.configure_model()
+            with trainer.lite.init_module():
+                module.configure_model()
             yield
         trainer.state.status = TrainerStatus.FINISHED
     except BaseException as error:
@@ -57,11 +59,10 @@ def running(trainer: Any, fn: TrainerFn, module: Any, datamodule: Any) -> Iterat
         trainer.state.status = TrainerStatus.INTERRUPTED
         if isinstance(error, SystemExit) and trainer.fit_loop.stopped_by_signal:
             raise
-        if ready:
-            for method in trainer.hooks.on_exception:
-                method(error)
+        told = [partial(method, error) for method in trainer.hooks.on_exception] if ready else []
         if isinstance(datamodule, LightningDataModule):
-            datamodule.on_exception(error)
+            told.append(partial(datamodule.on_exception, error))
+        _call_all(told)
         if not isinstance(error, KeyboardInterrupt):
             raise
         if not in_notebook():
@@ -74,12 +75,23 @@ def running(trainer: Any, fn: TrainerFn, module: Any, datamodule: Any) -> Iterat
     finally:
         try:
             if ready:
-                if datamodule is not None:
-                    datamodule.teardown(stage)
                 trainer.metrics.at(trainer.metrics.place("", "teardown"))
-                trainer.hooks.call("teardown", stage)
+                first = [] if datamodule is None else [datamodule.teardown]
+                _call_all([partial(method, stage) for method in (*first, *trainer.hooks.teardown)])
         finally:
             trainer.end(module, datamodule)
+
+
+def _call_all(calls: Iterable[Callable[[], Any]]) -> None:
+    """Call all of them, whatever one raises; the first error is raised in the end."""
+    errors: list[BaseException] = []
+    for call in calls:
+        try:
+            call()
+        except BaseException as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
 
 
 def check_module(module: Any, call: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,25 +28,33 @@ class Serving(View):
     _in_hands: list[Any]
     _loaded: set[str]
     _own_callbacks: list[Any]
+    _merged: list[Any]
+    _put_back: Callable[[], None] | None
 
     def begin(self, fn: TrainerFn, module: Any, datamodule: Any) -> None:
         """A run of this module begins."""
+        if datamodule is not None and not hasattr(datamodule, "attach"):
+            raise ConfigError(f"datamodule={type(datamodule).__name__} is no LightningDataModule of lite.trainer.")
         self.state.fn, self.state.status = fn, TrainerStatus.RUNNING
         self.module, self.datamodule = module, datamodule
         self.metrics.begin_run()
         self._loaded.clear()
         self._eval_data.clear()
-        self._train_raw = None
         module.attach(self, self.metrics)
         if datamodule is not None:
-            attach = getattr(datamodule, "attach", None)
-            if attach is None:
-                raise ConfigError(f"datamodule={type(datamodule).__name__} is no LightningDataModule of lite.trainer.")
-            attach(self)
+            datamodule.attach(self)
+        self._take_changed_callbacks()
         self.callbacks = merge_callbacks(self._own_callbacks, module)
+        self._merged = list(self.callbacks)
         for callback in self.callbacks:
             if hasattr(callback, "attach"):
                 callback.attach(module)
+
+    def _take_changed_callbacks(self) -> None:
+        """What the user has put into `trainer.callbacks`, or taken out of it, since the last run."""
+        there, before = {id(c) for c in self.callbacks}, {id(c) for c in self._merged}
+        self._own_callbacks = [c for c in self._own_callbacks if id(c) in there or id(c) not in before]
+        self._own_callbacks += [c for c in self.callbacks if id(c) not in before]
 
     def end(self, module: Any, datamodule: Any) -> None:
         """It is over: everyone is let go."""
@@ -59,6 +67,9 @@ class Serving(View):
         if self.profiler is not None and hasattr(self.profiler, "describe"):
             self.profiler.describe(self)
         self.lite.teardown()
+        put_back, self._put_back = self._put_back, None
+        if put_back is not None:
+            put_back()
 
     def agree_on_log_dir(self) -> None:
         """Every rank writes beside rank 0's logs."""

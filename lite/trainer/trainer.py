@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 from lite.errors import ConfigError, choose, shown
 from lite.lite import Lite
-from lite.loggers import Logger
 from lite.trainer import arguments, checkpointing, evaluation
 from lite.trainer.arguments import share, whole
 from lite.trainer.checkpoints import Checkpoints
@@ -33,8 +33,6 @@ from lite.trainer.run import check_module, in_order, running
 from lite.trainer.serving import Serving
 from lite.trainer.sources import or_datamodule
 from lite.trainer.state import RunningStage, TrainerFn, TrainerState
-
-_NO_LOGGERS: tuple[Logger, ...] = ()
 
 
 class Trainer(Preparing, Checkpoints, Interruption, Serving):
@@ -222,6 +220,14 @@ class Trainer(Preparing, Checkpoints, Interruption, Serving):
                 raise ConfigError(f"lite={shown(lite)} must be a Lite object, such as Lite(strategy='ddp').")
             if logger not in (None, True, False):
                 raise ConfigError("Trainer(lite=..., logger=...): the Lite object has the loggers; pass them to Lite.")
+            arguments.beside_lite(
+                accelerator=(accelerator, "auto", lite.accelerator.name),
+                strategy=(strategy, "auto", lite.strategy.name),
+                devices=(devices, "auto"),
+                num_nodes=(num_nodes, 1),
+                precision=(precision, "32-true", lite.precision.name),
+                plugins=(plugins, None),
+            )
             self.loggers = [] if logger is False else list(lite.loggers)
         else:
             self.loggers = assemble_loggers(logger, self.default_root_dir)
@@ -250,15 +256,15 @@ class Trainer(Preparing, Checkpoints, Interruption, Serving):
         self.declared: list[Declared] = []
         self.ckpt_path: str | None = None
         self._in_hands: list[Any] = []
+        self._put_back: Callable[[], None] | None = None
         self._given: dict[str, Any] = {}
         self._eval_data: dict[str, Any] = {}
         self._move: Any = None
-        self._train_raw: Any = None
         self._loaded: set[str] = set()
         self._log_dir: str | None = None
         self._told_hparams = False
-        self._own_callbacks: list[Any] = self.callbacks
-        self._results: Any = None
+        self._own_callbacks: list[Any] = list(self.callbacks)
+        self._merged: list[Any] = list(self.callbacks)
 
     # ---- what users call
 
@@ -511,6 +517,9 @@ class Trainer(Preparing, Checkpoints, Interruption, Serving):
             raise ConfigError(
                 "tune has nothing to look for; set Trainer(auto_lr_find=True) or Trainer(auto_scale_batch_size=True)."
             )
+        if self.fast_dev_run:
+            warnings.warn("tune looks for nothing under fast_dev_run, whose batches would not tell.", stacklevel=2)
+            return {}
         train_dataloaders, datamodule = or_datamodule(train_dataloaders, datamodule)
         check_module(model, "tune")
         self._launch()
@@ -576,6 +585,7 @@ class Trainer(Preparing, Checkpoints, Interruption, Serving):
         check_module(model, fn.value)
         self._launch()
         path = self._find_checkpoint(ckpt_path, fitting=False)
+        results: list[dict[str, Any]] = []  # of a run that Ctrl-C ends in a notebook
         with running(self, fn, model, datamodule):
             if path is not None:
                 self.ckpt_path = path
@@ -586,13 +596,14 @@ class Trainer(Preparing, Checkpoints, Interruption, Serving):
             self._set_up(train=False)
             self._log_hyperparameters()
             data = self._eval_data[fn.value] = self._make_eval_data(fn.value, dataloaders)
+            names = data.names
             self.state.stage = RunningStage(fn.value)
             results = loop.run(self, data, no_grad=no_gradients(self.inference_mode))
         if fn is TrainerFn.PREDICTING:
             return []
         found = [{name: float(value) for name, value in one.items()} for one in results]
-        if verbose and self.is_global_zero:
-            evaluation.print_results(found, fn.value, data.names)
+        if verbose and results and self.is_global_zero:
+            evaluation.print_results(found, fn.value, names)
         return found
 
 

@@ -20,7 +20,7 @@ class View:
     lite: Any
     state: TrainerState
     callbacks: list[Callback]
-    fit_loop: Any
+    _fit_loop: Any
     validate_loop: Any
     test_loop: Any
     predict_loop: Any
@@ -31,6 +31,18 @@ class View:
     accumulate_grad_batches: int
     _eval_data: dict[str, Any]
     _log_dir: str | None
+
+    @property
+    def fit_loop(self) -> Any:
+        """Training's loop. One of your own may be put in its place; limits that it was not given are the old one's."""
+        return self._fit_loop
+
+    @fit_loop.setter
+    def fit_loop(self, loop: Any) -> None:
+        before = getattr(self, "_fit_loop", None)
+        if before is not None and hasattr(loop, "replaces"):
+            loop.replaces(before)
+        self._fit_loop = loop
 
     # ---- settings
 
@@ -73,8 +85,9 @@ class View:
 
     @property
     def is_last_batch(self) -> bool:
-        """Whether the training batch that is under way is the epoch's last."""
-        return bool(self.fit_loop.progress.batch + 1 >= self.num_training_batches)
+        """Whether the training batch that is under way, or has just been, is the epoch's last."""
+        done: int = self.fit_loop.progress.batch + self.fit_loop.epoch_loop.under_way
+        return done >= self.num_training_batches
 
     @property
     def num_training_batches(self) -> float:
@@ -156,7 +169,8 @@ class View:
     @property
     def should_stop(self) -> bool:
         """Whether training is to stop; set it to True on any rank, and all stop at the next logging interval."""
-        return bool(self.fit_loop.wants_stop or self.fit_loop.wish)
+        wish: bool | None = self.fit_loop.wish
+        return bool(self.fit_loop.wants_stop if wish is None else wish)
 
     @should_stop.setter
     def should_stop(self, value: bool) -> None:

@@ -140,6 +140,7 @@ def test_variables_of_the_environment_are_told_apart(monkeypatch: pytest.MonkeyP
         ({"barebones": "x"}, "barebones='x'"),
         ({"val_check_interval": 0}, "val_check_interval=0 must be"),
         ({"val_check_interval": 0.0}, "limit_val_batches=0 switches validation off"),
+        ({"lite": Lite(accelerator="cpu"), "precision": "64"}, r"lite=..., precision='64'.*Lite\(precision=...\)"),
         ({"lite": 5}, "lite=5 must be a Lite object"),
         ({"fast_dev_run": "foo"}, "fast_dev_run='foo'"),
         ({"fast_dev_run": 2.5}, "fast_dev_run=2.5"),

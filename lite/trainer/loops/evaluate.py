@@ -105,6 +105,8 @@ class EvaluationLoop:
         metrics, word = trainer.metrics, _HOOKS[self.stage]
         self.running = True
         self._old = find_old_hooks(trainer.module, word)
+        if self._old is not None and (self.loader or self.batch):
+            self._old.tell_of_outputs_before()
         self._call(trainer, f"on_{word}_start")
         self._call(trainer, f"on_{word}_epoch_start")
         first = self.loader

@@ -33,7 +33,8 @@ class FitLoop:
     """Trains over epochs. Its state is the progress, with the loops within it.
 
     Args:
-        min_epochs: Epochs before which nobody's wish to stop counts.
+        min_epochs: Epochs before which nobody's wish to stop counts. What is None here, and below, a loop takes over
+            from the one in whose place it is put.
         max_epochs: Epochs in all; -1 for no limit.
         min_steps: As `min_epochs`, in optimizer steps.
         max_steps: As `max_epochs`, in optimizer steps.
@@ -43,28 +44,30 @@ class FitLoop:
         progress: The cursor and the clocks.
         wants_stop: Training is to stop (`trainer.should_stop`): the same on all ranks.
         events: The kinds of events that are given.
-        wish: This rank wishes so; the others hear of it at the next vote.
+        wish: What this rank alone wishes of that; the others hear of it at the next vote. None for nothing.
+        empty: There is nothing to train on.
         data, val_data: The loaders.
     """
 
     def __init__(
         self,
-        min_epochs: int = 0,
-        max_epochs: int = 1000,
-        min_steps: int = 0,
-        max_steps: int = -1,
+        min_epochs: int | None = None,
+        max_epochs: int | None = None,
+        min_steps: int | None = None,
+        max_steps: int | None = None,
         schedule: ValidationSchedule | None = None,
     ) -> None:
-        self.min_epochs, self.max_epochs = min_epochs, max_epochs
-        self.min_steps, self.max_steps = min_steps, max_steps
+        self._given = (min_epochs, max_epochs, min_steps, max_steps, schedule)
+        self.min_epochs, self.max_epochs = min_epochs or 0, 1000 if max_epochs is None else max_epochs
+        self.min_steps, self.max_steps = min_steps or 0, -1 if max_steps is None else max_steps
         self.schedule = schedule or ValidationSchedule()
         self.progress = Progress()
         self.epoch_loop = TrainEpochLoop()
         self.val_loop = EvaluationLoop("validate")
         self.data = StageData()
         self.val_data = StageData()
-        self.wants_stop = self.wish = self.stopped_by_signal = False
-        self.interrupted = False
+        self.wants_stop = self.stopped_by_signal = self.interrupted = self.empty = False
+        self.wish: bool | None = None
         self.events = {"batch", "epoch"}
         self.stop_poll: Callable[[], bool] | None = None
         self.moment: RandomState | None = None
@@ -99,6 +102,8 @@ class FitLoop:
             progress.stop_clock()
         if self.stopped_by_signal:
             return
+        if self.interrupted:  # in the last hooks of an epoch
+            raise KeyboardInterrupt
         metrics.at(metrics.place("train", "on_train_end"))
         hooks.call("on_train_end")
         for callback in trainer.checkpoint_callbacks:
@@ -163,7 +168,7 @@ class FitLoop:
 
     def _is_cut_off(self, trainer: Any) -> bool:
         """Whether the epoch ends before its last batch because the run does."""
-        return self.progress.batch < self.data.num_batches < INFINITE and self.is_over(trainer)
+        return not self.epoch_loop.complete and self.is_over(trainer)
 
     def epoch_samples(self) -> int:
         """Samples of this epoch so far over all ranks, where the loader knows."""
@@ -181,7 +186,7 @@ class FitLoop:
     def is_over(self, trainer: Any) -> bool:
         """Whether training ends here."""
         progress = self.progress
-        if 0 <= self.max_steps <= progress.updates:
+        if self.empty or 0 <= self.max_steps <= progress.updates:
             return True
         if 0 <= self.max_epochs <= progress.epoch:
             return True
@@ -200,14 +205,21 @@ class FitLoop:
 
     def ask_to_stop(self, value: bool = True, *, alone: bool) -> None:
         """Wish for a stop (or not any more); `alone`: nobody else has to be told."""
-        if alone or not value:
+        if alone:
             self.wants_stop = value
-        self.wish = value and not alone
+        self.wish = None if alone else value
 
     def vote(self) -> None:
-        """Let one rank's wish to stop be everyone's. Collective."""
-        self.wants_stop = collectives.any_rank(self.wants_stop or self.wish)
-        self.wish = False
+        """Let one rank's wish to stop be everyone's, or one's to go on. Collective."""
+        stops = collectives.any_rank(self.wants_stop or self.wish is True)
+        self.wants_stop = stops and not collectives.any_rank(self.wish is False)
+        self.wish = None
+
+    def replaces(self, other: FitLoop) -> None:
+        """Take over from another loop what this one was not given."""
+        taken = (other.min_epochs, other.max_epochs, other.min_steps, other.max_steps, other.schedule)
+        found: list[Any] = [b if a is None else a for a, b in zip(self._given, taken, strict=True)]
+        self.min_epochs, self.max_epochs, self.min_steps, self.max_steps, self.schedule = found
 
     def interrupt(self) -> None:
         """Ctrl-C was pressed: the loop ends when the batch is done."""
@@ -322,7 +334,8 @@ class FitLoop:
         Returns:
             Batches of an epoch that an exception or Ctrl-C ended in the fit before this one: the epoch begins anew.
         """
-        self.wants_stop = self.wish = self.stopped_by_signal = self.interrupted = False
+        self.wants_stop = self.stopped_by_signal = self.interrupted = self.empty = False
+        self.wish = None
         self.moment = self.sums_before = self.begun = None
         self._monitors_checked = False
         if not self.val_loop.restoring:

@@ -43,6 +43,8 @@ class TrainEpochLoop:
         always_weighs: Whether every batch of a window is weighed by its size.
         flushes: What ends open windows where an epoch's end comes unannounced.
         settled: What was due after the newest batch has been done, up to the saves.
+        under_way: A batch has been given out whose step is not done.
+        complete: The epoch has had its last batch, and what comes of that.
         output: What `training_step` returned for the newest batch.
     """
 
@@ -54,9 +56,10 @@ class TrainEpochLoop:
         self.always_weighs = False
         self.flushes: list[Callable[[], None]] = []
         self.settled = True
-        self._ended = False  # the epoch has had its last batch, and what comes of that
+        self.under_way = self.complete = False
         self._steps: dict[int, int] = {}  # of optimizers with a step function each, by their position
         self._look_at: float = 0
+        self._show_at: float = 0
         self._validated_at_s = time.monotonic()
         self._stepped = 0
         self._bars: list[ProgressBar] = []
@@ -70,6 +73,8 @@ class TrainEpochLoop:
         count = progress.batch
         self._make_window(trainer)
         self.old = old = find_old_hooks(trainer.module, "train")
+        if old is not None and count:
+            old.tell_of_outputs_before()
         step = compose_step(trainer, self.window, num_batches)
         on_start, on_end = hooks.on_train_batch_start, hooks.on_train_batch_end
         in_start = metrics.place("train", "on_train_batch_start")
@@ -90,14 +95,15 @@ class TrainEpochLoop:
         self._bars = [callback for callback in trainer.callbacks if isinstance(callback, ProgressBar)]
         batches = self._open(trainer, data, count)
         over = fit.begun is not None and fit.is_over(trainer)  # saved as the epoch that ends the run was ending
-        if not over and count < num_batches and not self._ended:
+        if not over and count < num_batches and not self.complete:
             fit.begun = None  # the run is to go on further than when it was saved
         over = over or (not self.settled and self._settle(trainer, count))
         fit.restore_moment()
-        self._look_at = self._next_look(trainer, count)
+        self._look_at, self._show_at = self._next_look(trainer, count), 0
         for batch in () if over else batches:
             if move is not None:
                 batch = move(batch, 0)
+            self.under_way = True
             begin_batch(batch, training)
             if real is not None:
                 metrics.filler = real() == 0
@@ -115,6 +121,7 @@ class TrainEpochLoop:
                 step_schedulers(trainer, by_step, stepped)
             progress.batches += 1
             progress.batch = count
+            self.under_way = False
             if count >= num_batches:
                 self._end_of_batches(trainer)
             if on_end:
@@ -131,11 +138,14 @@ class TrainEpochLoop:
                     yield event
                 if ends:
                     break
-            elif driven:
+                continue
+            if count >= self._show_at:
+                self._show(trainer, count)
+            if driven:
                 yield event
         else:
             if count < num_batches and not over:  # the loader had fewer than it said, or nobody knew
-                if not self._ended:
+                if not self.complete:
                     self._end_of_batches(trainer)
                 if fit.validates_at_end(trainer):
                     self.settled = False
@@ -144,6 +154,7 @@ class TrainEpochLoop:
         metrics.end_batches()
         self._iterator = None
         self.output = None
+        self.under_way = False
 
     # ---- batches
 
@@ -151,7 +162,7 @@ class TrainEpochLoop:
         """The batches that are left, from an iterator that is begun here, or gone on with after an interruption."""
         loader, fit = data.loaders[0], trainer.fit_loop
         left = data.num_batches - count
-        if left <= 0 or self._ended:
+        if left <= 0 or self.complete:
             if fit.moment is not None:
                 discard(loader)
             return iter(())
@@ -169,7 +180,7 @@ class TrainEpochLoop:
 
     def _end_of_batches(self, trainer: Any) -> None:
         """The last batch of the epoch is done: an open window steps, and so do schedulers by the epoch."""
-        self._ended = True
+        self.complete = True
         window, progress = self.window, trainer.fit_loop.progress
         if window is not None and window.is_open:
             window.flush()
@@ -249,7 +260,7 @@ class TrainEpochLoop:
         self._stepped = progress.stepped
         if new_step and ((every and progress.stepped % every == 0) or fit.wants_stop or trainer.fast_dev_run):
             trainer.write_row(trainer.metrics.step_row("train"))
-        if trainer.world_size > 1 and new_step and progress.stepped % (every or _VOTE_EVERY) == 0:
+        if trainer.world_size > 1 and (fit.wants_stop or (new_step and progress.stepped % (every or _VOTE_EVERY) == 0)):
             fit.vote()
         if fit.stop_poll is not None and fit.stop_poll():
             return bool(fit.stop_for_signal(trainer))
@@ -267,10 +278,15 @@ class TrainEpochLoop:
         ends: bool = fit.is_over(trainer)
         for callback in trainer.checkpoint_callbacks:
             callback.after_batch(trainer, validated=validated)
-        for bar in self._bars:
-            bar.after_batch(trainer, count)
+        self._show(trainer, count)
         self._look_at = self._next_look(trainer, count)
         return ends
+
+    def _show(self, trainer: Any, count: int) -> None:
+        """Let progress bars look, which is a rank's own affair."""
+        for bar in self._bars:
+            bar.after_batch(trainer, count)
+        self._show_at = count + min([bar.next_look() for bar in self._bars], default=INFINITE)
 
     def _settle(self, trainer: Any, count: int) -> bool:
         """Do what was still due after the newest batch when the run was saved; whether the epoch ends here."""
@@ -286,12 +302,12 @@ class TrainEpochLoop:
         self._look_at = 0
 
     def _next_look(self, trainer: Any, count: int) -> float:
-        """The batch of this epoch after which something may be due; until then a batch costs one comparison."""
+        """The batch of this epoch after which something may be due, the same on all ranks; until then a batch costs one
+        comparison.
+        """
         fit, every = trainer.fit_loop, trainer.log_every_n_steps
         progress = fit.progress
         look: float = min(fit.data.num_batches, fit.next_validation(trainer, count))
-        for bar in self._bars:
-            look = min(look, count + bar.next_look())
         if trainer.world_size > 1:
             every = every or _VOTE_EVERY
         if every:
@@ -310,19 +326,19 @@ class TrainEpochLoop:
     def state_dict(self) -> dict[str, Any]:
         """Counts, and what is still due; the cursor is the fit loop's, and open windows are an entry of their own."""
         due = None if self.settled else {"stepped": self._stepped}
-        return {"steps": dict(self._steps), "due": due, "ended": self._ended}
+        return {"steps": dict(self._steps), "due": due, "ended": self.complete}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on counting, and do what is still due."""
         self._steps = dict(state.get("steps", {}))
         due = state.get("due")
-        self.settled, self._ended = due is None, state.get("ended", False)
+        self.settled, self.complete = due is None, state.get("ended", False)
         if due is not None:
             self._stepped = due["stepped"]
 
     def begin(self) -> None:
         """An epoch begins."""
-        self.settled, self._ended = True, False
+        self.settled, self.complete, self.under_way = True, False, False
 
 
 def _paced(trainer: Any) -> bool:

@@ -145,5 +145,6 @@ def _unchanged(model: Any) -> Iterator[None]:
     try:
         yield
     finally:
+        model.attach(None, None)
         model.load_state_dict(weights)
         moment.restore()
