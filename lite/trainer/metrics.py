@@ -298,7 +298,7 @@ class Metrics:
             everyone = collectives.all_gather_objects({name: float(row[name]) for name in together})
             for name, entry in together.items():
                 values = torch.tensor([each[name] for each in everyone if name in each], dtype=torch.float64)
-                row[name] = entry.take_step(entry.reduce(values).to(torch.get_default_dtype()))
+                row[name] = entry.take_step(entry.reduce(values).to(row[name].dtype))
         self.logged.update(row)
         return row
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from lite import collectives
 from lite.errors import UsageError
@@ -308,13 +309,7 @@ class LightningModule(Optimisation, ModuleHooks, HyperparametersMixin, nn.Module
 
 def detached(outputs: Any) -> Any:
     """The same nesting without gradients."""
-    if isinstance(outputs, Tensor):
-        return outputs.detach()
-    if isinstance(outputs, dict):
-        return {key: detached(value) for key, value in outputs.items()}
-    if isinstance(outputs, (list, tuple)) and not hasattr(outputs, "_fields"):
-        return type(outputs)(detached(value) for value in outputs)
-    return outputs
+    return tree_map_only(Tensor, Tensor.detach, outputs)
 
 
 _COMPUTING = {"forward", "training_step", "validation_step", "test_step", "predict_step", "manual_step"}

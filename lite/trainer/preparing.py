@@ -61,8 +61,8 @@ class Preparing(Sources):
         if self.sync_batchnorm and self.world_size > 1:
             if self.lite.device.type == "cpu":
                 raise ConfigError(
-                    "sync_batchnorm=True: torch's SyncBatchNorm doesn't run on the CPU; leave it out, and BatchNorm takes "
-                    "its mean over a rank's samples."
+                    "sync_batchnorm=True: torch's SyncBatchNorm doesn't run on the CPU; leave it out, and each rank's "
+                    "BatchNorm takes the mean over its own samples."
                 )
             self._put_back = synchronised_batch_norms(self.module)
         self.optimizers, self.lr_scheduler_configs, self.declared, self._in_hands = [], [], [], []

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lite import Lite
 from lite.errors import CheckpointError, ConfigError
@@ -394,3 +394,47 @@ def test_barebones_logs_nothing() -> None:
         run = Trainer(accelerator="cpu", max_epochs=1, barebones=True)
         run.fit(Tiny(), numbers(), numbers())
     assert run.callback_metrics == {}
+
+
+def test_callbacks_may_be_added_and_taken_out_between_two_runs() -> None:
+    """`trainer.callbacks` is the list that counts; a module's own are with it for its runs alone."""
+
+    class Own(Tiny):
+        def configure_callbacks(self) -> Any:
+            return [ModelSummary(max_depth=2)]
+
+    first, second = Recorder(), Recorder()
+    run = trainer(callbacks=[first])
+    run.fit(Own(), datamodule=TinyData())
+    run.callbacks.append(second)
+    run.callbacks.remove(first)
+    run.fit_loop.max_epochs = 2
+    run.fit(Tiny(), datamodule=TinyData())
+    assert (len(first.seen), len(second.seen)) == (1, 1)
+    assert run.callbacks == [second]
+
+
+class Layered(Tiny):
+    """Makes its layers in configure_model."""
+
+    def configure_model(self) -> None:
+        if not hasattr(self, "more"):
+            self.more = nn.Linear(1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.more(self.net(x))
+
+
+def test_configure_model_makes_layers_in_the_precisions_dtype() -> None:
+    """Where they will run; they are made once."""
+    module = Layered()
+    run = trainer(precision="64-true", limit_val_batches=0)
+    run.fit(module, numbers())
+    assert module.more.weight.dtype is torch.float64
+    assert module.more.weight.grad is not None
+
+
+def test_tuning_is_left_out_of_a_quick_run() -> None:
+    """Whose batches would not tell."""
+    with pytest.warns(UserWarning, match="fast_dev_run"):
+        assert trainer(auto_lr_find=True, fast_dev_run=True).tune(Tiny(), numbers()) == {}

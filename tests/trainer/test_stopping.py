@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 import signal
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
 
 from lite.errors import ConfigError
 from lite.trainer import Callback
 from lite.trainer.callbacks import EarlyStopping, Timer
-from tests.trainer.modules import Tiny, TinyData, numbers, trainer, weights
+from lite.trainer.loops import FitLoop
+from tests.trainer.modules import Numbers, Tiny, TinyData, numbers, trainer, weights
 
 
 class Counts(Tiny):
@@ -340,3 +343,128 @@ def test_limits_and_quick_runs() -> None:
         trainer(max_epochs=2, overfit_batches=2).fit(Looks(), numbers(shuffle=True), numbers())
     assert len(seen) == 4
     assert seen[:2] == seen[2:]
+
+
+class Known(Tiny):
+    """Notes the first number of each batch, and whether it was told to be the last, within the step and after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.firsts: list[float] = []
+        self.last: list[bool] = []
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        self.firsts.append(float(batch[0, 0]))
+        self.last.append(self.trainer.is_last_batch)
+        return super().training_step(batch, batch_idx)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.last.append(self.trainer.is_last_batch)
+
+
+def test_is_last_batch_is_true_from_the_last_batchs_begin() -> None:
+    """Within its step and in the hooks after it, and not before."""
+    module = Known()
+    trainer(limit_val_batches=0).fit(module, numbers())
+    assert module.last == [False, False, False, False, True, True]
+
+
+class Stream(IterableDataset[Tensor]):
+    """Rows of which nobody knows the number."""
+
+    def __iter__(self) -> Any:
+        return iter(Numbers(24).rows)
+
+
+@pytest.mark.parametrize("stop", [{"max_steps": 3}, {"max_steps": 6}, {"wish": 3}])
+def test_behaviour_41_a_stream_goes_on_where_it_was_stopped(stop: dict[str, int], tmp_path: Path) -> None:
+    """By max_steps or a wish, in the middle of an epoch of unknown length, or with its last batch."""
+
+    def fit(path: Path | None = None, wish: int = 0, **options: Any) -> list[float]:
+        module = Known()
+        run = trainer(limit_val_batches=0, max_epochs=2, **options)
+        for event in run.steps(module, DataLoader(Stream(), batch_size=4), ckpt_path=path):
+            if event.global_step == wish:
+                run.should_stop = True
+        run.save_checkpoint(tmp_path / "x.ckpt")
+        return module.firsts
+
+    whole = fit()
+    first = fit(**stop)
+    assert first == whole[: len(first)]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*Stream has no state_dict")
+        assert first + fit(tmp_path / "x.ckpt") == whole
+
+
+def test_a_fit_without_data_leaves_the_next_one_alone() -> None:
+    """Its limits stay what they were."""
+    run, module = trainer(limit_val_batches=0), Known()
+    with pytest.warns(UserWarning, match="no training batches"):
+        run.fit(module, [])
+    run.fit(module, numbers())
+    assert (len(module.firsts), run.max_epochs) == (3, 1)
+
+
+def test_a_loop_of_ones_own_has_the_trainers_limits() -> None:
+    """What it was not given itself."""
+
+    class Own(FitLoop):
+        epochs = 0
+
+        def _begin_epoch(self, trainer: Any) -> None:
+            self.epochs += 1
+            super()._begin_epoch(trainer)
+
+    run = trainer(max_epochs=5, max_steps=5, val_check_interval=2)
+    run.fit_loop = own = Own()
+    run.fit(Counts(), datamodule=TinyData())
+    assert (own.epochs, run.global_step, run.val_check_interval, run.max_epochs) == (2, 5, 2, 5)
+    run.fit_loop = Own(max_steps=1)
+    assert (run.max_steps, run.max_epochs) == (1, 5)
+
+
+def test_teardown_reaches_everyone_and_the_first_error_is_raised() -> None:
+    """As does on_exception."""
+    told: list[str] = []
+
+    class Fails(Callback):
+        def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+            told.append("callback")
+            raise ValueError("first")
+
+        def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+            told.append(f"exception {exception}")
+            raise ValueError("third")
+
+    class After(Tiny):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+            raise RuntimeError("zeroth")
+
+        def teardown(self, stage: str) -> None:
+            told.append("module")
+            raise ValueError("second")
+
+    class Data(TinyData):
+        def teardown(self, stage: str) -> None:
+            told.append("data")
+
+        def on_exception(self, exception: BaseException) -> None:
+            told.append("data's exception")
+
+    with pytest.raises(ValueError, match="first"):
+        trainer(callbacks=Fails()).fit(After(), datamodule=Data())
+    assert told == ["exception zeroth", "data's exception", "data", "callback", "module"]
+
+
+def test_ctrl_c_in_the_last_hook_of_an_epoch_ends_the_run() -> None:
+    """It is not lost because no batch comes after it."""
+
+    class Presses(Callback):
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    run = trainer(callbacks=Presses())
+    with pytest.raises(SystemExit) as ended:
+        run.fit(Counts(), datamodule=TinyData())
+    assert (ended.value.code, run.interrupted) == (130, True)

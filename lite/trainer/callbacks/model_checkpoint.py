@@ -143,7 +143,7 @@ class ModelCheckpoint(Checkpoint):
             return
         steps, epoch = self._every_n_train_steps, trainer.current_epoch
         # Several optimizers may step over a multiple within one batch.
-        before = trainer.global_step - 1 if self._looked_at_step is None else self._looked_at_step
+        before = trainer.fit_loop.began_at if self._looked_at_step is None else self._looked_at_step
         self._looked_at_step = trainer.global_step
         due = bool(steps) and trainer.global_step // steps > before // steps
         if self._train_time_interval is not None:

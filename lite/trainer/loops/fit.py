@@ -46,6 +46,7 @@ class FitLoop:
         events: The kinds of events that are given.
         wish: What this rank alone wishes of that; the others hear of it at the next vote. None for nothing.
         empty: There is nothing to train on.
+        began_at: Optimizer steps before the first batch after which anything is due in this fit.
         data, val_data: The loaders.
     """
 
@@ -68,6 +69,7 @@ class FitLoop:
         self.val_data = StageData()
         self.wants_stop = self.stopped_by_signal = self.interrupted = self.empty = False
         self.wish: bool | None = None
+        self.began_at = 0
         self.events = {"batch", "epoch"}
         self.stop_poll: Callable[[], bool] | None = None
         self.moment: RandomState | None = None
@@ -82,6 +84,7 @@ class FitLoop:
         metrics.at(metrics.place("train", "on_train_start"))
         hooks.call("on_train_start")
         progress.start_clock()
+        self.began_at = max(progress.updates - (not self.epoch_loop.settled), 0)
         epoch_done = Event("epoch", trainer)
         if trainer.world_size > 1:
             self.data.agree()

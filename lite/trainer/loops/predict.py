@@ -6,12 +6,15 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
-from torch import Tensor
+import torch
 from torch.utils.data import DataLoader, SequentialSampler
 
 from lite.data.shares import Shard, slice_evenly
+from lite.data.transfer import move_to_device
 from lite.trainer.data import StageData
 from lite.trainer.loops.evaluate import EvaluationLoop, evaluating
+
+_CPU = torch.device("cpu")
 
 
 class PredictLoop(EvaluationLoop):
@@ -66,7 +69,7 @@ class PredictLoop(EvaluationLoop):
         elif trainer.metrics.filler:
             return
         if self.keep:
-            self.predictions[index].append(_on_cpu(outputs))
+            self.predictions[index].append(move_to_device(outputs, _CPU))
 
     def indices(self, trainer: Any, index: int, number: int) -> list[int]:
         """The dataset's indices in this rank's batch of that number; [] where they are not those of the order."""
@@ -93,13 +96,3 @@ def dataset_indices(loader: Any, number: int, world_size: int, rank: int) -> lis
         return []
     mine, share = slice_evenly(group, Shard(rank, world_size))
     return list(mine) if share.num_real else []
-
-
-def _on_cpu(outputs: Any) -> Any:
-    if isinstance(outputs, Tensor):
-        return outputs.cpu()
-    if isinstance(outputs, dict):
-        return {key: _on_cpu(value) for key, value in outputs.items()}
-    if isinstance(outputs, (list, tuple)) and not hasattr(outputs, "_fields"):
-        return type(outputs)(_on_cpu(value) for value in outputs)
-    return outputs
