@@ -12,7 +12,7 @@ from torch import nn
 from lite.errors import ConfigError
 
 
-def example_inputs(module: Any, given: Any) -> Any:
+def inputs_of(module: Any, given: Any) -> Any:
     """The inputs that were given, or the module's `example_input_array`.
 
     Raises:
@@ -21,7 +21,7 @@ def example_inputs(module: Any, given: Any) -> Any:
     found = module.example_input_array if given is None else given
     if found is None:
         raise ConfigError(
-            f"{type(module).__name__} has no example_input_array to trace with; set it, or pass input_sample=..."
+            f"{type(module).__name__} has no example_input_array to trace with; set it, or pass the inputs."
         )
     return found
 
@@ -30,7 +30,7 @@ def to_torchscript(
     module: nn.Module,
     file_path: str | os.PathLike[str] | None = None,
     method: str = "script",
-    example_inputs_: Any = None,
+    example_inputs: Any = None,
     **kwargs: Any,
 ) -> Any:
     """Compile by TorchScript, which torch has deprecated; torch.export is its successor.
@@ -39,22 +39,24 @@ def to_torchscript(
         module: A LightningModule.
         file_path: Where it is written, or None.
         method: "script" or "trace".
-        example_inputs_: For "trace"; None takes `example_input_array`.
+        example_inputs: For "trace"; None takes `example_input_array`.
         **kwargs: For torch.jit.
     """
     if method not in ("script", "trace"):
         raise ConfigError(f"method={method!r} is not known; use 'script' or 'trace'.")
-    mode = module.training
+    mode, trainer = module.training, module.__dict__.get("_trainer")
     module.eval()
+    module.__dict__.update(_is_exported=True, _trainer=None)
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             if method == "trace":
-                inputs = example_inputs(module, example_inputs_)
+                inputs = inputs_of(module, example_inputs)
                 made = torch.jit.trace(module, inputs, **kwargs)  # type: ignore[no-untyped-call]
             else:
                 made = torch.jit.script(module, **kwargs)
     finally:
+        module.__dict__.update(_is_exported=False, _trainer=trainer)
         module.train(mode)
     if file_path is not None:
         torch.jit.save(made, os.fspath(file_path))
@@ -70,7 +72,7 @@ def to_onnx(module: nn.Module, file_path: Any = None, input_sample: Any = None, 
         input_sample: The forward's input; None takes `example_input_array`.
         **kwargs: For torch.onnx.export.
     """
-    sample = example_inputs(module, input_sample)
+    sample = inputs_of(module, input_sample)
     args = sample if isinstance(sample, tuple) else (sample,)
     mode = module.training
     module.eval()

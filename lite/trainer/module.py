@@ -164,6 +164,8 @@ class LightningModule(Optimisation, ModuleHooks, HyperparametersMixin, nn.Module
 
     def _require_trainer(self, call: str) -> Any:
         trainer = self.__dict__.get("_trainer")
+        if trainer is None and self.__dict__.get("_is_exported"):
+            raise AttributeError(call)  # TorchScript asks for every property, and goes on where there is none
         if trainer is None:
             raise UsageError(
                 f"{type(self).__name__}.{call} needs a Trainer, and this module is in no Trainer's hands; call "
@@ -314,4 +316,8 @@ def detached(outputs: Any) -> Any:
 
 _COMPUTING = {"forward", "training_step", "validation_step", "test_step", "predict_step", "manual_step"}
 _OWN = {name for base in LightningModule.__mro__ if base not in (nn.Module, object) for name in vars(base)}
+# TorchScript would compile them.
+LightningModule.__jit_unused_properties__ = [  # type: ignore[attr-defined]
+    name for base in LightningModule.__mro__ for name, value in vars(base).items() if isinstance(value, property)
+]
 LightningModule.plain_methods = frozenset((_OWN | {*SHARED, *CALLBACKS_ALONE, *MODULE_ALONE}) - _COMPUTING)
