@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from lite.data.transfer import move_to_device
+from lite.errors import ConfigError
 from lite.trainer.entries import is_torchmetric
 
 
@@ -34,6 +35,27 @@ def restore_torchmetrics(module: Any, states: dict[str, Any]) -> None:
                 setattr(metric, key, value)
             metric._update_count, metric._forward_cache = saved["count"], saved.get("newest")
             metric._computed = None
+
+
+def attribute_of(name: str, metric: Any, attribute: str | None, module: Any) -> str:
+    """The module's attribute that holds a Metric.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    parts = dict(module.named_modules())
+    if attribute is not None and attribute not in parts:
+        raise ConfigError(
+            f"log({name!r}, metric_attribute={attribute!r}): the module has no such part; name the attribute that "
+            "holds the metric."
+        )
+    found = next((path for path, part in parts.items() if part is metric), attribute)
+    if found is None:
+        raise ConfigError(
+            f"log({name!r}) got a {type(metric).__name__} that is no attribute of the module, so it would neither move "
+            "to the device nor be reset; set it as self.NAME in __init__, or pass metric_attribute='NAME'."
+        )
+    return found
 
 
 @contextmanager

@@ -6,51 +6,21 @@ Values stay on their device; one synchronisation happens per logging interval an
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lite import collectives
-from lite.errors import ConfigError, UsageError
+from lite.errors import ConfigError
+from lite.trainer.batch_size import infer_batch_size
 from lite.trainer.data import StageData
 from lite.trainer.entries import Entry, MetricEntry, Options, is_torchmetric, make_entry, merge
-from lite.trainer.metric_objects import torchmetrics_of
+from lite.trainer.metric_objects import attribute_of, torchmetrics_of
+from lite.trainer.places import LOADER_SUFFIX, NOWHERE, Place, kept_of
 
-LOADER_SUFFIX = "/dataloader_idx_"
 Row = dict[str, Any]
-
-_STEP_HOOKS = {
-    "training_step",
-    "on_train_batch_start",
-    "on_train_batch_end",
-    "on_before_zero_grad",
-    "on_before_backward",
-    "on_after_backward",
-    "on_before_optimizer_step",
-}
-_BATCH_HOOKS = {f"on_{s}_batch_{m}" for s in ("validation", "test") for m in ("start", "end")}
-_BATCH_HOOKS |= {"validation_step", "test_step"}
-_EPOCH_HOOKS = {
-    "on_train_start",
-    *(f"on_{s}_epoch_{m}" for s in ("train", "validation", "test") for m in ("start", "end")),
-    "on_validation_start",
-    "on_test_start",
-}
-
-
-class Place:
-    """Where something may be logged: a hook, and in evaluation the loader that it runs for."""
-
-    __slots__ = ("entries", "hook", "loader", "stage")
-
-    def __init__(self, stage: str, hook: str, loader: int | None) -> None:
-        self.stage, self.hook, self.loader = stage, hook, loader
-        self.entries: dict[str, Entry] = {}
-
-
-NOWHERE = Place("", "", None)
 
 
 class Metrics:
@@ -136,7 +106,7 @@ class Metrics:
         if known is not None and options.amounts_to(known.options):
             known.options = options
             return known
-        on_step, on_epoch = self._check(place, name, value, options)
+        on_step, on_epoch = kept_of(place, name, value, options)
         if known is not None:
             raise ConfigError(
                 f"log({name!r}) in {place.hook} came with other settings: {options.differing(known.options)}; "
@@ -149,7 +119,7 @@ class Metrics:
                 "names."
             )
         if is_torchmetric(value):
-            attribute = _find_attribute(name, value, attribute, module)
+            attribute = attribute_of(name, value, attribute, module)
         if options.sync_dist and options.rank_zero_only:
             raise ConfigError(f"log({name!r}): sync_dist=True waits for ranks that rank_zero_only=True leaves out.")
         entry = make_entry(
@@ -169,34 +139,6 @@ class Metrics:
                 "value of its own samples."
             )
         return entry
-
-    def _check(self, place: Place, name: Any, value: Any, options: Options) -> tuple[bool, bool]:
-        if not isinstance(name, str):
-            raise ConfigError(f"log: the name {name!r} must be a string.")
-        if LOADER_SUFFIX in name:
-            raise ConfigError(
-                f"log({name!r}): {LOADER_SUFFIX!r} is what the name gets with several loaders; leave it out."
-            )
-        if isinstance(value, Mapping):
-            raise ConfigError(f"log({name!r}) got a dict; use log_dict, or log each of its values.")
-        hook = place.hook
-        if hook in _STEP_HOOKS:
-            step, epoch = True, False
-        elif hook in _BATCH_HOOKS or hook in _EPOCH_HOOKS:
-            step, epoch = False, True
-        else:
-            where = hook or "this moment"
-            raise UsageError(
-                f"log({name!r}) was called in {where}, where nothing can be logged; log in training_step, "
-                "validation_step, test_step, or in the hooks of train, validation and test batches and epochs."
-            )
-        on_step = step if options.on_step is None else options.on_step
-        on_epoch = epoch if options.on_epoch is None else options.on_epoch
-        if on_step and hook in _EPOCH_HOOKS:
-            raise ConfigError(f"log({name!r}, on_step=True) in {hook}: there is no step there; leave on_step out.")
-        if not on_step and not on_epoch:
-            raise ConfigError(f"log({name!r}, on_step=False, on_epoch=False) keeps nothing; set one of them to True.")
-        return on_step, on_epoch
 
     def _suffixed(self, place: Place, name: str, add_index: bool) -> Callable[[str], str]:
         if place.loader is None or self.num_loaders < 2 or not add_index:
@@ -411,57 +353,3 @@ class Metrics:
             before, self.here = self.here, self.place(*where[:3])
             self.register(one["key"], value, options, attribute, module)
             self.here = before
-
-
-def infer_batch_size(batch: Any, warn: Callable[[str], None]) -> int:
-    """The first dimension of the first tensor in a batch; 1 where there is none.
-
-    Example:
-        >>> infer_batch_size({"ids": torch.zeros(3, 2), "name": "a"}, print)
-        3
-    """
-    if isinstance(batch, (list, tuple)) and batch and type(batch[0]) is Tensor:
-        first = batch[0]
-        sizes = {t.shape[0] for t in batch if type(t) is Tensor and t.ndim}
-        size = first.shape[0] if first.ndim else 1
-    else:
-        found = list(_sizes(batch))
-        sizes, size = set(found), found[0] if found else 1
-    if len(sizes) > 1:
-        warn(
-            f"the tensors of a batch have different first dimensions ({sorted(sizes)}), and the epoch's mean is "
-            f"weighed by the first, {size}; pass batch_size= to log."
-        )
-    return int(size)
-
-
-def _sizes(data: Any) -> Iterable[int]:
-    if isinstance(data, Tensor):
-        yield data.shape[0] if data.ndim else 1
-    elif isinstance(data, Mapping):
-        for value in data.values():
-            yield from _sizes(value)
-    elif isinstance(data, (list, tuple)):
-        for value in data:
-            yield from _sizes(value)
-
-
-def _find_attribute(name: str, metric: Any, attribute: str | None, module: Any) -> str:
-    """The module's attribute that holds a Metric.
-
-    Raises:
-        ConfigError: There is none.
-    """
-    parts = dict(module.named_modules())
-    if attribute is not None and attribute not in parts:
-        raise ConfigError(
-            f"log({name!r}, metric_attribute={attribute!r}): the module has no such part; name the attribute that "
-            "holds the metric."
-        )
-    found = next((path for path, part in parts.items() if part is metric), attribute)
-    if found is None:
-        raise ConfigError(
-            f"log({name!r}) got a {type(metric).__name__} that is no attribute of the module, so it would neither move "
-            "to the device nor be reset; set it as self.NAME in __init__, or pass metric_attribute='NAME'."
-        )
-    return found
