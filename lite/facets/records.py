@@ -66,7 +66,7 @@ class Records(Facet):
             # A clone: the loop may go on adding to its tensor before the value is written out.
             values = {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in metrics.items()}
             for logger in self._loggers:
-                logger.log_metrics(values, step)
+                logger.log_metrics(values if logger.takes_tensors else _numbers(values), step)
 
     def log_hyperparameters(self, params: Mapping[str, Any]) -> None:
         """Hand the run's settings to every logger, on rank 0.
@@ -80,7 +80,7 @@ class Records(Facet):
             )
         if self.is_global_zero:
             for logger in self._loggers:
-                logger.log_hyperparameters(params)
+                logger.log_hyperparams(params)
 
     def _check_loggers(self) -> None:
         """Refuse loggers that rank 0, which writes, could not write with: on all ranks. Collective where they run."""
@@ -109,6 +109,10 @@ class Records(Facet):
             if method is not None and not callable(method):
                 raise ConfigError(f"call({hook!r}): {type(callback).__name__}.{hook} is not callable.")
         return [method for method in found if method is not None]
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value.item() if isinstance(value, Tensor) else value for name, value in values.items()}
 
 
 def check_callbacks(callbacks: Any) -> tuple[Any, ...]:

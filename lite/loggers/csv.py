@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from lite.errors import ConfigError
-from lite.loggers.base import Logger, check_folder
+from lite.loggers.base import Ignored, Logger, as_params, check_folder, next_version
 
 
 class CSVLogger(Logger):
@@ -33,7 +33,7 @@ class CSVLogger(Logger):
     ) -> None:
         if isinstance(flush_every, bool) or not isinstance(flush_every, int) or flush_every < 1:
             raise ConfigError(f"flush_every={flush_every!r} must be a whole number of at least 1.")
-        self.name = name
+        self._name = name
         self._root = os.fspath(root_dir)
         self._folder = Path(root_dir) / name
         self._version = version
@@ -42,28 +42,55 @@ class CSVLogger(Logger):
         self._columns: list[str] = []
 
     @property
-    def version(self) -> str:
+    def name(self) -> str:
+        return self._name
+
+    @property
+    def save_dir(self) -> str:
+        return self._root
+
+    @property
+    def root_dir(self) -> str:
+        return os.fspath(self._folder)
+
+    @property
+    def version(self) -> int | str:
         """The run's folder name."""
-        if self._version is None:
-            taken = [int(p.name[8:]) for p in self._folder.glob("version_*") if p.name[8:].isdigit()]
-            self._version = max(taken, default=-1) + 1
-        return f"version_{self._version}" if isinstance(self._version, int) else self._version
+        return self._folder_name()
 
     @property
     def log_dir(self) -> Path:
         """Where this run writes."""
-        return self._folder / self.version
+        return self._folder / self._folder_name()
 
     @property
     def path(self) -> Path:
         """The metrics file."""
-        return self.log_dir / "metrics.csv"
+        return Path(self.log_dir) / "metrics.csv"
+
+    @property
+    def experiment(self) -> Any:
+        """Takes rows and settings, on rank 0; elsewhere it ignores what it is told."""
+        return CSVExperiment(self) if self._writes() else Ignored()
+
+    def _number(self) -> int | str:
+        if self._version is None:
+            self._version = next_version(self._folder)
+        return self._version
+
+    def _folder_name(self) -> str:
+        number = self._number()
+        return f"version_{number}" if isinstance(number, int) else number
 
     def check(self) -> None:
         # A free version's folder is new.
         check_folder(f"root_dir={self._root!r}", self._folder if self._version is None else self.log_dir)
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        self.add_row(metrics, step)
+
+    def add_row(self, metrics: Mapping[str, Any], step: int | None) -> None:
+        """Take a row under the names that it has."""
         self._rows.append({"step": step, **metrics})
         if len(self._rows) >= self._flush_every:
             self.flush()
@@ -78,7 +105,7 @@ class CSVLogger(Logger):
             return
         rows = [{k: v.item() if isinstance(v, Tensor) else v for k, v in row.items()} for row in self._rows]
         new = [key for row in rows for key in row if key not in self._columns]
-        self.log_dir.mkdir(parents=True, exist_ok=True)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         if not new:
             with open(self.path, "a", newline="") as file:
                 csv.DictWriter(file, self._columns).writerows(rows)
@@ -95,3 +122,36 @@ class CSVLogger(Logger):
                 writer.writerows(before + rows)
             os.replace(beside, self.path)
         self._rows.clear()
+
+
+class CSVExperiment:
+    """What `CSVLogger.experiment` gives: the file, without the logger's prefix.
+
+    Args:
+        logger: Whose file it is.
+    """
+
+    def __init__(self, logger: CSVLogger) -> None:
+        self._logger = logger
+
+    @property
+    def log_dir(self) -> str:
+        """Where the run lies."""
+        return os.fspath(self._logger.log_dir)
+
+    @property
+    def metrics_file_path(self) -> str:
+        """The metrics file."""
+        return os.fspath(self._logger.path)
+
+    def log_metrics(self, metrics_dict: Mapping[str, Any], step: int | None = None) -> None:
+        """Take one row of numbers."""
+        self._logger.add_row(metrics_dict, step)
+
+    def log_hparams(self, params: Any) -> None:
+        """Take the run's settings."""
+        self._logger.log_hyperparameters(as_params(params))
+
+    def save(self) -> None:
+        """Write out what is buffered."""
+        self._logger.flush()

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from typing import Any
 
 from lite.errors import ConfigError
-from lite.loggers import CSVLogger, Logger, TensorBoardLogger
+from lite.loggers import Logger
 from lite.trainer.arguments import seconds
 from lite.trainer.callbacks.accumulation import GradientAccumulationScheduler
 from lite.trainer.callbacks.base import Checkpoint
@@ -19,8 +18,7 @@ from lite.trainer.callbacks.model_summary import ModelSummary
 from lite.trainer.callbacks.progress_bar import ProgressBar, TQDMProgressBar
 from lite.trainer.callbacks.timer import Timer
 from lite.trainer.hooks import CALLBACKS_ALONE, SHARED
-
-_FOLDER = "lite_logs"
+from lite.trainer.loggers import CSVLogger, DummyLogger, TensorBoardLogger
 
 
 def assemble_callbacks(
@@ -90,18 +88,13 @@ def _check_callback(callback: Any) -> None:
         raise ConfigError(f"callbacks has {callback!r:.80}, which is no callback: it has no hook such as on_train_end.")
 
 
-def assemble_loggers(given: Any, root: str) -> list[Logger]:
-    """The loggers that the argument asks for."""
+def assemble_loggers(given: Any, root: str, *, fast_dev_run: bool) -> list[Logger]:
+    """The loggers that the argument asks for; with `fast_dev_run` as many that write nothing."""
     if given is False:
         return []
+    wanted = list(given) if isinstance(given, (list, tuple)) else [given]
+    if fast_dev_run:
+        return [DummyLogger() for _ in wanted]
     if given is None or given is True:
-        if importlib.util.find_spec("tensorboard") is not None:
-            return [TensorBoardLogger(_next_version(os.path.join(root, _FOLDER)))]
-        return [CSVLogger(root, name=_FOLDER)]
-    return list(given) if isinstance(given, (list, tuple)) else [given]
-
-
-def _next_version(folder: str) -> str:
-    names = os.listdir(folder) if os.path.isdir(folder) else []
-    taken = [int(name[8:]) for name in names if name.startswith("version_") and name[8:].isdigit()]
-    return os.path.join(folder, f"version_{max(taken, default=-1) + 1}")
+        return [(TensorBoardLogger if importlib.util.find_spec("tensorboard") is not None else CSVLogger)(root)]
+    return wanted

@@ -6,6 +6,8 @@ import argparse
 import copy
 import dataclasses
 import inspect
+import json
+import math
 import sys
 import types
 import warnings
@@ -163,6 +165,44 @@ def storable(params: Mapping[str, Any], owner: str) -> dict[str, Any]:
                 stacklevel=4,
             )
     return kept
+
+
+def as_yaml(params: Mapping[str, Any]) -> str:
+    """The hyperparameters as YAML, one a line; objects as their text.
+
+    Example:
+        >>> print(as_yaml({"lr": 1e-5, "sizes": (4, 8), "net": {"act": None}, "on": "yes"}), end="")
+        lr: 1.0e-05
+        sizes: [4, 8]
+        net: {act: null}
+        "on": "yes"
+    """
+    return "".join(f"{_yaml_key(key)}: {_yaml(value)}\n" for key, value in params.items()) or "{}\n"
+
+
+def _yaml(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_yaml_key(key)}: {_yaml(one)}" for key, one in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_yaml, value)) + "]"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, int):
+        return str(int(value))
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return ".nan" if math.isnan(value) else f"{'-' if value < 0 else ''}.inf"
+        mantissa, mark, exponent = repr(float(value)).partition("e")
+        return mantissa + (".0" if mark and "." not in mantissa else "") + mark + exponent
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):  # of numpy or torch
+        return _yaml(value.item())
+    return json.dumps(str(value), ensure_ascii=False)
+
+
+def _yaml_key(key: Any) -> str:
+    text = str(key)
+    words = ("yes", "no", "on", "off", "true", "false", "null", "y", "n")  # which YAML takes for something else
+    return text if text.isidentifier() and text.lower() not in words else json.dumps(text, ensure_ascii=False)
 
 
 def _copied(params: Any) -> Any:

@@ -281,7 +281,7 @@ class LightningModule(Optimisation, ModuleHooks, HyperparametersMixin, nn.Module
         Args:
             checkpoint_path: A file, a directory or a URL.
             map_location: A device for the weights; None is the CPU.
-            hparams_file: A .yaml or .csv file with hyperparameters, for a checkpoint that has none.
+            hparams_file: A .json, .yaml or .csv file with hyperparameters, for a checkpoint that has none.
             strict: Whether all keys must fit; None asks `strict_loading`.
             weights_only: False lets the file run code.
             **kwargs: Arguments of `__init__`; they outrank the stored ones.

@@ -48,6 +48,7 @@ class Preparing(Sources):
     """The side of `Trainer` that makes a run ready."""
 
     hooks: Hooks
+    fast_dev_run: int
     sync_batchnorm: bool
     optimizers: list[Any]
     lr_scheduler_configs: list[SchedulerConfig]
@@ -55,6 +56,7 @@ class Preparing(Sources):
     _in_hands: list[Any]
     _put_back: Callable[[], None] | None
     _told_hparams: bool
+    _told_graph: bool
 
     def _set_up(self, *, train: bool) -> None:
         """Let Lite prepare module, optimizers and schedulers."""
@@ -138,7 +140,7 @@ class Preparing(Sources):
             )
 
     def _log_hyperparameters(self) -> None:
-        if not self.loggers or self._told_hparams:
+        if not self.loggers or self._told_hparams or self.fast_dev_run:
             return
         found: dict[str, Any] = {}
         for owner in (self.datamodule, self.module):
@@ -147,3 +149,17 @@ class Preparing(Sources):
         if found:
             self._told_hparams = True
             self.lite.log_hyperparameters(found)
+            if self.is_global_zero:
+                for logger in self.loggers:
+                    logger.save()
+
+    def _log_graph(self) -> None:
+        """Offer loggers the model's graph, before it is set up: rank 0 runs its forward alone to trace it."""
+        if self._told_graph:
+            return
+        self._told_graph = True
+        if self.is_global_zero and self.loggers:
+            before = RandomState.capture(cuda=True)
+            for logger in self.loggers:
+                logger.log_graph(self.module)
+            before.restore()

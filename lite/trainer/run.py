@@ -27,14 +27,16 @@ INTERRUPTED = 130
 
 
 @contextmanager
-def running(trainer: Any, fn: TrainerFn, module: Any, datamodule: Any) -> Iterator[None]:
+def running(trainer: Any, fn: TrainerFn, module: Any, datamodule: Any, *, planning: bool = False) -> Iterator[None]:
     """The block is a run of `module`: set up before, torn down after, and told of an exception.
+
+    Loggers are told how it ended, in Lightning's words, unless it is only planned.
 
     Ctrl-C ends it with exit code 130 in a script, and quietly in a notebook.
     """
     stage = str(fn.value)
     trainer.begin(fn, module, datamodule)
-    ready = False
+    ready, outcome = False, "failed"
     try:
         with _torch_settings(trainer):
             _prepare_data(trainer, module, datamodule)
@@ -52,12 +54,15 @@ def running(trainer: Any, fn: TrainerFn, module: Any, datamodule: Any) -> Iterat
                 module.configure_model()
             yield
         trainer.state.status = TrainerStatus.FINISHED
+        outcome = "finished" if fn is TrainerFn.FITTING and trainer.fit_loop.stopped_by_signal else "success"
     except BaseException as error:
         if isinstance(error, GeneratorExit):  # whoever drives the run by hand has left it
             trainer.state.status = TrainerStatus.INTERRUPTED
+            outcome = "interrupted"
             raise
         trainer.state.status = TrainerStatus.INTERRUPTED
         if isinstance(error, SystemExit) and trainer.fit_loop.stopped_by_signal:
+            outcome = "finished"
             raise
         told = [partial(method, error) for method in trainer.hooks.on_exception] if ready else []
         if isinstance(datamodule, LightningDataModule):
@@ -79,7 +84,7 @@ def running(trainer: Any, fn: TrainerFn, module: Any, datamodule: Any) -> Iterat
                 first = [] if datamodule is None else [datamodule.teardown]
                 _call_all([partial(method, stage) for method in (*first, *trainer.hooks.teardown)])
         finally:
-            trainer.end(module, datamodule)
+            trainer.end(module, datamodule, None if planning else outcome)
 
 
 def _call_all(calls: Iterable[Callable[[], Any]]) -> None:

@@ -10,6 +10,7 @@ from lite import collectives
 from lite.errors import ConfigError
 from lite.trainer.arguments import whole
 from lite.trainer.hooks import Hooks, indexed, overrides
+from lite.trainer.loggers import agree_on_versions
 from lite.trainer.loops.manual_step import manual_optimizers
 from lite.trainer.manual import Optimisation
 from lite.trainer.run import merge_callbacks
@@ -23,6 +24,7 @@ class Serving(View):
     hooks: Hooks
     profiler: Any
     barebones: bool
+    fast_dev_run: int
     datamodule: Any
     optimizers: list[Any]
     _in_hands: list[Any]
@@ -40,6 +42,7 @@ class Serving(View):
         self.metrics.begin_run()
         self._loaded.clear()
         self._eval_data.clear()
+        agree_on_versions(self.loggers)
         module.attach(self, self.metrics)
         if datamodule is not None:
             datamodule.attach(self)
@@ -56,8 +59,8 @@ class Serving(View):
         self._own_callbacks = [c for c in self._own_callbacks if id(c) in there or id(c) not in before]
         self._own_callbacks += [c for c in self.callbacks if id(c) not in before]
 
-    def end(self, module: Any, datamodule: Any) -> None:
-        """It is over: everyone is let go."""
+    def end(self, module: Any, datamodule: Any, outcome: str | None) -> None:
+        """It is over: everyone is let go, and loggers are told the outcome, where it was a run."""
         self.state.stage = None
         self.metrics.end_batches()
         self.metrics.at(self.metrics.place("", "the time after a run"))
@@ -66,10 +69,15 @@ class Serving(View):
                 callback.attach(None)
         if self.profiler is not None and hasattr(self.profiler, "describe"):
             self.profiler.describe(self)
-        self.lite.teardown()
-        put_back, self._put_back = self._put_back, None
-        if put_back is not None:
-            put_back()
+        try:
+            if outcome is not None and self.is_global_zero:
+                for logger in self.loggers:
+                    logger.finalize(outcome)
+        finally:
+            self.lite.teardown()
+            put_back, self._put_back = self._put_back, None
+            if put_back is not None:
+                put_back()
 
     def agree_on_log_dir(self) -> None:
         """Every rank writes beside rank 0's logs."""
@@ -124,7 +132,7 @@ class Serving(View):
 
     def write_row(self, row: Mapping[str, Any], stage: str = "train") -> None:
         """Give loggers a row, with the epoch and the clocks in it."""
-        if not row or self.sanity_checking or not self.loggers:
+        if not row or self.sanity_checking or not self.loggers or self.fast_dev_run:
             return
         # A row of training has the number of its newest step, counted from 0; one after training comes behind.
         step = max(self.fit_loop.progress.stepped - self.fitting, 0)

@@ -50,7 +50,7 @@ class Trainer(Preparing, Checkpoints, Interruption, Serving):
         plugins: See above.
         lite: A ready Lite object instead of these, with its loggers.
         logger: True or None: TensorBoard where it is installed, else CSV, in `default_root_dir`; False: none; one or
-            several Loggers.
+            several Loggers, of `lite.trainer.loggers`, say.
         callbacks: One or several; those of entry-point group `lite.callbacks` and `configure_callbacks` come too.
         default_root_dir: Where logs and checkpoints go; the current directory.
         max_epochs: Epochs in all; -1 for no limit; 1000 when no limit is given.
@@ -62,7 +62,8 @@ class Trainer(Preparing, Checkpoints, Interruption, Serving):
         limit_val_batches: See above.
         limit_test_batches: See above.
         limit_predict_batches: See above.
-        fast_dev_run: True or n: n batches of everything, without loggers, checkpoints and early stopping.
+        fast_dev_run: True or n: n batches of everything, without checkpoints and early stopping, and with loggers that
+            write nothing.
         overfit_batches: As a limit: the same training batches in each epoch, and as many for validation.
         val_check_interval: A share of an epoch (float), every n batches (int), or a time ("DD:HH:MM:SS", ...).
         check_val_every_n_epoch: In every n-th epoch; None counts batches across epochs.
@@ -163,7 +164,7 @@ class Trainer(Preparing, Checkpoints, Interruption, Serving):
             limit_train_batches = limit_val_batches = limit_test_batches = limit_predict_batches = n
             max_epochs, max_steps, num_sanity_val_steps = 1, n, 0
             val_check_interval, check_val_every_n_epoch = 1.0, 1
-            logger = enable_checkpointing = False
+            enable_checkpointing = False
         timed = max_time is not None or arguments.has_timer(callbacks)
         limits = arguments.epochs_and_steps(max_epochs, min_epochs, max_steps, min_steps, timed=timed)
         arguments.clipping(gradient_clip_val, gradient_clip_algorithm)
@@ -228,9 +229,8 @@ class Trainer(Preparing, Checkpoints, Interruption, Serving):
                 precision=(precision, "32-true", lite.precision.name),
                 plugins=(plugins, None),
             )
-            self.loggers = [] if logger is False else list(lite.loggers)
-        else:
-            self.loggers = assemble_loggers(logger, self.default_root_dir)
+            logger = False if logger is False else list(lite.loggers)
+        self.loggers = assemble_loggers(logger, self.default_root_dir, fast_dev_run=bool(self.fast_dev_run))
         settings = {"accelerator": accelerator, "strategy": strategy, "devices": devices, "num_nodes": num_nodes}
         self.lite = lite or Lite(**settings, precision=precision, plugins=plugins, loggers=self.loggers)
         self.callbacks = in_order(
@@ -262,7 +262,7 @@ class Trainer(Preparing, Checkpoints, Interruption, Serving):
         self._move: Any = None
         self._loaded: set[str] = set()
         self._log_dir: str | None = None
-        self._told_hparams = False
+        self._told_hparams = self._told_graph = False
         self._own_callbacks: list[Any] = list(self.callbacks)
         self._merged: list[Any] = list(self.callbacks)
 
@@ -351,6 +351,7 @@ class Trainer(Preparing, Checkpoints, Interruption, Serving):
                 checkpointing.restore_callbacks(self, checkpoint, states="callbacks" in parts, fitting=True)
                 if "state_dict" in parts:
                     checkpointing.restore_weights(self, checkpoint, str(self.ckpt_path))
+            self._log_graph()
             self._set_up(train=True)
             self.metrics.at(self.metrics.place("", "on_fit_start"))
             self.hooks.call("on_fit_start")
@@ -409,7 +410,7 @@ class Trainer(Preparing, Checkpoints, Interruption, Serving):
         self._launch()
         self._given = {"train": train_dataloaders, "val": val_dataloaders}
         self._check_fit(model, datamodule)
-        with running(self, TrainerFn.FITTING, model, datamodule):
+        with running(self, TrainerFn.FITTING, model, datamodule, planning=True):
             self._set_up(train=True)
             self.load_data(self.fit_loop, "train")
             self.load_data(self.fit_loop, "val")
@@ -593,6 +594,7 @@ class Trainer(Preparing, Checkpoints, Interruption, Serving):
                     checkpoint = self.lite.load(path, weights_only=weights_only is not False)
                 checkpointing.restore_callbacks(self, checkpoint, fitting=False)
                 checkpointing.restore_weights(self, checkpoint, path)
+            self._log_graph()
             self._set_up(train=False)
             self._log_hyperparameters()
             data = self._eval_data[fn.value] = self._make_eval_data(fn.value, dataloaders)

@@ -252,9 +252,10 @@ class View:
 
     @property
     def log_dir(self) -> str:
-        """Where the first logger writes, or `default_root_dir`; rank 0's word on every rank within a run."""
+        """The first logger's `log_dir` or `save_dir`, or `default_root_dir`; rank 0's word on every rank in a run."""
         if self._log_dir is None:
-            return str(getattr(self.logger, "log_dir", None) or self.default_root_dir)
+            folders = (getattr(self.logger, name, None) for name in ("log_dir", "save_dir"))
+            return str(next(filter(None, folders), self.default_root_dir))
         return self._log_dir
 
     @property

@@ -21,13 +21,15 @@ from lite.checkpoint.reading import remove
 from lite.errors import ConfigError, choose
 from lite.trainer.callbacks.base import Checkpoint
 from lite.trainer.callbacks.naming import checkpoint_name, free_name
+from lite.trainer.loggers import checkpoint_folder
 
 
 class ModelCheckpoint(Checkpoint):
     """Saves after epochs, validations, steps or spans of time, and keeps the best, the newest, or all.
 
     Args:
-        dirpath: The folder or URL; None is the first logger's `checkpoints`, or that of `default_root_dir`.
+        dirpath: The folder or URL; None is save_dir/name/version_N/checkpoints of the first logger, or
+            `checkpoints` in `default_root_dir`.
         filename: The name without suffix, with {epoch}, {step} and metrics in it, "{epoch}-{val_loss:.2f}" say.
         monitor: The metric by which checkpoints are compared; None keeps the newest.
         verbose: Whether to tell of each save.
@@ -133,8 +135,7 @@ class ModelCheckpoint(Checkpoint):
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if self._given_dirpath is None and stage == "fit":
-            folder = os.path.join(trainer.log_dir if trainer.loggers else trainer.default_root_dir, "checkpoints")
-            self.dirpath = collectives.broadcast(folder)
+            self.dirpath = collectives.broadcast(checkpoint_folder(trainer.logger, trainer.default_root_dir))
         self._saved_at_s = time.monotonic()
         self._last_step_saved, self._looked_at_step = -1, None
 
@@ -281,13 +282,19 @@ class ModelCheckpoint(Checkpoint):
                 _link(self._last_saved, path)
             trainer.lite.barrier()
         else:
-            trainer.save_checkpoint(path, self.save_weights_only)
+            self._write_file(trainer, path)
         if before and before != path:
             self._remove(trainer, before)
 
     def _write(self, trainer: Any, path: str) -> None:
         self._last_saved = path
+        self._write_file(trainer, path)
+
+    def _write_file(self, trainer: Any, path: str) -> None:
         trainer.save_checkpoint(path, self.save_weights_only)
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.after_save_checkpoint(self)
 
     def _remove(self, trainer: Any, path: str) -> None:
         """Remove a checkpoint that need not be kept; never the one resumed from, nor one that lies elsewhere."""
