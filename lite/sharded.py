@@ -22,7 +22,7 @@ def is_sharded(value: Any) -> bool:
 
 
 def is_emptied(parameter: Tensor) -> bool:
-    """Whether DeepSpeed takes its gradient from it in backward (see lite.strategies.deepspeed_engine)."""
+    """Whether DeepSpeed takes its gradient from it in backward (see lite.strategies.deepspeed_gradients)."""
     return hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id")
 
 

@@ -10,39 +10,33 @@ from __future__ import annotations
 import logging
 import os
 import re
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
-from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim import LBFGS, Adagrad, Optimizer
+from torch.optim import Optimizer
 
 from lite import collectives
 from lite.environments.base import Environment
-from lite.errors import ConfigError, MissingExtraError, UsageError, check_flag, some
+from lite.errors import ConfigError, UsageError, check_flag
 from lite.first_rank import refuse_alone
 from lite.precision.base import Precision
 from lite.strategies import provenance
 from lite.strategies.base import Engine, Strategy, refuse_foreign
 from lite.strategies.deepspeed_config import complete, read
-from lite.strategies.deepspeed_state import misfit
+from lite.strategies.deepspeed_process import bring_in, check_installed, let_go
+from lite.strategies.deepspeed_refusals import check_optimizer, check_parameters
 from lite.strategies.deepspeed_wiring import check_config
 from lite.strategies.process_group import ProcessGroup
-from lite.strategies.repointing import check_fit
 
 if TYPE_CHECKING:
     from lite.strategies.deepspeed_engine import DeepSpeedEngine
 
 _log = logging.getLogger("lite")
-_OLDEST = (0, 19)  # as in setup.cfg
-_seen: list[Any] = []  # the process group that DeepSpeed knows
 _PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 _DOES = {
     0: "averages gradients",
@@ -65,19 +59,23 @@ class DeepSpeedStrategy(Strategy):
     `optimizer.state_dict()` is the raw optimizer's whole state, on the CPU, and collective, as `model.state_dict()` is
     in stage 3; `optimizer.state` is empty.
 
-    From stage 1 on `p.grad` is no gradient to read: it is None, or this rank's own. Read one by
-    `deepspeed.utils.safe_get_full_grad(p)`, on all ranks, after `lite.clip_gradients(model, optimizer, max_norm=inf)`,
-    which finishes their reduction and changes nothing; before that it is each rank's own in stage 1, and an error in
-    stage 2. Drop gradients by the `zero_grad` of the model or the optimizer: `p.grad = None`, or the `zero_grad` of a
-    submodule, changes nothing where DeepSpeed has taken them already. A step uses them up, also where nobody calls
-    `zero_grad`. Write into weights of stage 3 within `deepspeed.zero.GatheredParameters(params, modifier_rank=0)`;
-    `p.numel()` is 0 there, and `p.ds_numel` says. `lite.no_backward_sync` saves communication in stage 0;
-    stage 1 reduces gradients once per step anyway, and 2 and 3 at each backward, since they divide them.
+    From stage 1 on `p.grad` is no gradient to read: it is this rank's own in stage 1, and None in 2 and 3. So torch's
+    `clip_grad_norm_` clips something else than the gradients, or nothing, without an error: use `lite.clip_gradients`.
+    Read a gradient by `deepspeed.utils.safe_get_full_grad(p)`, on all ranks, after `lite.clip_gradients(model,
+    optimizer, max_norm=inf)`, which finishes their reduction and changes nothing; before that it is each rank's own in
+    stage 1, and an error in stage 2. Drop gradients by the `zero_grad` of the model or the optimizer: `p.grad = None`,
+    or the `zero_grad` of a submodule, changes nothing where DeepSpeed has taken them already. A step uses them up, also
+    where nobody calls `zero_grad`. `lite.no_backward_sync` saves communication in stage 0; stage 1 reduces gradients
+    once per step anyway, and 2 and 3 at each backward, since they divide them.
+
+    Write into weights of stage 3 within `deepspeed.zero.GatheredParameters(params, modifier_rank=0)`; `p.numel()` is 0
+    there, and `p.ds_numel` says. A model that holds a Parameter itself is trained through its forward alone there.
 
     One optimizer trains a whole model, element by element (AdamW, SGD, ...); several models may each have their own.
     Precision is "32-true", or "bf16-mixed" or "16-mixed", which are autocast over float32 weights. In stage 3 call the
     model, and methods of it that compute, on all ranks, also for evaluation; a backward goes through a forward once
     (no `retain_graph`). What is trained is decided at setup: freeze and unfreeze before, or after `lite.teardown()`.
+    Until then the model, and from stage 1 on the optimizer, can't be pickled or copied.
 
     Needs the extra: pip install lite[deepspeed].
 
@@ -114,9 +112,7 @@ class DeepSpeedStrategy(Strategy):
     ) -> None:
         self.stage, self._config = read(stage, config)
         check_flag("broadcast_buffers", broadcast_buffers)
-        if find_spec("deepspeed") is None:
-            raise MissingExtraError("DeepSpeedStrategy needs deepspeed; pip install lite[deepspeed].")
-        _check_version()
+        check_installed()
         self.divides_models = self.stage > 0
         self._broadcast_buffers = broadcast_buffers
         self._group = ProcessGroup(process_group_backend, timeout)
@@ -146,13 +142,12 @@ class DeepSpeedStrategy(Strategy):
         self.has_gradients = not self._divides
         store = self._group.join(environment, device)
         if self._world_size > 1:
-            _bring_in(device)
+            bring_in(device)
         return store
 
     def close(self) -> None:
         self._group.leave()
-        if _seen and not dist.is_initialized():
-            _let_go()
+        let_go()
 
     # ---- models
 
@@ -168,24 +163,7 @@ class DeepSpeedStrategy(Strategy):
             return
         check_config(complete(self._config, module))
         self._checked = weakref.ref(module)
-        name = type(module).__name__
-        if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
-            raise ConfigError(f"{name} has no forward, and is never called; set up the module that holds it.")
-        for key, parameter in module.named_parameters():
-            if hasattr(parameter, "device_mesh"):
-                raise ConfigError(
-                    f"parameter {key!r} of this {name} is a DTensor, which DeepSpeed can't divide; pass the raw model."
-                )
-            if parameter.is_meta:
-                raise ConfigError(
-                    f"parameter {key!r} of this {name} is on the meta device, where DeepSpeed can't divide it; make "
-                    "the model with its values, or use strategy='fsdp'."
-                )
-            if parameter.dtype != torch.float32:
-                raise ConfigError(
-                    f"parameter {key!r} of this {name} is {parameter.dtype}, and DeepSpeed's optimizers keep float32; "
-                    "use model.float(), or strategy='ddp' or 'fsdp'."
-                )
+        check_parameters(module, self.stage)
 
     def wrap(self, module: nn.Module, device: torch.device) -> Engine | None:
         if self._world_size == 1:
@@ -260,14 +238,14 @@ class DeepSpeedStrategy(Strategy):
                 )
         self._running = [engine for engine in self._engines() if engine in reached and engine.is_ready]
         for engine in self._running:
-            engine.begin_backward()
+            engine.gradients.begin_backward()
         self._again = any(mark in self._done for mark in marks)
         self._marks = marks
         running = self._running
 
         def note(gradient: Tensor) -> None:
             for engine in running:
-                engine.note_begun()
+                engine.gradients.note_begun()
 
         self._watch = loss.register_hook(note)  # type: ignore[no-untyped-call]
         return loss
@@ -278,7 +256,7 @@ class DeepSpeedStrategy(Strategy):
         self._done.update(self._marks)
         self._marks = []
         for engine in running:
-            engine.end_backward()
+            engine.gradients.end_backward()
 
     def explain_backward_error(self, error: RuntimeError) -> str | None:
         if self.stage < 3 or not (self._again or _EMPTY.search(str(error))):
@@ -292,47 +270,11 @@ class DeepSpeedStrategy(Strategy):
     # ---- optimizers
 
     def check_new_optimizer(self, optimizer: Optimizer) -> None:
-        if self._world_size == 1:
-            return
-        name = type(optimizer).__name__
-        if self._divides:
-            check_fit(optimizer, self.name)
-            if isinstance(optimizer, (Adagrad, LBFGS)):
-                raise ConfigError(
-                    f"{name} can't train under strategy='deepspeed', which would exchange or flatten it; use AdamW, "
-                    "SGD, RMSprop, ..., or strategy='ddp'."
-                )
-            if optimizer.defaults.get("differentiable"):
-                raise ConfigError(f"{name}(differentiable=True) can't train under strategy='deepspeed'; leave it out.")
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        recent = self._checked() if self._checked is not None else None
-        models = [*([recent] if recent is not None else []), *(engine.module for engine in self._engines())]
-        mine = [model for model in models if any(id(p) in held for p in model.parameters())]
         if not self._divides:
             return
-        owned = {id(model): {id(p) for p in model.parameters()} for model in mine}
-        if mine and any(not owned[id(mine[0])] >= held & owned[id(m)] for m in mine):
-            raise ConfigError(
-                f"{name} trains {' and '.join(sorted({type(m).__name__ for m in mine}))}, and DeepSpeed divides each "
-                "model with its own optimizer; make one for each, or one module that holds all."
-            )
-        for model in mine[:1]:
-            left = [key for key, p in model.named_parameters() if p.requires_grad and id(p) not in held]
-            if left:
-                raise ConfigError(
-                    f"{name} leaves out {some(left)} of {type(model).__name__}, and DeepSpeed trains a model by one "
-                    "optimizer; put all into one, with several param_groups where they differ, or freeze them "
-                    "(requires_grad_(False)) before lite.setup."
-                )
-            if not any(p.requires_grad for p in model.parameters()):
-                raise ConfigError(f"{name} has nothing to train: all parameters of {type(model).__name__} are frozen.")
-            names = {id(p): key for key, p in model.named_parameters()}
-            problem = misfit(optimizer.state, [group["params"] for group in optimizer.param_groups], names)
-            if problem is not None:
-                raise ConfigError(
-                    f"{name} has state: {problem}; give these parameters a group of their own, make the optimizer "
-                    "anew, or use strategy='ddp' or 'fsdp'."
-                )
+        recent = self._checked() if self._checked is not None else None
+        models = [*([recent] if recent is not None else []), *(engine.module for engine in self._engines())]
+        check_optimizer(optimizer, models)
 
     def check_optimizer(self, optimizer: Optimizer) -> None:
         known: set[int] = set().union(*(engine.names for engine in self._engines()))
@@ -358,10 +300,10 @@ class DeepSpeedStrategy(Strategy):
     def local_gradients(self, parameters: Iterable[nn.Parameter]) -> list[Tensor] | None:
         if not self._divides:
             return None
-        return [part for engine in self._reached(parameters) for part in engine.gradients()]
+        return [part for engine in self._reached(parameters) for part in engine.gradients.parts()]
 
     def norms_agree(self) -> bool:
-        return all(engine.gradients_agree for engine in self._engines())
+        return all(engine.gradients.agree for engine in self._engines())
 
     def grad_norm(self, parameters: list[nn.Parameter], norm_type: float) -> Tensor:
         parts = self.local_gradients(parameters)
@@ -408,7 +350,7 @@ class DeepSpeedStrategy(Strategy):
             torch._foreach_zero_(parts)
         elif not by_zeros:
             for engine in self._reached(parameters):
-                engine.drop_gradients()
+                engine.gradients.drop()
 
     # ---- checkpoints and averages
 
@@ -433,63 +375,3 @@ class DeepSpeedStrategy(Strategy):
 
     def no_sync(self, engine: Engine | None, enabled: bool) -> AbstractContextManager[None]:
         return super().no_sync(engine, enabled and self.stage == 0)
-
-
-def _check_version() -> None:
-    """Refuse a DeepSpeed whose inner parts are not those that are used here.
-
-    Raises:
-        MissingExtraError: It is older.
-    """
-    try:
-        found = version("deepspeed")
-    except PackageNotFoundError:  # a checkout on the path, which says nothing
-        return
-    numbers = tuple(int(number) for number in re.findall(r"\d+", found)[:2])
-    if numbers < _OLDEST:
-        raise MissingExtraError(
-            f"deepspeed {found} is installed, and DeepSpeedStrategy needs {'.'.join(map(str, _OLDEST))} or later; "
-            "pip install --upgrade lite[deepspeed]."
-        )
-
-
-def _bring_in(device: torch.device) -> None:
-    """Import DeepSpeed, let it find the process group that there is, and refuse another device than this one.
-
-    Raises:
-        ConfigError: DeepSpeed has chosen another kind of device.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import deepspeed
-        from deepspeed.accelerator import get_accelerator
-
-        theirs = get_accelerator().device_name()
-        if theirs != device.type:
-            raise ConfigError(
-                f"DeepSpeed computes on {theirs!r} on this machine, and this Lite on {device.type!r}; set the "
-                f"environment variable DS_ACCELERATOR={device.type} before the script starts."
-            )
-        if "LOCAL_RANK" not in os.environ:
-            raise ConfigError(
-                "DeepSpeed reads LOCAL_RANK from the environment, which is not set here; start the script with "
-                "torchrun, or export LOCAL_RANK on each process."
-            )
-        if _seen and _seen[0] is not dist.group.WORLD:  # it was destroyed by somebody else
-            _let_go()
-        _seen[:] = [dist.group.WORLD]
-        deepspeed.init_distributed(dist_init_required=False, auto_mpi_discovery=False)
-
-    # torch 2.13 renames what deepspeed 0.19.8 still calls, at each step.
-    renamed = r".torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor). is deprecated"
-    warnings.filterwarnings("ignore", renamed, FutureWarning)
-
-
-def _let_go() -> None:
-    """Let DeepSpeed forget a process group that has ended: the next one is another."""
-    from deepspeed.comm import comm
-    from deepspeed.utils import groups
-
-    groups._release_process_group_references()  # deepspeed 0.19.8: its own destroy_process_group calls it
-    comm.cdb = None
-    _seen.clear()

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lite.errors import CheckpointError
+from lite.errors import CheckpointError, UsageError, some
 from lite.sharded import Elsewhere, whole_shape
 from lite.strategies.deepspeed_wiring import gathered
 
@@ -51,6 +51,8 @@ class Parts:
         self._names = names
         self._is_saving = is_saving
         self.closed = False
+        # Those of which this rank has a part, in stages 1 and 2.
+        self._mine = {id(p) for p, _ in self._flats() if getattr(p, "_hp_mapping", None) is not None}
 
     # ---- the optimizer's state
 
@@ -70,9 +72,13 @@ class Parts:
         """The raw optimizer's state, on the CPU. Collective: call on all ranks.
 
         While a checkpoint is saved only rank 0 has values.
+
+        Raises:
+            UsageError: Something has taken the places of parts off the parameters.
         """
         from deepspeed.utils import safe_get_full_optimizer_state
 
+        self._check_places()
         elsewhere = self._is_saving() and dist.get_rank() > 0
         state = self._view.state
         whole: dict[Tensor, dict[str, Any]] = {}
@@ -94,8 +100,10 @@ class Parts:
 
         Raises:
             CheckpointError: Parameters that DeepSpeed keeps together differ in their state; nothing was changed.
+            UsageError: Something has taken the places of parts off the parameters.
         """
         self.check_state(whole)
+        self._check_places()
         state = self._view.state
         state.clear()
         for parameter, flat in self._flats():
@@ -123,6 +131,16 @@ class Parts:
                 f"{problem}; load with strategy='ddp' or 'fsdp', or give these parameters a group of their own."
             )
 
+    def _check_places(self) -> None:
+        lost = [p for p, _ in self._flats() if id(p) in self._mine and getattr(p, "_hp_mapping", None) is None]
+        if lost:
+            raise UsageError(
+                f"DeepSpeed has lost where this rank's part of {some([self._names[id(p)] for p in lost])} lies, so the "
+                "optimizer's state can't be put together: another DeepSpeed engine of the same parameters was "
+                "destroyed since lite.setup; make none beside lite's, and go on from the last checkpoint in new "
+                "processes."
+            )
+
     def _link_state(self) -> None:
         """Stages 1 and 2: let parameters know their parts of the optimizer's state.
 
@@ -138,10 +156,9 @@ class Parts:
         if self._stage == 3:
             _, start, size = self._zero.grad_position[self._zero.get_param_id(parameter)]
             return kept.detach().narrow(0, start, size)
-        mapping = parameter._hp_mapping
-        if mapping is None:
+        if id(parameter) not in self._mine:
             return kept.detach()[:0]
-        place = mapping.hp_fragment_address
+        place = parameter._hp_mapping.hp_fragment_address
         return kept.detach().narrow(0, place.start, place.numel)
 
     def _cut(self, parameter: Any, value: Tensor) -> Tensor:
@@ -150,10 +167,9 @@ class Parts:
         if self._stage == 3:
             start = min(parameter.ds_zero_partition_rank * parameter.partition_numel(), flat.numel())
             return flat[start : start + parameter.partition_numel()]
-        mapping = parameter._hp_mapping
-        if mapping is None:
+        if id(parameter) not in self._mine:
             return flat[:0]
-        place = mapping.lp_fragment_address
+        place = parameter._hp_mapping.lp_fragment_address
         return flat.narrow(0, place.start, place.numel)
 
     def _shape(self, parameter: Any) -> tuple[int, ...]:
@@ -199,9 +215,11 @@ class Parts:
                     f"size mismatch for {key}: copying a param with shape {tuple(value.shape)} from checkpoint, the "
                     f"shape in current model is {self._shape(parameter)}."
                 )
-            state_dict[key] = parameter.detach()  # which torch copies onto itself
         if any(p is not None and p.numel() for p in module._parameters.values()):
-            self.rewritten()
+            self.rewritten()  # a small one is whole between steps, and empty from here on
+        for name, parameter in module._parameters.items():
+            if parameter is not None and f"{prefix}{name}" in state_dict:
+                state_dict[f"{prefix}{name}"] = parameter.detach()  # which torch copies onto itself
 
     # ---- this rank's parts of parameters
 

@@ -1,4 +1,4 @@
-"""How DeepSpeed is wired to a user's model and optimizer: its engine, what it changes in them, and the way back."""
+"""How DeepSpeed is wired to a user's model: its engine, what it changes in the model, and the way back."""
 
 from __future__ import annotations
 
@@ -7,17 +7,13 @@ import copy
 import logging
 import warnings
 import weakref
-from collections import OrderedDict, defaultdict
-from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 
-from lite.disguise import disguise
-from lite.errors import ConfigError
+from lite.errors import ConfigError, UsageError
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
 _LATER = ("ds_", "_ds_", "applied_pre_backward_ref_cnt")  # attributes that come in forward and backward
@@ -123,6 +119,22 @@ def _knows_optimizers(record: logging.LogRecord) -> bool:
     return "untested optimizer" not in record.getMessage()
 
 
+def destroy(engine: Any, view: Any) -> None:
+    """End DeepSpeed's engine, also one that has failed while it was made, and that nobody was given.
+
+    Args:
+        engine: DeepSpeed's, or None.
+        view: The optimizer that it was given, or None.
+    """
+    if engine is not None:
+        engine.destroy()
+    if view is not None:
+        # deepspeed 0.19.8: an engine destroys itself (again) when the garbage collector finds it, whenever that is.
+        # Stages 1 and 2 then go through the optimizer's groups, and take the places of parts off the parameters, which
+        # may be another engine's by then.
+        view.param_groups = []
+
+
 def forget(module: nn.Module) -> None:
     """Take a model off the stack, and out of the cache, that DeepSpeed keeps for the whole process."""
     from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
@@ -146,35 +158,11 @@ def gathered(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
     return context
 
 
-def view_of(optimizer: Optimizer, raw: Any) -> Any:
-    """The same optimizer with groups and a state of its own, which DeepSpeed fills with flat tensors.
-
-    Every other attribute is shared; what is frozen is left out.
-    """
-    unhooked: Any = raw.step
-    if getattr(unhooked, "hooked", False):
-        unhooked = unhooked.__wrapped__
-    groups = [{**group, "params": [p for p in group["params"] if p.requires_grad]} for group in optimizer.param_groups]
-    own: dict[str, Any] = {"param_groups": [g for g in groups if g["params"]], "state": defaultdict(dict)}
-    none: OrderedDict[int, Any] = OrderedDict()
-
-    def kept(name: str) -> property:
-        return property(lambda self: own[name], lambda self, value: own.__setitem__(name, value))
-
-    view: Any = object.__new__(raw)
-    view.__dict__ = optimizer.__dict__
-    body = {
-        "param_groups": kept("param_groups"),
-        "state": kept("state"),
-        "step": property(lambda self: unhooked.__get__(self)),
-        "_optimizer_step_pre_hooks": property(lambda self: none),
-        "_optimizer_step_post_hooks": property(lambda self: none),
-    }
-    disguise(view, body)
-    return view
+def _refuse_copy(it: Any, *unused: Any) -> Any:
+    raise UsageError(
+        f"this {type(it).__name__} is in use by DeepSpeed, whose hooks and parts can't be pickled or copied with it; "
+        "store it by lite.save or lite.export, or call lite.teardown() before."
+    )
 
 
-def copy_settings(source: Iterable[dict[str, Any]], target: Iterable[dict[str, Any]]) -> None:
-    """Learning rates and the like, between the groups of the user's optimizer and those of DeepSpeed's view of it."""
-    for mine, theirs in zip(source, target, strict=True):
-        theirs.update({key: value for key, value in mine.items() if key != "params"})
+NO_COPIES = dict.fromkeys(("__reduce_ex__", "__deepcopy__"), _refuse_copy)

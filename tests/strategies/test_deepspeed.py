@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
+import pickle
 import re
 import warnings
 import weakref
@@ -109,8 +111,8 @@ def test_a_file_and_what_says_nothing_are_taken(tmp_path: Path) -> None:
 )
 def test_an_older_package_is_told(found: str, fits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its inner parts are others."""
-    monkeypatch.setattr("lite.strategies.deepspeed.find_spec", lambda name: True)
-    monkeypatch.setattr("lite.strategies.deepspeed.version", lambda name: found)
+    monkeypatch.setattr("lite.strategies.deepspeed_process.find_spec", lambda name: True)
+    monkeypatch.setattr("lite.strategies.deepspeed_process.version", lambda name: found)
     with nullcontext() if fits else pytest.raises(MissingExtraError, match=rf"deepspeed {found} .* 0.19 or later"):
         DeepSpeedStrategy()
 
@@ -365,6 +367,11 @@ def wrong_calls(stage: int) -> dict[str, str]:
     halves = [torch.optim.SGD(list(model.parameters())[i : i + 2], lr=0.1) for i in (0, 2)]
     tell("two optimizers", lambda: lite.setup(model, *halves))
     tell("float64", lambda: lite.setup(MLP(torch.float64)))
+    for what, value in (("scalar", torch.tensor(2.0)), ("transposed", torch.ones(3, 2).t()), ("empty", torch.ones(0))):
+        odd = MLP()
+        odd.mine = nn.Parameter(value)
+        if stage == 3 or what != "empty":
+            tell(what, lambda: lite.setup(odd))  # noqa: B023
     other = MLP()
     both = torch.optim.SGD([*model.parameters(), *other.parameters()], lr=0.1)
     lite.setup(other)
@@ -375,6 +382,9 @@ def wrong_calls(stage: int) -> dict[str, str]:
 
     lite, model, optimizer = made()
     lite.setup(model, optimizer)
+    tell("copied", lambda: copy.deepcopy(nn.Sequential(model)))
+    tell("pickled", lambda: pickle.dumps(model))
+    tell("copied optimizer", lambda: copy.deepcopy(optimizer))
     tell("another optimizer", lambda: lite.setup_optimizers(torch.optim.SGD(model.parameters(), lr=0.1)))
     tell("added group", lambda: optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]}))
     tell("inputs", lambda: lite.backward(model(x).sum(), inputs=[model.body[0].weight]))
@@ -401,6 +411,11 @@ def test_wrong_calls_are_told(stage: int) -> None:
         "adagrad": "ConfigError: Adagrad can't train under strategy='deepspeed'",
         "two optimizers": "ConfigError: SGD leaves out body.2.weight, body.2.bias of MLP, .* param_groups",
         "float64": r"ConfigError: parameter 'body.0.weight' of this MLP is torch.float64, .* model.float\(\)",
+        "scalar": r"ConfigError: parameter 'mine' .* is a scalar, .*nn.Parameter\(value.reshape\(1\)\)",
+        "transposed": r"ConfigError: parameter 'mine' .* lies in memory in another order .*contiguous_format\)",
+        "copied": r"UsageError: this MLP is in use by DeepSpeed, .* can't be pickled or copied .* lite.teardown\(\)",
+        "pickled": "UsageError: this MLP is in use by DeepSpeed",
+        "copied optimizer": "UsageError: this SGD is in use by DeepSpeed",
         "two models": "ConfigError: SGD trains MLP, .* make one for each",
         "no optimizer": r"UsageError: lite.backward through MLP before its optimizer .* lite.setup\(model, optimizer\)",
         "another optimizer": "UsageError: MLP has an optimizer that is set up already",
@@ -412,9 +427,120 @@ def test_wrong_calls_are_told(stage: int) -> None:
         "frozen later": "UsageError: requires_grad of body.0.weight, body.0.bias was changed after lite.setup",
     }
     if stage == 3:
+        expected["empty"] = r"ConfigError: parameter 'mine' .* is empty, of shape \(0,\), .* use stage=2"
         expected["early average"] = "UsageError: lite.ema of a MLP whose optimizer is not set up"
     for what, pattern in expected.items():
         assert re.search(pattern, first.get(what, "nothing"), re.DOTALL), (what, first.get(what))
+
+
+def again(lite: Lite | None, x: torch.Tensor) -> list[list[torch.Tensor]]:
+    """Train for two steps, in a setup each, and tell the optimizer's momenta in each."""
+    torch.manual_seed(3)
+    model = MLP()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    momenta = []
+    for _ in range(2):
+        if lite is not None:
+            set_up_at_the_second_try(lite, model, optimizer)
+            gc.collect()  # finds the engines of the try and of the setup before
+        loss = model(x).pow(2).mean()
+        (lite.backward if lite is not None else torch.Tensor.backward)(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        momenta.append([one["momentum_buffer"].clone() for one in optimizer.state_dict()["state"].values()])
+        if lite is not None:
+            lite.teardown()
+    return momenta
+
+
+def set_up_at_the_second_try(lite: Lite, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    if not lite.strategy.divides_models:  # in stage 0 DeepSpeed knows no optimizer
+        lite.setup(model, optimizer)
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("deepspeed.runtime.engine.DeepSpeedEngine._configure_lr_scheduler", fail)  # after the division
+        with pytest.raises(RuntimeError, match="within DeepSpeed"):
+            lite.setup(model, optimizer)
+    lite.setup_optimizers(optimizer)
+
+
+def set_up_again(stage: int) -> list[list[torch.Tensor]]:
+    lite = start(stage)
+    gc.disable()
+    try:
+        return again(lite, torch.linspace(0, 1, 16).view(4, 4)[2 * lite.global_rank :][:2])
+    finally:
+        gc.enable()
+
+
+@WITH_DEEPSPEED
+@pytest.mark.parametrize("stage", [0, *DIVIDED])
+def test_a_second_setup_keeps_the_optimizers_state(stage: int) -> None:
+    """Whenever the garbage collector finds the first one's engine, which DeepSpeed destroys once more then.
+
+    In float32, to the tolerance of the contract's numbers.
+    """
+    expected = again(None, torch.linspace(0, 1, 16).view(4, 4))
+    for momenta in run_distributed(set_up_again, stage):
+        for mine, wanted in zip(momenta, expected, strict=True):
+            for value, raw in zip(mine, wanted, strict=True):
+                torch.testing.assert_close(value, raw, rtol=0, atol=FLOAT32_TOLERANCE)
+
+
+def lose_places(stage: int) -> list[str]:
+    """What a second engine of the same parameters does as it is destroyed."""
+    lite = start(stage)
+    model, optimizer = lite.setup(model := MLP(), torch.optim.Adam(model.parameters()))
+    lite.backward(model(torch.ones(2, 4)).sum())
+    optimizer.step()
+    before = optimizer.state_dict()
+    for parameter in model.parameters():
+        parameter._hp_mapping = None  # type: ignore[attr-defined]
+    told = []
+    for call in (optimizer.state_dict, lambda: optimizer.load_state_dict(before)):
+        with pytest.raises(UsageError) as caught:
+            call()
+        told.append(str(caught.value))
+    return told
+
+
+@WITH_DEEPSPEED
+@pytest.mark.parametrize("stage", [1, 2])
+def test_state_whose_place_is_lost_is_told(stage: int) -> None:
+    """Zeros in its stead would be trained on with."""
+    for told in run_distributed(lose_places, stage):
+        assert len(told) == 2
+        assert all("DeepSpeed has lost where this rank's part of body." in message for message in told), told
+
+
+def load_after_a_step(stage: int, folder: Path) -> None:
+    """With small parameters that stage 3 keeps whole between steps, as is its default."""
+    lite = Lite(accelerator="cpu", strategy=DeepSpeedStrategy(stage))
+    torch.manual_seed(3)
+    raw = MLP().state_dict()
+    model, optimizer = lite.setup(model := MLP(), torch.optim.Adam(model.parameters(), lr=0.1))
+    lite.save(folder / f"{stage}.ckpt", {"model": model, "optimizer": optimizer})
+    saved = {key: value.clone() for key, value in model.state_dict().items()}
+    x = torch.linspace(0, 1, 8).view(2, 4) + lite.global_rank
+    for wanted in (raw, saved):
+        lite.backward(model(x).sum())
+        optimizer.step()
+        if wanted is raw:
+            model.load_state_dict(raw)
+        else:
+            lite.load(folder / f"{stage}.ckpt", {"model": model, "optimizer": optimizer})
+        assert all(torch.equal(value, wanted[key]) for key, value in model.state_dict().items())
+        with torch.no_grad():
+            output = model(x)
+        torch.testing.assert_close(output, torch.func.functional_call(MLP(), wanted, x), rtol=0, atol=1e-6)
+    lite.teardown()
+
+
+@WITH_DEEPSPEED
+@pytest.mark.parametrize("stage", DIVIDED)
+def test_whole_weights_are_loaded_after_a_step(stage: int, tmp_path: Path) -> None:
+    """By the model's own load_state_dict, and by lite.load. Outputs are those of the same weights, to float32's."""
+    run_distributed(load_after_a_step, stage, tmp_path)
 
 
 def overflow_without_a_scale() -> tuple[list[bool], list[str]]:
