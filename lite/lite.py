@@ -25,7 +25,7 @@ from lite.errors import ConfigError, UsageError, check_flag
 from lite.facets.pipelines import Pipelines
 from lite.facets.records import check_callbacks, check_loggers
 from lite.facets.resuming import Resuming
-from lite.facets.steps import compose_backward
+from lite.facets.steps import compose_backward, one_call_backward
 from lite.first_rank import FirstRank
 from lite.launchers import in_notebook
 from lite.loggers import Logger
@@ -167,6 +167,8 @@ class Lite(Resuming, Pipelines):
         self._windows = []
         self._connected = True
         self._backward = compose_backward(self)  # type: ignore[method-assign]
+        if self.world_size == 1 and type(self).backward is Lite.backward:
+            self.backward = one_call_backward(self)  # type: ignore[method-assign]
         if self._store is not None:
             atexit.register(plan.strategy.close)
         self._guard_job()

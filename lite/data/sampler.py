@@ -85,16 +85,13 @@ class ShardedSampler:
         current = self.upcoming or Pass()
         current.taken = True
         items = None if self._starts_late else self._open(current)
-        return self._slices(current, items)
+        whole = self.shard.world_size == 1 and self.batch_size is not None and self._seed_rank is None
+        return self._groups(current, items) if whole and not self.drop_last else self._slices(current, items)
 
     def _slices(self, current: Pass, items: Iterator[Any] | None) -> Iterator[Any]:
-        whole = self.shard.world_size == 1 and self.batch_size is not None and self._seed_rank is None
         size = self.group_size
         for number, group in enumerate(self._groups(current, items)):
             full = len(group) == size
-            if full and whole:
-                yield group
-                continue
             if not full and self.drop_last:
                 break
             mine, share = self._take(group, full)

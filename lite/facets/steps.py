@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -13,6 +14,7 @@ from torch.optim import Optimizer
 from lite import collectives, gradients
 from lite.errors import ConfigError, UsageError, shown
 from lite.facets.base import Facet
+from lite.precision.base import Precision
 from lite.state import uncompiled
 from lite.wrapping.optimizer import move_optimizer_state, wrap_optimizer
 
@@ -376,12 +378,34 @@ def _parameters_of(models: tuple[nn.Module, ...], optimizer: Optimizer | None) -
     return (p for model in models for p in model.parameters())
 
 
+def _plain_backward(precision: Precision) -> Callable[..., None]:
+    """The precision's backward, or torch's own where it adds nothing."""
+    return Tensor.backward if type(precision).backward is Precision.backward else precision.backward
+
+
+def one_call_backward(lite: Steps) -> Callable[..., None]:
+    """`lite.backward` of one process, done in a single call where nothing but a loss is passed: it is paid per step."""
+    plain, general = _plain_backward(lite.precision), lite.backward
+
+    @functools.wraps(Steps.backward)
+    def backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        if args or kwargs or loss.__class__ is not Tensor or lite._scale is not None:
+            return general(loss, *args, **kwargs)
+        try:
+            plain(loss)
+        except RuntimeError:
+            gradients.check_loss(loss, args, kwargs)
+            raise
+
+    return backward
+
+
 def compose_backward(lite: Steps) -> Callable[..., None]:
     """The backward of this job, with nothing in it that it doesn't need."""
     lite.precision.connect(lite.device)
     if lite.strategy.shards:
         lite.precision.share_overflow(lite.strategy.local_gradients, collectives.largest)
-    plain, strategy, weight = lite.precision.backward, lite.strategy, lite._weight
+    plain, strategy, weight = _plain_backward(lite.precision), lite.strategy, lite._weight
 
     def backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
         if lite._scale is not None:
