@@ -257,7 +257,8 @@ class FailureWatch:
             return PeerError(f"{ends}, while this rank was still in a collective; every rank must make the same calls.")
         return PeerError(
             "another rank vanished without a word in the middle of a collective: killed (by the kernel, out of memory, "
-            "or by the scheduler), or its machine is gone."
+            "or by the scheduler), its machine is gone, or it aborted since ranks made different calls (a save on rank "
+            "0 alone, say; LITE_DEBUG=1 names them)."
         )
 
     def _ask_all(self) -> list[tuple[int, str]]:
