@@ -84,6 +84,13 @@ class Storage:
         except OSError:
             return None
 
+    def modified(self, path: str) -> float:
+        """When it was written, in seconds since 1970; 0 where that is unknown."""
+        try:
+            return os.stat(path).st_mtime
+        except OSError:
+            return 0.0
+
     def read(self, path: str) -> bytes:
         with open(path, "rb") as file:
             return file.read()
@@ -251,6 +258,12 @@ class UrlStorage(Storage):
         except FileNotFoundError:
             return None
 
+    def modified(self, path: str) -> float:
+        try:
+            return float(self._fs.modified(path).timestamp())
+        except Exception:  # many file systems can't tell, each in its own way
+            return 0.0
+
     def read(self, path: str) -> bytes:
         return bytes(self._fs.cat_file(path))
 
@@ -300,10 +313,8 @@ class UrlStorage(Storage):
         yield -1
 
     def is_abandoned(self, path: str) -> bool:
-        try:
-            return time.time() - float(self._fs.modified(path).timestamp()) > _DAY_S
-        except Exception:  # many file systems can't tell, each in its own way
-            return False
+        written = self.modified(path)
+        return written > 0 and time.time() - written > _DAY_S
 
 
 def locate(path: str | os.PathLike[str]) -> tuple[Storage, str, bool]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import re
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -79,6 +80,10 @@ class Logger(ABC):
     def after_save_checkpoint(self, checkpoint_callback: Any) -> None:  # noqa: B027 - few loggers keep them
         """A Trainer's ModelCheckpoint, which is passed, has saved."""
 
+    def go_on_in(self, log_dir: str) -> None:  # noqa: B027 - not every logger has folders
+        """A run goes on that wrote into `log_dir`: write there too, if it is another version of this logger, none was
+        asked for, and nothing has been written yet."""
+
     def flush(self) -> None:  # noqa: B027 - not every logger buffers
         """Write out what is buffered."""
 
@@ -143,6 +148,12 @@ def next_version(folder: str | os.PathLike[str]) -> int:
     """The first number above those of the folder's version_0, version_1, ..."""
     taken = [int(path.name[8:]) for path in Path(folder).glob("version_*") if path.name[8:].isdigit()]
     return max(taken, default=-1) + 1
+
+
+def is_version_in(log_dir: str, folder: str | os.PathLike[str]) -> bool:
+    """Whether it is a numbered version among those in the folder."""
+    parent, name = os.path.split(os.path.abspath(log_dir))
+    return re.fullmatch(r"version_\d+", name) is not None and parent == os.path.abspath(folder)
 
 
 def check_folder(argument: str, folder: Path) -> None:

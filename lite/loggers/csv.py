@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from lite.errors import ConfigError
-from lite.loggers.base import Ignored, Logger, as_params, check_folder, next_version
+from lite.loggers.base import Ignored, Logger, as_params, check_folder, is_version_in, next_version
 
 
 class CSVLogger(Logger):
@@ -37,6 +37,7 @@ class CSVLogger(Logger):
         self._root = os.fspath(root_dir)
         self._folder = Path(root_dir) / name
         self._version = version
+        self._is_free = version is None
         self._flush_every = flush_every
         self._rows: list[dict[str, Any]] = []
         self._columns: list[str] = []
@@ -81,6 +82,10 @@ class CSVLogger(Logger):
     def _folder_name(self) -> str:
         number = self._number()
         return f"version_{number}" if isinstance(number, int) else number
+
+    def go_on_in(self, log_dir: str) -> None:
+        if self._is_free and not self._rows and not self._columns and is_version_in(log_dir, self._folder):
+            self._version = int(os.path.basename(log_dir)[8:])
 
     def check(self) -> None:
         # A free version's folder is new.

@@ -15,7 +15,7 @@ import torch
 
 from lite import collectives
 from lite.checkpoint.per_rank import parts_of_ranks, restore_random_state
-from lite.errors import CheckpointError, UsageError, choose
+from lite.errors import CheckpointError, ConfigError, UsageError, choose, shown
 from lite.loading import restore_object
 from lite.seed import Moment, RandomState
 from lite.sharded import is_sharded
@@ -32,29 +32,41 @@ PARTS = {
     "optimizer": "optimizer_states",
     "lr_scheduler": "lr_schedulers",
     "loops": "loops",
+    "data": "data",
+    "metrics": "metrics",
+    "windows": "windows",
+    "random": "random",
     "callbacks": "callbacks",
     "datamodule": "datamodule",
     "precision": "precision",
-    "random": "lite",
 }
+EVERYTHING = frozenset(PARTS.values())
+_EXACT = ("data", "metrics", "random")  # what the file has under "lite"
+_OF_LOOPS = {"data", "metrics", "windows"}  # they belong to a place in an epoch
 
 
-def chosen_parts(restore: Iterable[str] | None, restore_except: Iterable[str] | None) -> set[str]:
-    """The checkpoint's keys that are restored.
+def chosen_parts(restore: Iterable[str] | None, restore_except: Iterable[str] | None) -> frozenset[str]:
+    """The parts of a checkpoint that are restored, by the file's keys; those under "lite" by their own names.
 
     Raises:
-        ConfigError: A name is unknown.
+        ConfigError: A name is unknown, or has no meaning without another.
     """
-    names = {**PARTS, **{key: key for key in PARTS.values()}}
+    names = {**{name: (key,) for name, key in PARTS.items()}, **{key: (key,) for key in EVERYTHING}, "lite": _EXACT}
 
     def keys(argument: str, given: Iterable[str]) -> set[str]:
         given = [given] if isinstance(given, str) else list(given)
-        return {names[choose(argument, name, names)] for name in given}
+        return {key for name in given for key in names[choose(argument, name, names)]}
 
-    everything = set(PARTS.values())
-    if restore is not None:
-        everything = keys("restore", restore)
-    return everything - (keys("restore_except", restore_except) if restore_except is not None else set())
+    chosen = set(EVERYTHING) if restore is None else keys("restore", restore)
+    alone = sorted(chosen & _OF_LOOPS)
+    if alone and "loops" not in chosen:
+        raise ConfigError(
+            f"restore={shown(restore)}: {alone[0]!r} belongs to a place in an epoch, which 'loops' has; add 'loops', "
+            f"or leave {alone[0]!r} out."
+        )
+    if restore_except is not None:
+        chosen -= keys("restore_except", restore_except)
+    return frozenset(chosen if "loops" in chosen else chosen - _OF_LOOPS)
 
 
 # ---- saving
@@ -138,25 +150,27 @@ def restore_weights(trainer: Any, checkpoint: dict[str, Any], path: str) -> None
         warnings.warn(f"not everything in ckpt_path={path!r} was loaded: {report}", stacklevel=4)
 
 
-def restore_callbacks(trainer: Any, checkpoint: dict[str, Any], *, states: bool = True, fitting: bool) -> None:
+def restore_callbacks(
+    trainer: Any, checkpoint: dict[str, Any], *, parts: frozenset[str] = EVERYTHING, fitting: bool
+) -> None:
     """Tell everyone of the checkpoint, and give the callbacks their states.
 
     Args:
         trainer: Whose callbacks they are.
         checkpoint: The checkpoint.
-        states: Whether states are given.
+        parts: What is restored.
         fitting: Whether a fit goes on from it; callbacks that save go on from no other run's files.
     """
     module, datamodule = trainer.module, trainer.datamodule
     if datamodule is not None:
         datamodule.on_load_checkpoint(checkpoint)
         saved = checkpoint.get("datamodule", checkpoint.get(type(datamodule).__qualname__))
-        if saved is not None and states:
+        if saved is not None and "datamodule" in parts:
             datamodule.load_state_dict(saved)
     module.on_load_checkpoint(checkpoint)
     for callback in trainer.callbacks:
         callback.on_load_checkpoint(trainer, module, checkpoint)
-    if not states:
+    if "callbacks" not in parts:
         return
     known = {callback.state_key: callback for callback in trainer.callbacks}
     for key, state in checkpoint.get("callbacks", {}).items():
@@ -169,44 +183,70 @@ def restore_callbacks(trainer: Any, checkpoint: dict[str, Any], *, states: bool 
         warnings.warn(f"the checkpoint has states of callbacks that this Trainer doesn't have: {left}.", stacklevel=4)
 
 
-def restore_training(trainer: Any, checkpoint: dict[str, Any], parts: set[str], path: str) -> None:
+def restore_training(trainer: Any, checkpoint: dict[str, Any], parts: frozenset[str], path: str) -> None:
     """Give the rest back: optimizers, schedulers, loops, random states, positions."""
-    module, fit = trainer.module, trainer.fit_loop
+    fit = trainer.fit_loop
     if "optimizer_states" in parts and trainer.optimizers:
         _restore_list("optimizer_states", checkpoint, trainer.optimizers, path)
     if "lr_schedulers" in parts and trainer.lr_scheduler_configs:
         _restore_list("lr_schedulers", checkpoint, [c.scheduler for c in trainer.lr_scheduler_configs], path)
     if "precision" in parts and checkpoint.get("precision"):
         trainer.lite.precision.load_state_dict(checkpoint["precision"])
-    loops = checkpoint.get("loops", {}).get("fit_loop")
     exact = checkpoint.get("lite")
-    if "loops" in parts:
-        if loops is not None and "progress" in loops:
-            fit.load_state_dict(loops)
-        else:
-            progress_of_foreign(checkpoint, fit.progress)
-    if exact is None or "lite" not in parts or "loops" not in parts:
-        fit.val_loop.restoring = False
+    begun_anew = "loops" in parts and _restore_loops(fit, checkpoint, exact is not None and "data" in parts)
+    if exact is None:
         return
     ranks = exact["ranks"]
     same = len(ranks) == trainer.world_size
     mine = ranks[trainer.global_rank] if same else ranks[0]
-    trainer.metrics.take_loaders(fit.val_data)
-    trainer.metrics.load_state_dict(mine["metrics"], module)
-    if not same:
-        warnings.warn(
-            f"the checkpoint was saved by {len(ranks)} processes and this job has {trainer.world_size}: the epoch's "
-            "metrics so far are rank 0's.",
-            stacklevel=4,
-        )
-    fit.moment = _moment(ranks)
-    fit.val_loop.loader_state = mine["validation"]
-    _restore_val_loaders(fit, mine["val_loaders"])
-    restore_torchmetrics(module, mine["torchmetrics"])
-    if "windows" in checkpoint:
+    if "random" in parts:
+        fit.moment = _moment(ranks)
+    elif "data" in parts:  # a pass that is gone on with has states of its own, which end with it
+        fit.moment = RandomState.capture(cuda=True)
+    if "metrics" in parts:
+        _restore_metrics(trainer, mine, sums=not begun_anew)
+        if not same:
+            warnings.warn(
+                f"the checkpoint was saved by {len(ranks)} processes and this job has {trainer.world_size}: the "
+                "epoch's metrics so far are rank 0's.",
+                stacklevel=4,
+            )
+    if "windows" in parts and "windows" in checkpoint and not begun_anew:
         parts_of_windows = parts_of_ranks(checkpoint["windows"])
         fit.epoch_loop.windows.load_state_dict(_windows(parts_of_windows, trainer.world_size, trainer.global_rank))
-    trainer.resume_position(mine["position"] if mine["position"] is not None else exact["position"])
+    if "data" in parts:
+        fit.val_loop.loader_state = mine["validation"]
+        _restore_val_loaders(fit, mine["val_loaders"])
+        trainer.resume_position(mine["position"] if mine["position"] is not None else exact["position"])
+
+
+def _restore_loops(fit: Any, checkpoint: dict[str, Any], positions: bool) -> bool:
+    """Give the loops their state; whether an epoch that was under way begins anew, as nobody knows its data."""
+    loops = checkpoint.get("loops", {}).get("fit_loop")
+    if loops is None or "progress" not in loops:
+        progress_of_foreign(checkpoint, fit.progress)
+        return True
+    fit.load_state_dict(loops)
+    if positions:
+        return False
+    within = fit.progress.within
+    if within:
+        warnings.warn(
+            f"epoch {fit.progress.epoch} was under way and begins anew: where it was in the data is not restored "
+            "('data').",
+            stacklevel=5,
+        )
+    fit.begin_epoch_anew()
+    return bool(within)
+
+
+def _restore_metrics(trainer: Any, mine: dict[str, Any], *, sums: bool) -> None:
+    """The newest values, and an epoch's sums so far."""
+    trainer.metrics.take_loaders(trainer.fit_loop.val_data)
+    state = mine["metrics"] if sums else {**mine["metrics"], "entries": []}
+    trainer.metrics.load_state_dict(state, trainer.module)
+    if sums:
+        restore_torchmetrics(trainer.module, mine["torchmetrics"])
 
 
 def _restore_list(key: str, checkpoint: dict[str, Any], objects: list[Any], path: str) -> None:

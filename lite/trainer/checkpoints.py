@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import os
+import re
+import sys
 import warnings
 from typing import Any
 
 from lite.errors import ConfigError, UsageError
 from lite.trainer import checkpointing
+from lite.trainer.callbacks.naming import joined
+from lite.trainer.finding import newest_checkpoint, sibling_versions
 from lite.trainer.foreign import foreign_globals
-from lite.trainer.run import newest_checkpoint
 from lite.trainer.view import View
+
+# What the names of the files begin with among which the newest is meant.
+_BEGINNINGS = {"auto": "", "last": "last", "hpc": "hpc_ckpt"}
+_BESIDE_LOGS = re.compile(r"^(.+)[/\\]checkpoints[/\\][^/\\]+$")
 
 
 class Checkpoints(View):
@@ -37,10 +44,16 @@ class Checkpoints(View):
             raise UsageError("save_checkpoint: there is no model yet; call fit, validate, test or predict first.")
         self.lite.save(path, checkpointing.dump(self, weights_only), rng=False)
 
-    def _read_for_fit(
-        self, ckpt_path: str | os.PathLike[str] | None, weights_only: bool | None
-    ) -> dict[str, Any] | None:
-        self.ckpt_path = self._find_checkpoint(ckpt_path, fitting=True)
+    def _begin_from(self, given: Any, *, fitting: bool, goes_on: bool = False) -> None:
+        """Set `ckpt_path`, for this run. One that goes on writes where the checkpoint's run has written."""
+        self.ckpt_path = self._find_checkpoint(given, fitting=fitting)
+        match = None if self.ckpt_path is None else _BESIDE_LOGS.match(self.ckpt_path)
+        if goes_on and match is not None:
+            for logger in self.loggers:
+                logger.go_on_in(match[1])
+            self._log_dir = None  # it is agreed on anew
+
+    def _read_checkpoint(self, weights_only: bool | None) -> dict[str, Any] | None:
         if self.ckpt_path is None:
             return None
         with foreign_globals():
@@ -48,21 +61,41 @@ class Checkpoints(View):
         return content
 
     def _find_checkpoint(self, given: Any, *, fitting: bool) -> str | None:
-        """The path that "best", "last", "auto" and the like stand for."""
+        """The path that "best", "last", "auto" and the like stand for. Collective where it is such a word.
+
+        Raises:
+            ConfigError: There is no best one.
+        """
         if given is None:
-            if fitting and "SLURM_JOB_ID" in os.environ:
-                return newest_checkpoint([self.default_root_dir], named="hpc_ckpt")
-            return None
-        if given in ("auto", "hpc"):
-            return newest_checkpoint(self.checkpoint_folders(), named="hpc_ckpt" if given == "hpc" else None)
-        if given == "last":
-            found = newest_checkpoint(self.checkpoint_folders(), named="last")
-            if found is None:
-                warnings.warn("ckpt_path='last': there is no last checkpoint yet; the run begins anew.", stacklevel=4)
+            if not fitting or "SLURM_JOB_ID" not in os.environ:
+                return None
+            found = newest_checkpoint([self.default_root_dir], named=_BEGINNINGS["hpc"])
+            if found is not None:
+                self.lite.print(f"a job of SLURM's goes on from {found}", file=sys.stderr)
             return found
         if given == "best":
-            callbacks = self.checkpoint_callbacks
-            if not callbacks or not callbacks[0].best_model_path:
+            found = next((c.best_model_path for c in self.checkpoint_callbacks if c.best_model_path), None)
+            if found is None:
                 raise ConfigError("ckpt_path='best': this Trainer has saved no checkpoint; give the path of one.")
-            return str(callbacks[0].best_model_path)
-        return str(os.fspath(given))
+            return str(found)
+        if given not in _BEGINNINGS:
+            return str(os.fspath(given))
+        found = newest_checkpoint(self._searched_folders(), named=_BEGINNINGS[given])
+        if found is not None:
+            self.lite.print(f"ckpt_path={given!r}: {found}", file=sys.stderr)
+            return found
+        what = "the run begins anew" if fitting else "the weights stay as they are"
+        text = f"ckpt_path={given!r}: there is no {'last ' if given == 'last' else ''}checkpoint yet; {what}."
+        if given == "auto" and fitting:  # the first run of many
+            self.lite.print(text, file=sys.stderr)
+        else:
+            warnings.warn(text, stacklevel=4)
+        return None
+
+    def _searched_folders(self) -> list[str]:
+        """Where checkpoints of this script's runs may lie; those beside a logger's files, of all its versions."""
+        folders = self.checkpoint_folders()
+        beside = joined(self.log_dir, "checkpoints") if self.loggers else None
+        if beside is not None and any(getattr(c, "dirpath", None) in (None, beside) for c in self.checkpoint_callbacks):
+            folders = [*folders, *sibling_versions(beside)]
+        return folders

@@ -17,7 +17,6 @@ from lite.trainer.callbacks.model_checkpoint import ModelCheckpoint
 from lite.trainer.callbacks.model_summary import ModelSummary
 from lite.trainer.callbacks.progress_bar import ProgressBar, TQDMProgressBar
 from lite.trainer.callbacks.timer import Timer
-from lite.trainer.hooks import CALLBACKS_ALONE, SHARED
 from lite.trainer.loggers import CSVLogger, DummyLogger, TensorBoardLogger
 
 
@@ -36,11 +35,9 @@ def assemble_callbacks(
     """The user's callbacks and the Trainer's own.
 
     Raises:
-        ConfigError: A callback was passed that an argument switches off, or something that is none.
+        ConfigError: A callback was passed that an argument switches off.
     """
     callbacks = list(given) if isinstance(given, (list, tuple)) else [] if given is None else [given]
-    for callback in callbacks:
-        _check_callback(callback)
     if fast_dev_run:
         callbacks = [c for c in callbacks if not isinstance(c, (Checkpoint, EarlyStopping))]
     kinds: list[tuple[str, bool | None, type, Callable[[], Any]]] = [
@@ -74,18 +71,6 @@ def assemble_callbacks(
         made = point.load()()
         callbacks.extend(made if isinstance(made, (list, tuple)) else [made])
     return callbacks
-
-
-def _check_callback(callback: Any) -> None:
-    """Refuse a class in an instance's place, and what has no hook at all.
-
-    Raises:
-        ConfigError: It is one of these.
-    """
-    if isinstance(callback, type):
-        raise ConfigError(f"callbacks has the class {callback.__name__}; pass an instance, {callback.__name__}(...).")
-    if not any(callable(getattr(callback, name, None)) for name in {**SHARED, **CALLBACKS_ALONE}):
-        raise ConfigError(f"callbacks has {callback!r:.80}, which is no callback: it has no hook such as on_train_end.")
 
 
 def assemble_loggers(given: Any, root: str, *, fast_dev_run: bool) -> list[Logger]:

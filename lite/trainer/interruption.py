@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from lite import collectives
+from lite.trainer.callbacks.naming import joined
+from lite.trainer.finding import next_hpc_checkpoint
 from lite.trainer.state import TrainerStatus
 from lite.trainer.view import View
 
@@ -63,13 +65,14 @@ class Interruption(View):
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def _save_for_signal(self) -> None:
-        if "SLURM_JOB_ID" in os.environ:
-            there = [e for e in _names(self.default_root_dir) if e.startswith("hpc_ckpt_") and e.endswith(".ckpt")]
-            numbers = [int(e[9:-5]) for e in there if e[9:-5].isdigit()]
-            path = os.path.join(self.default_root_dir, f"hpc_ckpt_{max(numbers, default=0) + 1}.ckpt")
-        else:
-            path = os.path.join(self.checkpoint_folders()[0], "interrupted.ckpt")
-        self.save_checkpoint(collectives.broadcast(path))
+        path = None
+        if self.is_global_zero:
+            if "SLURM_JOB_ID" in os.environ:
+                path = next_hpc_checkpoint(self.default_root_dir)
+            else:
+                path = joined(self.checkpoint_folders()[0], "interrupted.ckpt")
+        path = collectives.broadcast(path)
+        self.save_checkpoint(path)
         self.lite.print(f"{self.lite.stop_reason}: saved {path}, step {self.global_step}; stopped", file=sys.stderr)
         self.state.status = TrainerStatus.INTERRUPTED
 
@@ -88,7 +91,3 @@ def _waking(handler: Any, look_now: Callable[[], None]) -> Callable[[int, Any], 
         look_now()
 
     return handle
-
-
-def _names(folder: str) -> list[str]:
-    return os.listdir(folder) if os.path.isdir(folder) else []

@@ -11,9 +11,12 @@ from ast import literal_eval
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
+from lite.checkpoint.storage import locate
 from lite.errors import CheckpointError, ConfigError, MissingExtraError
 from lite.loading import restore_object
-from lite.trainer.foreign import read_checkpoint
+from lite.trainer.foreign import foreign_globals, read_checkpoint
 
 _OLD_NAMES = ("hyper_parameters", "hparams", "module_arguments")
 
@@ -42,7 +45,39 @@ def load_module_from_checkpoint(
     report = restore_object(module, checkpoint["state_dict"], "state_dict", strict=wanted)
     if report.missing or report.unexpected:
         warnings.warn(f"not everything in checkpoint_path={str(path)!r} was loaded: {report}", stacklevel=3)
-    return module if map_location is None or callable(map_location) else module.to(map_location)
+    device = _device(map_location, path, weights_only=weights_only)
+    return module if device is None else module.to(device)
+
+
+def _device(map_location: Any, path: str | os.PathLike[str], *, weights_only: bool) -> Any:
+    """Where the weights go by `map_location`, which may be as torch.load's: asked of the file's first tensor."""
+    if map_location is None or isinstance(map_location, (str, int, torch.device)):
+        return map_location
+    if not isinstance(map_location, Mapping) and not callable(map_location):
+        raise ConfigError(
+            f"map_location={map_location!r} must be a device, a dict such as {{'cuda:1': 'cuda:0'}}, or a function of "
+            "(storage, location)."
+        )
+    storage, place = _first_storage(path, weights_only=weights_only)
+    if isinstance(map_location, Mapping):
+        return map_location.get(place)
+    found = map_location(storage, place)
+    return None if found is None else found.device
+
+
+def _first_storage(path: str | os.PathLike[str], *, weights_only: bool) -> tuple[Any, str]:
+    """A storage on the CPU and the place that the file names for it; "cpu" where it is a directory."""
+    found: list[tuple[Any, str]] = []
+
+    def see(storage: Any, place: str) -> Any:
+        found.append((storage, place))
+        return storage
+
+    files, target, _ = locate(path)
+    if files.kind(target) == "file":
+        with files.open(target) as file, foreign_globals():
+            torch.load(file, map_location=see, weights_only=weights_only)
+    return found[0] if found else (torch.empty(0).untyped_storage(), "cpu")
 
 
 def load_datamodule_from_checkpoint(

@@ -18,7 +18,7 @@ from torch import Tensor
 from lite import collectives, loggers
 from lite.data.transfer import move_to_device
 from lite.errors import ConfigError
-from lite.loggers.base import Ignored, check_folder, ignore, next_version
+from lite.loggers.base import Ignored, check_folder, ignore, is_version_in, next_version
 from lite.loggers.csv import CSVLogger as _CSV
 from lite.loggers.tensorboard import TensorBoardLogger as _TensorBoard
 from lite.trainer.hparams import as_yaml
@@ -91,6 +91,7 @@ class _Run(Logger):
         if version is not None and (isinstance(version, bool) or not isinstance(version, (int, str))):
             raise ConfigError(f"version={version!r} must be a number or a name; leave it out for the next free number.")
         self._save_dir, self._name, self._version = os.fspath(save_dir), name or "", version
+        self._is_free = version is None
         self._prefix = f"{prefix}-" if prefix else ""
         self.hparams: dict[str, Any] = {}
 
@@ -120,6 +121,14 @@ class _Run(Logger):
     def take_version(self, version: int | str) -> None:
         """Be the run that rank 0 takes this for."""
         self._version = version
+
+    @property
+    def _has_written(self) -> bool:
+        raise NotImplementedError
+
+    def go_on_in(self, log_dir: str) -> None:
+        if self._is_free and not self._has_written and is_version_in(log_dir, self.root_dir):
+            self.take_version(int(os.path.basename(log_dir)[8:]))
 
     def check(self) -> None:
         if "://" not in self._save_dir:
@@ -167,6 +176,10 @@ class CSVLogger(_Run, _CSV):  # type: ignore[misc]  # log_dir is text, as Lightn
         super().__init__(save_dir, name or "", version, every)
         self._place(save_dir, name, version, prefix)
 
+    @property
+    def _has_written(self) -> bool:
+        return bool(self._rows or self._columns)
+
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         if self._writes():
             super().log_metrics(self._prefixed(metrics), step)
@@ -209,6 +222,10 @@ class TensorBoardLogger(_Run, _TensorBoard):
         self._place(save_dir, name, version, prefix)
         self._draws, self._default_hp_metric = log_graph, default_hp_metric
         self.sub_dir = None if sub_dir is None else os.fspath(sub_dir)
+
+    @property
+    def _has_written(self) -> bool:
+        return self._open is not None
 
     @property
     def log_dir(self) -> str:

@@ -176,7 +176,7 @@ class Metrics:
         """A name's newest value, the same on all ranks; None where nobody has logged it. Collective.
 
         A step's value with sync_dist=True is reduced over the ranks that have one; of others rank 0's counts, with a
-        warning where they differ. `own=True` leaves every rank its own of these.
+        warning where they differ. `own=True` leaves every rank that has one its own of these.
         """
         mine = self.callback_metrics().get(name)
         if mine is not None and not isinstance(mine, Tensor):  # somebody has written it into callback_metrics
@@ -197,7 +197,7 @@ class Metrics:
                 kind = next(kind for _, kind in everyone if kind is not None)
                 return getattr(values, "mean" if kind == "custom" else kind)()
             return entry.take_step(entry.reduce(values).to(dtype))
-        if own:
+        if own and mine is not None:
             return mine
         if any(value != there[0] and not (value != value and there[0] != there[0]) for value in there):
             self._warn(

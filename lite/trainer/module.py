@@ -280,7 +280,8 @@ class LightningModule(Optimisation, ModuleHooks, HyperparametersMixin, nn.Module
 
         Args:
             checkpoint_path: A file, a directory or a URL.
-            map_location: A device for the weights; None is the CPU.
+            map_location: A device for the weights; None is the CPU. A dict or function as torch.load takes is asked
+                where the file's first tensor goes, and they all go there.
             hparams_file: A .json, .yaml or .csv file with hyperparameters, for a checkpoint that has none.
             strict: Whether all keys must fit; None asks `strict_loading`.
             weights_only: False lets the file run code.

@@ -16,6 +16,9 @@ from lite.errors import ConfigError, UsageError
 from lite.trainer.callbacks.accumulation import GradientAccumulationScheduler
 from lite.trainer.callbacks.model_checkpoint import ModelCheckpoint
 from lite.trainer.data import INFINITE
+from lite.trainer.hooks import overrides
+from lite.trainer.module import LightningModule
+from lite.trainer.monitored import may_still_come
 from lite.trainer.optimizers import SchedulerConfig
 from lite.trainer.schedules import monitored_metric
 
@@ -84,20 +87,25 @@ def _events(trainer: Any, fit: Any) -> Iterator[Planned]:
     progress, num_batches = fit.progress, fit.data.num_batches
     parts = [_Part(d.optimizer, d.every_n_batches, d.accumulate_grad_batches, d.step) for d in trainer.declared]
     parts = parts or [_Part(o, 1, None, type(o).__name__) for o in trainer.optimizers[:1]]
-    saved: list[str] = []
-    savers = [
-        c.noting(lambda callback: saved.append(callback.monitor or type(callback).__name__))
-        for c in trainer.callbacks
-        if isinstance(c, ModelCheckpoint)
-    ]
+    savers = [(c, copy.copy(c.schedule)) for c in trainer.callbacks if isinstance(c, ModelCheckpoint)]
+    for _, schedule in savers:
+        schedule.begin()
+        schedule.seen = progress.updates
     count = progress.batch
 
     def event(kind: str, lr: tuple[float, ...] = (), what: str = "") -> Planned:
         return Planned(kind, progress.epoch, count - 1, progress.updates, lr, what)
 
-    def saves() -> Iterator[Planned]:
-        while saved:
-            yield event("save", what=saved.pop(0))
+    def saves(*, validated: bool = False, ended: bool = False) -> Iterator[Planned]:
+        for callback, schedule in savers:
+            by_epochs = callback.goes_by_epochs(trainer)
+            if ended:
+                due = by_epochs and schedule.after_epoch(progress.updates, progress.epoch)
+            else:
+                due = schedule.after_batch(progress.updates, progress.epoch, validated=validated and not by_epochs)
+            if due:
+                schedule.done(progress.updates)
+                yield event("save", what=callback.monitor or type(callback).__name__)
 
     while not fit.is_over(trainer) and num_batches:
         for callback in trainer.callbacks:
@@ -113,14 +121,10 @@ def _events(trainer: Any, fit: Any) -> Iterator[Planned]:
             if validated:
                 yield event("validation")
                 progress.validated, progress.validated_epoch = progress.batches, progress.epoch
-            for saver in savers:
-                saver.after_batch(trainer, validated=validated)
-            yield from saves()
+            yield from saves(validated=validated)
             if fit.is_over(trainer):
                 break
-        for saver in savers:
-            saver.after_epoch(trainer)
-        yield from saves()
+        yield from saves(ended=True)
         if count < num_batches:
             break
         yield event("epoch")
@@ -144,7 +148,7 @@ def _steps(
         progress.updates += 1
         yield event("step", tuple(float(group["lr"]) for group in part.optimizer.param_groups), part.name)
         for config in _paced(trainer, "step"):
-            if config.scheduler.optimizer is part.optimizer and part.steps % config.frequency == 0:
+            if _optimizer_of(config, parts) is part.optimizer and part.steps % config.frequency == 0:
                 config.scheduler.step()
     progress.stepped += stepped
 
@@ -155,8 +159,15 @@ def _step_by_epoch(trainer: Any, number: int) -> None:
             config.scheduler.step()
 
 
+def _optimizer_of(config: SchedulerConfig, parts: list[_Part]) -> Any:
+    """Whose rate a scheduler changes; one that doesn't say so follows the only optimizer."""
+    return getattr(config.scheduler, "optimizer", parts[0].optimizer if len(parts) == 1 else None)
+
+
 def _paced(trainer: Any, interval: str) -> list[SchedulerConfig]:
-    """Schedulers whose steps can be foreseen: those that follow a metric stay as they are."""
+    """Schedulers whose steps can be foreseen: not those that follow a metric, or that the module steps."""
+    if overrides(trainer.module, "lr_scheduler_step", LightningModule):
+        return []
     return [c for c in trainer.lr_scheduler_configs if c.interval == interval and not c.reduce_on_plateau]
 
 
@@ -207,16 +218,16 @@ def check_reachable(trainer: Any) -> None:
 
 
 def check_monitored(trainer: Any) -> bool:
-    """Refuse monitors that nobody logs, when an epoch has ended in which everybody could; whether it had.
+    """Refuse monitors that nobody logs, when an epoch has ended in which everybody could; whether it had. Collective.
 
     Raises:
         ConfigError: A checkpoint or a scheduler waits for such a metric.
     """
-    if trainer.enable_validation and trainer.fit_loop.progress.validated < 0:
+    if may_still_come(trainer):
         return False
     for callback in trainer.callbacks:
         if isinstance(callback, ModelCheckpoint) and callback.monitor is not None and callback.save_top_k:
-            callback.require_monitor(trainer.callback_metrics)
+            callback.score(trainer)
     for config in trainer.lr_scheduler_configs:
         if config.reduce_on_plateau and config.strict:
             monitored_metric(trainer, config)

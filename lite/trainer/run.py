@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -12,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from lite import collectives
 from lite.errors import ConfigError
 from lite.launchers import in_notebook
 from lite.trainer.callbacks.base import Callback
@@ -24,21 +22,32 @@ from lite.trainer.old import GONE_FROM_CALLBACKS, check_old_hooks, tell_of_gone
 from lite.trainer.state import TrainerFn, TrainerStatus
 
 INTERRUPTED = 130
+# What is called by name; hooks are looked for.
+_OF_CALLBACKS = ("state_key", "state_dict", "load_state_dict", "on_save_checkpoint", "on_load_checkpoint")
 
 
 @contextmanager
-def running(trainer: Any, fn: TrainerFn, module: Any, datamodule: Any, *, planning: bool = False) -> Iterator[None]:
+def running(
+    trainer: Any,
+    fn: TrainerFn,
+    module: Any,
+    datamodule: Any,
+    find: Callable[[], None] = lambda: None,
+    *,
+    planning: bool = False,
+) -> Iterator[None]:
     """The block is a run of `module`: set up before, torn down after, and told of an exception.
 
-    Loggers are told how it ended, in Lightning's words, unless it is only planned.
-
-    Ctrl-C ends it with exit code 130 in a script, and quietly in a notebook.
+    Loggers are told how it ended, in Lightning's words, unless it is only planned. Ctrl-C ends it with exit code 130 in
+    a script, and quietly in a notebook. `find` is called when its callbacks are known and nothing is set up: where it
+    goes on from.
     """
     stage = str(fn.value)
     trainer.begin(fn, module, datamodule)
     ready, outcome = False, "failed"
     try:
         with _torch_settings(trainer):
+            find()
             _prepare_data(trainer, module, datamodule)
             trainer.hooks = Hooks(trainer, module, trainer.callbacks, (Callback, LightningModule), trainer.wrap_hook)
             check_old_hooks(module)
@@ -132,17 +141,35 @@ def merge_callbacks(callbacks: list[Any], module: Any) -> list[Any]:
     return in_order([*kept, *own])
 
 
+def check_callback(callback: Any) -> None:
+    """Refuse what lacks something that a run asks of callbacks; one of another package's may have it all.
+
+    Raises:
+        ConfigError: It is a class, or no callback.
+    """
+    if isinstance(callback, type):
+        raise ConfigError(f"callbacks has the class {callback.__name__}; pass an instance, {callback.__name__}(...).")
+    missing = [name for name in _OF_CALLBACKS if not hasattr(callback, name)]
+    if missing:
+        raise ConfigError(
+            f"callbacks has {callback!r:.80}, which is no callback: it has no {missing[0]}; derive the class "
+            f"{type(callback).__name__} from lite.trainer.Callback, which has all that it doesn't override."
+        )
+
+
 def in_order(callbacks: list[Any]) -> list[Any]:
     """Those that tune first, those that save last, the others as they were.
 
     Raises:
-        ConfigError: Two would be stored under the same name.
+        ConfigError: One is no callback, or two would be stored under the same name.
     """
     from lite.trainer.callbacks.base import Checkpoint
 
     def rank(callback: Any) -> int:
         return 0 if getattr(callback, "tunes", False) else 2 if isinstance(callback, Checkpoint) else 1
 
+    for callback in callbacks:
+        check_callback(callback)
     ordered = sorted(callbacks, key=rank)
     seen: dict[str, Any] = {}
     for callback in ordered:
@@ -193,32 +220,3 @@ def _torch_settings(trainer: Any) -> Iterator[None]:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         torch.backends.cudnn.benchmark = before[2]
         torch.autograd.set_detect_anomaly(before[3])
-
-
-def newest_checkpoint(folders: list[str], *, named: str | None = None) -> str | None:
-    """The newest whole checkpoint in these folders; rank 0 looks. Collective: call on all ranks.
-
-    Args:
-        folders: Where to look.
-        named: What its name begins with; None is any.
-    """
-    found: str | None = None
-    if collectives.rank() == 0:
-        from lite.checkpoint.reading import damage
-
-        there: list[tuple[float, str]] = []
-        for folder in dict.fromkeys(folders):
-            if not os.path.isdir(folder):
-                continue
-            for entry in os.scandir(folder):
-                whole_name = entry.name.endswith(".ckpt") and not entry.name.startswith(".")
-                if whole_name and (named is None or entry.name.startswith(named)):
-                    there.append((entry.stat().st_mtime_ns, entry.path))
-        for _, path in sorted(there, reverse=True):
-            problem = damage(path)
-            if problem is None:
-                found = path
-                break
-            warnings.warn(f"{path} is damaged and was passed over: {problem}", stacklevel=4)
-    result: str | None = collectives.broadcast(found)
-    return result

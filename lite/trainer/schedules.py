@@ -9,6 +9,7 @@ from typing import Any
 from lite.errors import ConfigError
 from lite.trainer.hooks import indexed, overrides
 from lite.trainer.module import LightningModule
+from lite.trainer.monitored import monitored, nobody_logged
 from lite.trainer.optimizers import SchedulerConfig
 
 
@@ -50,13 +51,9 @@ def monitored_metric(trainer: Any, config: SchedulerConfig) -> Any:
     Raises:
         ConfigError: It is missing.
     """
-    metric = trainer.metrics.agreed(config.monitor)
+    metric = monitored(trainer, str(config.monitor))
     if metric is None:
-        found = trainer.callback_metrics
-        text = (
-            f"the scheduler {type(config.scheduler).__name__} monitors {config.monitor!r}, which nobody has "
-            f"logged; logged were {', '.join(map(repr, found)) or 'no metrics'}."
-        )
+        text = nobody_logged(trainer, f"the scheduler {type(config.scheduler).__name__} monitors {config.monitor!r}")
         if config.strict:
             raise ConfigError(f"{text} Log it, monitor another, or set 'strict': False.")
         warnings.warn(f"{text} It does not step.", stacklevel=5)

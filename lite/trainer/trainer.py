@@ -18,7 +18,6 @@ from lite.trainer.combined import MODES
 from lite.trainer.declared import Declared
 from lite.trainer.defaults import assemble_callbacks, assemble_loggers
 from lite.trainer.events import Event
-from lite.trainer.foreign import foreign_globals
 from lite.trainer.hooks import Hooks
 from lite.trainer.interruption import Interruption
 from lite.trainer.loops import EvaluationLoop, FitLoop, PredictLoop
@@ -287,11 +286,15 @@ class Trainer(Preparing, Checkpoints, Interruption, Serving):
             train_dataloaders: A loader or a nesting of several; None asks datamodule or module.
             val_dataloaders: A loader, a list, or a dict whose keys prefix the metrics' names.
             datamodule: Where the loaders come from instead.
-            ckpt_path: What to go on from: a path or URL, "best", "last", or "auto": the newest whole checkpoint of this
-                Trainer's folders, if there is one.
+            ckpt_path: What to go on from: a path or URL, "best", "last", or "auto": the newest whole checkpoint, if
+                there is one, of this Trainer's folders, or of its logger's other versions; rank 0 says which.
             weights_only: False lets the checkpoint's file run code, so do it only with one that you trust.
-            restore: The checkpoint's parts that are restored ("model", "optimizer", ...); None is all.
-            restore_except: Those that are not.
+            restore: The checkpoint's parts that are restored; None is all: "model", "optimizer", "lr_scheduler",
+                "precision", "callbacks", "datamodule", "loops" (epoch, batch and steps), "data" (positions in the
+                loaders; without it an epoch that was under way begins anew), "metrics" (what was logged, and the
+                epoch's sums), "windows" (gradients of an open window of accumulation), "random" (random states of all
+                ranks).
+            restore_except: Those that are not. Without "loops" there is no "data", "metrics" and "windows".
 
         Raises:
             TypeError: `model` is no LightningModule.
@@ -343,12 +346,16 @@ class Trainer(Preparing, Checkpoints, Interruption, Serving):
         self.metrics.discard("validate")
         self.fit_loop.events = {choose("events", kind, ["batch", "epoch"]) for kind in events}
         self._check_fit(model, datamodule)
-        with running(self, TrainerFn.FITTING, model, datamodule), self._stop_signals():
-            checkpoint = self._read_for_fit(ckpt_path, weights_only)
+
+        def find() -> None:
+            self._begin_from(ckpt_path, fitting=True, goes_on="loops" in parts)
+
+        with running(self, TrainerFn.FITTING, model, datamodule, find), self._stop_signals():
+            checkpoint = self._read_checkpoint(weights_only)
             if checkpoint is None:
                 self._warn_of_epoch_begun_anew(left)
             else:
-                checkpointing.restore_callbacks(self, checkpoint, states="callbacks" in parts, fitting=True)
+                checkpointing.restore_callbacks(self, checkpoint, parts=parts, fitting=True)
                 if "state_dict" in parts:
                     checkpointing.restore_weights(self, checkpoint, str(self.ckpt_path))
             self._log_graph()
@@ -480,7 +487,7 @@ class Trainer(Preparing, Checkpoints, Interruption, Serving):
         """
         keep = return_predictions is not False
         self.predict_loop.gather = gather
-        self.predict_loop.keep = keep or any(getattr(c, "wants_predictions", False) for c in self.callbacks)
+        self.predict_loop.keep = keep
         self._evaluate(
             self.predict_loop, TrainerFn.PREDICTING, model, dataloaders, ckpt_path, False, datamodule, weights_only
         )
@@ -585,15 +592,12 @@ class Trainer(Preparing, Checkpoints, Interruption, Serving):
                 ckpt_path = "best"
         check_module(model, fn.value)
         self._launch()
-        path = self._find_checkpoint(ckpt_path, fitting=False)
         results: list[dict[str, Any]] = []  # of a run that Ctrl-C ends in a notebook
-        with running(self, fn, model, datamodule):
-            if path is not None:
-                self.ckpt_path = path
-                with foreign_globals():
-                    checkpoint = self.lite.load(path, weights_only=weights_only is not False)
+        with running(self, fn, model, datamodule, lambda: self._begin_from(ckpt_path, fitting=False)):
+            checkpoint = self._read_checkpoint(weights_only)
+            if checkpoint is not None:
                 checkpointing.restore_callbacks(self, checkpoint, fitting=False)
-                checkpointing.restore_weights(self, checkpoint, path)
+                checkpointing.restore_weights(self, checkpoint, str(self.ckpt_path))
             self._log_graph()
             self._set_up(train=False)
             self._log_hyperparameters()

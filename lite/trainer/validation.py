@@ -25,6 +25,12 @@ class ValidationSchedule:
         self.interval, self.every_n_epochs, self.interval_s = interval, every_n_epochs, interval_s
         self._last_s = time.monotonic()
 
+    @property
+    def is_once_per_epoch(self) -> bool:
+        """Whether one validation belongs to each epoch."""
+        whole = isinstance(self.interval, float) and self.interval == 1.0
+        return self.interval_s is None and whole and self.every_n_epochs == 1
+
     def check(self, num_batches: float) -> None:
         """Refuse an interval that no epoch of so many batches has.
 

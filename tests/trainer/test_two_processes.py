@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import os
+import signal
 import tempfile
 import warnings
+from contextlib import redirect_stderr
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -323,6 +328,115 @@ def test_behaviour_4_what_decides_is_the_same_on_all_ranks(tmp_path: Path) -> No
     assert [rate for _, rate in own[0]] == [rate for _, rate in other_own[0]] == [0.05, 0.025, 0.0125, 0.00625]
     assert own[1:] == other_own[1:]
     assert own[2:] == [1, "/False/x=1.0.ckpt"]
+
+
+class OneRank(Tiny):
+    """Logs numbers that one of two ranks has, or that differ between them."""
+
+    def __init__(self, rank: int = 0) -> None:
+        super().__init__()
+        self.rank = rank
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        if batch_idx == 1 and self.trainer.checkpoint_callbacks and self.trainer.checkpoint_callback.save_on_exception:
+            raise RuntimeError("broken")
+        return self.loss(batch)
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        if self.rank == 0:
+            self.log("one", 1.0 + self.current_epoch, rank_zero_only=True)
+        elif self.global_rank == 1:
+            self.log("one", 1.0 + self.current_epoch)
+        self.log("falls", float(self.current_epoch) * (self.global_rank - 0.5))
+
+
+class Killed(Tiny):
+    """Rank 1 gets SIGTERM."""
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 1 and self.global_rank == 1 and self.current_epoch == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def decisions(folder: str) -> dict[str, Any]:
+    """What each rank has of them; a rank that went its own way would wait for ever, or pass by."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "log\\(.* without sync_dist=True")
+        return _decisions(folder)
+
+
+def _decisions(folder: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    saving = {"enable_checkpointing": True, **STRATEGY}
+    rank = 0
+
+    def fitted(callbacks: Any, rank_that_logs: int = 0, **options: Any) -> Any:
+        run = trainer(callbacks=callbacks, **{"max_epochs": 3, **options})
+        run.fit(OneRank(rank_that_logs), numbers(8, 2), numbers(4, 2))
+        return run
+
+    for one in (0, 1):
+        stops = EarlyStopping("one", patience=1, strict=False)
+        saves = ModelCheckpoint(f"{folder}/one{one}", "{epoch}-{one}", monitor="one")
+        run = fitted([stops, saves], one, **saving)
+        rank = run.global_rank
+        found[f"one {one}"] = (run.current_epoch, saves.best_model_path.removeprefix(folder), len(saves.best_k_models))
+    for callback in (EarlyStopping("nothing"), ModelCheckpoint(f"{folder}/nothing", monitor="nothing")):
+        try:
+            fitted(callback, **(saving if isinstance(callback, ModelCheckpoint) else STRATEGY))
+        except ConfigError as error:
+            found[type(callback).__name__] = "nobody has logged it" in str(error)
+    for quiet in (True, False):
+        stops, said = EarlyStopping("falls", patience=1, log_rank_zero_only=quiet), io.StringIO()
+        with redirect_stderr(said):
+            run = fitted(stops, max_epochs=6, **STRATEGY)
+        found[f"quiet {quiet}"] = (run.current_epoch, stops.stopping_reason, "EarlyStopping: " in said.getvalue())
+    # Each rank is given folders of its own, and all take rank 0's.
+    root = f"{folder}/root{rank}"
+    run = fitted(None, default_root_dir=root, logger=True, **saving)
+    found["root"] = (run.log_dir.removeprefix(folder), run.checkpoint_callback.best_model_path.removeprefix(folder))
+    found["dirpath"] = fitted(None, default_root_dir=root, **saving).checkpoint_callback.dirpath.removeprefix(folder)
+    try:
+        run = trainer(default_root_dir=root, max_epochs=9, log_every_n_steps=1, limit_val_batches=0, **STRATEGY)
+        run.fit(Killed(), numbers(64, 2))
+    except SystemExit as ended:
+        found["signal"] = (ended.code, os.listdir(f"{folder}/root0/checkpoints").count("interrupted.ckpt"))
+    saves = ModelCheckpoint(f"{root}/own", save_last=True, enable_version_counter=False)
+    fitted(saves, **saving)
+    found["own"] = (saves.best_model_path.removeprefix(folder), saves.last_model_path.removeprefix(folder))
+    # Time is looked at when a row is due.
+    saves = ModelCheckpoint(f"{folder}/time", "{step}", save_top_k=-1, train_time_interval=timedelta(0))
+    run = fitted(saves, max_epochs=1, log_every_n_steps=2, limit_val_batches=0, **saving)
+    found["time"] = (run.global_step, [os.path.basename(path) for path in sorted(os.listdir(f"{folder}/time"))])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            fitted(ModelCheckpoint(f"{folder}/failed", save_on_exception=True), **saving)
+        except RuntimeError as error:
+            found["failed"] = (str(error), os.path.exists(f"{folder}/failed"))
+    found["told"] = sum("the other ranks can't take part" in str(warning.message) for warning in caught)
+    return found
+
+
+def test_behaviours_25_28_29_decisions_are_the_same_on_all_ranks(tmp_path: Path) -> None:
+    """On metrics that one rank has, or nobody; on stops that one rank alone would make; on folders and on time."""
+    first, second = run_distributed(decisions, str(tmp_path))
+    own = [found.pop(name) for found in (first, second) for name in ("quiet True", "quiet False")]
+    assert first == second
+    for one in (0, 1):
+        assert first[f"one {one}"] == (2, f"/one{one}/epoch=0-one=1.0.ckpt", 1)
+    assert first["EarlyStopping"] and first["ModelCheckpoint"]
+    theirs = "falls was not better than 0.0 in the last 1 check"
+    assert own[:2] == [(2, "another rank has stopped", False)] * 2
+    assert own[2:] == [(2, theirs, False), (2, theirs, True)]
+    assert first["root"][0].startswith("/root0/") and first["root"][1].startswith(first["root"][0])
+    assert first["dirpath"] == "/root0/checkpoints"
+    assert first["signal"] == (143, 1)
+    assert first["own"] == ("/root0/own/epoch=2-step=6.ckpt", "/root0/own/last.ckpt")
+    assert not (tmp_path / "root1" / "own").exists()
+    assert first["time"] == (2, ["step=2.ckpt"])
+    assert first["failed"] == ("broken", False)
+    assert first["told"] == 1
 
 
 class Gan(LightningModule):

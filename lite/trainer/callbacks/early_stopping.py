@@ -7,11 +7,10 @@ import sys
 import warnings
 from typing import Any, ClassVar
 
-from torch import Tensor
-
 from lite import collectives
 from lite.errors import ConfigError, choose
 from lite.trainer.callbacks.base import Callback
+from lite.trainer.monitored import monitored, nobody_logged
 
 
 class EarlyStopping(Callback):
@@ -27,8 +26,8 @@ class EarlyStopping(Callback):
         check_finite: Stop at an inf or NaN.
         stopping_threshold: Stop as soon as the metric is that good.
         divergence_threshold: Stop as soon as it is that bad.
-        check_on_train_epoch_end: Check at the end of training epochs, or after validation; None: after validation,
-            unless there is none.
+        check_on_train_epoch_end: Check at the end of training epochs, or after validation; None: at the end of epochs
+            where one validation belongs to each, or there is none, else after validation.
         log_rank_zero_only: Whether rank 0 alone tells why it stops.
 
     Attributes:
@@ -87,33 +86,31 @@ class EarlyStopping(Callback):
         self.best_score, self.patience = float(state_dict["best_score"]), state_dict["patience"]
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        at_epochs = self._on_train_epoch_end
-        if at_epochs is None:
-            at_epochs = not trainer.enable_validation
-        if at_epochs:
+        if self._goes_by_epochs(trainer) and not trainer.fit_loop.is_cut_off(trainer):
             self._check(trainer)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        if not self._on_train_epoch_end and trainer.fitting and not trainer.sanity_checking:
+        if trainer.fitting and not trainer.sanity_checking and not self._goes_by_epochs(trainer):
             self._check(trainer)
+
+    def _goes_by_epochs(self, trainer: Any) -> bool:
+        if self._on_train_epoch_end is not None:
+            return self._on_train_epoch_end
+        return not trainer.enable_validation or trainer.fit_loop.schedule.is_once_per_epoch
 
     def _check(self, trainer: Any) -> None:
         if trainer.fast_dev_run:
             return
-        found = trainer.callback_metrics
-        if self.monitor not in found:
-            text = (
-                f"EarlyStopping(monitor={self.monitor!r}): nobody has logged it; logged were "
-                f"{', '.join(map(repr, found)) or 'no metrics'}."
-            )
+        value = monitored(trainer, self.monitor, own=True)
+        if value is None:  # on all ranks
+            text = nobody_logged(trainer, f"EarlyStopping(monitor={self.monitor!r})")
             if self.strict:
                 raise ConfigError(f"{text} Log it, monitor another, or pass strict=False.")
             warnings.warn(text, stacklevel=4)
             return
-        value = trainer.metrics.agreed(self.monitor, own=True)
-        stop, reason = self.evaluate(float(value) if isinstance(value, Tensor) else value)
+        stop, reason = self.evaluate(float(value))
         if collectives.any_rank(stop):
-            self.stopping_reason = reason or "another rank has stopped"
+            self.stopping_reason = reason if stop else "another rank has stopped"
             self.stopped_epoch = trainer.current_epoch
             trainer.fit_loop.ask_to_stop(alone=True)  # everybody knows
         if reason and (stop or self.verbose) and (trainer.is_global_zero or not self.log_rank_zero_only):

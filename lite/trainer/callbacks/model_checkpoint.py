@@ -1,14 +1,10 @@
-"""`ModelCheckpoint`: when a checkpoint is saved, which ones are kept, and which is best; the Trainer writes them."""
+"""`ModelCheckpoint`: saves when its schedule says so, keeps the best or the newest; the Trainer writes the files."""
 
 from __future__ import annotations
 
-import copy
-import math
 import os
 import sys
-import time
 import warnings
-from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,8 +16,11 @@ from lite import collectives
 from lite.checkpoint.reading import remove
 from lite.errors import ConfigError, choose
 from lite.trainer.callbacks.base import Checkpoint
-from lite.trainer.callbacks.naming import checkpoint_name, free_name
+from lite.trainer.callbacks.naming import checkpoint_name, expanded, free_name, joined
+from lite.trainer.callbacks.ranking import as_score, best_of, is_better, lost, may_go, worst_of
+from lite.trainer.callbacks.save_schedule import SaveSchedule
 from lite.trainer.loggers import checkpoint_folder
+from lite.trainer.monitored import may_still_come, monitored, nobody_logged
 
 
 class ModelCheckpoint(Checkpoint):
@@ -31,15 +30,17 @@ class ModelCheckpoint(Checkpoint):
         dirpath: The folder or URL; None is save_dir/name/version_N/checkpoints of the first logger, or
             `checkpoints` in `default_root_dir`.
         filename: The name without suffix, with {epoch}, {step} and metrics in it, "{epoch}-{val_loss:.2f}" say.
-        monitor: The metric by which checkpoints are compared; None keeps the newest.
+        monitor: The metric by which checkpoints are compared, or "step" or "epoch"; None keeps the newest.
         verbose: Whether to tell of each save.
-        save_last: True also writes "last.ckpt" each time; "link" lets it point to the newest one.
+        save_last: True also writes "last.ckpt" each time; "link" lets it point to the newest one (at a URL, where there
+            are no links, it is written as with True).
         save_top_k: How many are kept; -1 all, 0 none.
         save_weights_only: Leave out what only a resumed training needs.
         mode: "min" or "max": which metric is better.
         auto_insert_metric_name: Whether "{epoch}" becomes "epoch=3" or "3".
         every_n_train_steps: Save after every so many optimizer steps.
-        train_time_interval: Save when so much time has passed, by rank 0's clock.
+        train_time_interval: Save when so much time has passed, by rank 0's clock; on several processes it is looked at
+            when a row is due for the loggers (`log_every_n_steps`).
         every_n_epochs: Save after every so many epochs, or validations of such epochs; the default, 1.
         save_on_train_epoch_end: At the end of training epochs, or after validation; None: at the end of epochs where
             one validation belongs to each, else after validation.
@@ -84,23 +85,23 @@ class ModelCheckpoint(Checkpoint):
         self.auto_insert_metric_name = auto_insert_metric_name
         self.save_on_exception, self.enable_version_counter = save_on_exception, enable_version_counter
         by_epoch = not every_n_train_steps and train_time_interval is None
-        self._every_n_train_steps = every_n_train_steps or 0
+        self.schedule = SaveSchedule(
+            every_n_train_steps or 0,
+            every_n_epochs if every_n_epochs is not None else int(by_epoch),
+            None if train_time_interval is None else train_time_interval.total_seconds(),
+        )
         self._train_time_interval = train_time_interval
-        self._every_n_epochs = every_n_epochs if every_n_epochs is not None else int(by_epoch)
         self._save_on_train_epoch_end = save_on_train_epoch_end
         self._given_dirpath = None if dirpath is None else os.fspath(dirpath)
-        self.dirpath: str | None = self._expanded(self._given_dirpath)
+        self.dirpath: str | None = expanded(self._given_dirpath)
         self.filename = filename
         self.best_k_models: dict[str, Tensor] = {}
         self.best_model_path = self.kth_best_model_path = self.last_model_path = ""
         self.best_model_score: Tensor | None = None
         self.current_score: Tensor | None = None
-        self.kth_value = torch.tensor(math.inf if mode == "min" else -math.inf)
-        self._last_step_saved = -1
-        self._looked_at_step: int | None = None
+        self.kth_value = torch.tensor(lost(mode))
+        self._asked_at = 0
         self._last_saved = ""
-        self._saved_at_s = time.monotonic()
-        self._note: Callable[[ModelCheckpoint], None] | None = None
 
     @property
     def state_key(self) -> str:
@@ -108,8 +109,8 @@ class ModelCheckpoint(Checkpoint):
         settings = {
             "monitor": self.monitor,
             "mode": self.mode,
-            "every_n_train_steps": self._every_n_train_steps,
-            "every_n_epochs": self._every_n_epochs,
+            "every_n_train_steps": self.every_n_train_steps,
+            "every_n_epochs": self.every_n_epochs,
             "train_time_interval": self._train_time_interval,
         }
         return f"{type(self).__qualname__}{settings!r}"
@@ -117,71 +118,67 @@ class ModelCheckpoint(Checkpoint):
     @property
     def every_n_epochs(self) -> int:
         """Epochs between two saves, 0 where they don't count."""
-        return self._every_n_epochs
+        return self.schedule.every_n_epochs
 
     @property
     def every_n_train_steps(self) -> int:
         """Optimizer steps between two saves, 0 where they don't count."""
-        return self._every_n_train_steps
-
-    def noting(self, note: Callable[[ModelCheckpoint], None]) -> ModelCheckpoint:
-        """One that says when it is due as this one does, and calls `note` instead of saving."""
-        twin = copy.copy(self)
-        twin._last_step_saved, twin._looked_at_step = -1, None
-        twin._note = note
-        return twin
+        return self.schedule.every_n_steps
 
     # ---- when
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if self._given_dirpath is None and stage == "fit":
             self.dirpath = collectives.broadcast(checkpoint_folder(trainer.logger, trainer.default_root_dir))
-        self._saved_at_s = time.monotonic()
-        self._last_step_saved, self._looked_at_step = -1, None
+        self.schedule.begin()
+        self._asked_at = 0
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        if self.schedule.seen is None and not trainer.fit_loop.is_unsettled:
+            self.schedule.seen = trainer.global_step
 
     def after_batch(self, trainer: Any, *, validated: bool) -> None:
         if self._is_off(trainer):
             return
-        steps, epoch = self._every_n_train_steps, trainer.current_epoch
-        # Several optimizers may step over a multiple within one batch.
-        before = trainer.fit_loop.began_at if self._looked_at_step is None else self._looked_at_step
-        self._looked_at_step = trainer.global_step
-        due = bool(steps) and trainer.global_step // steps > before // steps
-        if self._train_time_interval is not None:
-            struck = time.monotonic() - self._saved_at_s >= self._train_time_interval.total_seconds()
-            due = due or collectives.any_rank(struck and trainer.is_global_zero)
-        if validated and not self._at_epochs(trainer):
-            due = due or (self._every_n_epochs >= 1 and (epoch + 1) % self._every_n_epochs == 0)
-        if due:
+        by_validation = validated and not self.goes_by_epochs(trainer)
+        due = self.schedule.after_batch(trainer.global_step, trainer.current_epoch, validated=by_validation)
+        if due or self._is_time(trainer):
             self._save(trainer)
 
     def after_epoch(self, trainer: Any) -> None:
-        every = self._every_n_epochs
-        due = every >= 1 and (trainer.current_epoch + 1) % every == 0
-        if due and self._at_epochs(trainer) and not self._is_off(trainer):
+        if self._is_off(trainer) or not self.goes_by_epochs(trainer):
+            return
+        if self.schedule.after_epoch(trainer.global_step, trainer.current_epoch):
             self._save(trainer)
 
     def next_look(self, global_step: int) -> float:
-        if self._train_time_interval is not None:
-            return 1
-        steps = self._every_n_train_steps
-        return steps - global_step % steps if steps else math.inf
+        return self.schedule.next_look(global_step)
 
-    def _at_epochs(self, trainer: Any) -> bool:
+    def goes_by_epochs(self, trainer: Any) -> bool:
+        """Whether saves by epochs come at their ends, not after validation."""
         if self._save_on_train_epoch_end is not None:
             return self._save_on_train_epoch_end
-        schedule = trainer.fit_loop.schedule
-        if not trainer.enable_validation:
-            return True
-        if schedule.interval_s is not None:
+        return not trainer.enable_validation or trainer.fit_loop.schedule.is_once_per_epoch
+
+    def _is_time(self, trainer: Any) -> bool:
+        """Whether rank 0's clock has struck; ranks ask each other as often as they talk anyway."""
+        schedule, stepped = self.schedule, trainer.fit_loop.progress.stepped
+        if schedule.interval_s is None or schedule.saved == trainer.global_step:
             return False
-        return isinstance(schedule.interval, float) and schedule.interval == 1.0 and schedule.every_n_epochs == 1
+        if trainer.world_size == 1:
+            return schedule.struck()
+        if stepped % (trainer.log_every_n_steps or 50) or stepped == self._asked_at:
+            return False
+        self._asked_at = stepped
+        return collectives.any_rank(schedule.struck() and trainer.is_global_zero)
 
     def _is_off(self, trainer: Any) -> bool:
-        return bool(trainer.fast_dev_run) or self._last_step_saved == trainer.global_step or trainer.sanity_checking
+        return bool(trainer.fast_dev_run) or trainer.sanity_checking
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         if not self.save_on_exception or not trainer.training or self._is_off(trainer):
+            return
+        if self.schedule.saved == trainer.global_step:
             return
         if trainer.world_size > 1:
             warnings.warn("save_on_exception: the other ranks can't take part in a save now; nothing is.", stacklevel=2)
@@ -192,67 +189,50 @@ class ModelCheckpoint(Checkpoint):
     # ---- what
 
     def _save(self, trainer: Any) -> None:
-        if self._note is not None:
-            self._note(self)
-            self._last_step_saved = trainer.global_step
-            return
         metrics = {**trainer.callback_metrics, **_counters(trainer)}
         if self.monitor is not None and self.save_top_k:
-            if not self._has_monitor(trainer, metrics):
-                return
-            if self.monitor not in _counters(trainer):
-                metrics[self.monitor] = trainer.metrics.agreed(self.monitor)
-            value = torch.as_tensor(float(metrics[self.monitor]))
-            self._save_if_among_best(trainer, metrics, value)
+            value = self.score(trainer)
+            if value is None:
+                return  # the first validation is still to come
+            metrics[self.monitor] = value
+            self._save_if_among_best(trainer, metrics, as_score(torch.as_tensor(value), self.mode))
         elif self.save_top_k:
             self._save_newest(trainer, metrics)
         if self.save_last:
             self._save_last(trainer, metrics)
-        self._last_step_saved, self._saved_at_s = trainer.global_step, time.monotonic()
+        self.schedule.done(trainer.global_step)
 
-    def _has_monitor(self, trainer: Any, metrics: dict[str, Any]) -> bool:
-        if self.monitor in metrics:
-            return True
-        if trainer.enable_validation and trainer.fit_loop.progress.validated < 0:
-            return False  # the first validation is still to come
-        self.require_monitor(metrics)
-        return True
-
-    def require_monitor(self, metrics: dict[str, Any]) -> None:
-        """Refuse a metric that nobody has logged.
+    def score(self, trainer: Any) -> Any:
+        """The monitor's value, the same on all ranks; None where it may still be logged. Collective.
 
         Raises:
-            ConfigError: It is not among these.
+            ConfigError: Nobody has logged it, on all ranks.
         """
-        if self.monitor in metrics:
-            return
-        logged = [name for name in metrics if name not in ("epoch", "step")]
-        raise ConfigError(
-            f"ModelCheckpoint(monitor={self.monitor!r}): nobody has logged it; logged were "
-            f"{', '.join(map(repr, logged)) or 'no metrics'}."
-        )
+        assert self.monitor is not None
+        if self.monitor in (counters := _counters(trainer)):
+            return counters[self.monitor]
+        value = monitored(trainer, self.monitor)
+        if value is None and not may_still_come(trainer):
+            raise ConfigError(nobody_logged(trainer, f"ModelCheckpoint(monitor={self.monitor!r})"))
+        return value
 
     def _save_if_among_best(self, trainer: Any, metrics: dict[str, Any], value: Tensor) -> None:
-        lost = math.inf if self.mode == "min" else -math.inf
-        self.current_score = value = torch.tensor(lost) if torch.isnan(value) else value
-        full = 0 < self.save_top_k <= len(self.best_k_models)
-        if full and not self._better(value, self.best_k_models[self.kth_best_model_path]):
+        self.current_score = value
+        models, mode = self.best_k_models, self.mode
+        full = 0 < self.save_top_k <= len(models)
+        if full and not is_better(value, models[self.kth_best_model_path], mode):
             if self.verbose:
                 self._tell(trainer, f"{self.monitor} = {value:g} is not among the best {self.save_top_k}")
             return
         removed = self.kth_best_model_path if full else None
         if removed is not None:
-            del self.best_k_models[removed]
+            del models[removed]
         path = self._path(trainer, metrics, but=removed)
-        self.best_k_models[path] = value
-        choose_worst, choose_best = (max, min) if self.mode == "min" else (min, max)
-        models = self.best_k_models
+        models[path] = value
         if self.save_top_k == -1 or 0 < self.save_top_k <= len(models):
-            # Of equals the newest counts as the worst: the first that was as good stays.
-            worst = choose_worst(models.values())
-            self.kth_best_model_path = [p for p, v in models.items() if v == worst][-1]
+            self.kth_best_model_path = worst_of(models, mode)
             self.kth_value = models[self.kth_best_model_path]
-        self.best_model_path = choose_best(models, key=models.get)  # type: ignore[arg-type]
+        self.best_model_path = best_of(models, mode)
         self.best_model_score = models[self.best_model_path]
         if self.verbose:
             self._tell(trainer, f"{self.monitor} = {value:g}: saved {path}")
@@ -273,11 +253,10 @@ class ModelCheckpoint(Checkpoint):
         template = self.CHECKPOINT_NAME_LAST
         path = self.format_checkpoint_name(metrics, template)
         if self.enable_version_counter:
-            path = collectives.broadcast(
-                free_name(path, self.FILE_EXTENSION, self.STARTING_VERSION, self.last_model_path)
-            )
+            path = free_name(path, self.FILE_EXTENSION, self.STARTING_VERSION, self.last_model_path)
+        path = collectives.broadcast(path)
         before, self.last_model_path = self.last_model_path, path
-        if self.save_last == "link" and self._last_saved and self.save_top_k:
+        if self.save_last == "link" and self._last_saved and self.save_top_k and "://" not in path:
             if trainer.is_global_zero:
                 _link(self._last_saved, path)
             trainer.lite.barrier()
@@ -300,12 +279,8 @@ class ModelCheckpoint(Checkpoint):
         """Remove a checkpoint that need not be kept; never the one resumed from, nor one that lies elsewhere."""
         if not trainer.is_global_zero or not self.dirpath:
             return
-        resumed = trainer.ckpt_path
-        if resumed is not None and os.path.abspath(path) == os.path.abspath(resumed) and "://" not in path:
-            return
-        if "://" not in path and Path(self.dirpath).resolve() not in Path(path).resolve().parents:
-            return
-        remove(path)
+        if may_go(path, self.dirpath, trainer.ckpt_path):
+            remove(path)
 
     # ---- names
 
@@ -320,7 +295,7 @@ class ModelCheckpoint(Checkpoint):
         )
         name += f"{join}v{ver}" if ver is not None else ""
         name += self.FILE_EXTENSION
-        return name if self.dirpath is None else _joined(self.dirpath, name)
+        return name if self.dirpath is None else joined(self.dirpath, name)
 
     def _path(self, trainer: Any, metrics: dict[str, Any], but: str | None = None) -> str:
         path = self.format_checkpoint_name(metrics)
@@ -336,13 +311,6 @@ class ModelCheckpoint(Checkpoint):
             filepath = os.path.join(self.dirpath, "best_k_models.yaml")
         lines = [f"{path}: {float(score)}\n" for path, score in self.best_k_models.items()]
         Path(filepath).write_text("".join(lines))
-
-    @staticmethod
-    def _expanded(dirpath: str | None) -> str | None:
-        return dirpath if dirpath is None or "://" in dirpath else os.path.abspath(os.path.expanduser(dirpath))
-
-    def _better(self, value: Tensor, than: Tensor) -> bool:
-        return bool(value < than if self.mode == "min" else value > than)
 
     def _tell(self, trainer: Any, text: str) -> None:
         trainer.lite.print(f"ModelCheckpoint: {text}", file=sys.stderr)
@@ -360,9 +328,11 @@ class ModelCheckpoint(Checkpoint):
             "kth_best_model_path": self.kth_best_model_path,
             "kth_value": self.kth_value,
             "last_model_path": self.last_model_path,
+            "seen_step": self.schedule.seen,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.schedule.seen = state_dict.get("seen_step")
         self.best_model_path = str(state_dict["best_model_path"])
         if state_dict.get("dirpath", self.dirpath) != self.dirpath:
             warnings.warn(
@@ -402,10 +372,6 @@ def _check(
 
 def _counters(trainer: Any) -> dict[str, int]:
     return {"epoch": trainer.current_epoch, "step": trainer.global_step}
-
-
-def _joined(folder: str, name: str) -> str:
-    return f"{folder.rstrip('/')}/{name}" if "://" in folder else os.path.join(folder, name)
 
 
 def _link(target: str, path: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Any
 
@@ -46,3 +47,13 @@ def free_name(path: str, suffix: str, first: int, own: str) -> str:
         if candidate == own or storage.kind(locate(candidate)[1]) is None:
             return candidate
         number += 1
+
+
+def joined(folder: str, name: str) -> str:
+    """A name in a folder or at a URL."""
+    return f"{folder.rstrip('/')}/{name}" if "://" in folder else os.path.join(folder, name)
+
+
+def expanded(folder: str | None) -> str | None:
+    """The folder's full path; a URL as it is."""
+    return folder if folder is None or "://" in folder else os.path.abspath(os.path.expanduser(folder))

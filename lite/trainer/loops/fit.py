@@ -133,7 +133,7 @@ class FitLoop:
     def _end_epoch(self, trainer: Any) -> None:
         """Hooks, metrics, schedulers, saves; and on to the next epoch, unless this one was cut off."""
         hooks, metrics, progress = trainer.hooks, trainer.metrics, self.progress
-        complete = not self._is_cut_off(trainer)
+        complete = not self.is_cut_off(trainer)
         self.sums_before = None
         if not complete:
             self.sums_before = {"metrics": metrics.state_dict(), "torchmetrics": torchmetrics_state(trainer.module)}
@@ -169,7 +169,7 @@ class FitLoop:
         progress.samples += self.epoch_samples()
         progress.epoch, progress.batch, progress.within = progress.epoch + 1, 0, False
 
-    def _is_cut_off(self, trainer: Any) -> bool:
+    def is_cut_off(self, trainer: Any) -> bool:
         """Whether the epoch ends before its last batch because the run does."""
         return not self.epoch_loop.complete and self.is_over(trainer)
 
@@ -330,6 +330,11 @@ class FitLoop:
         self.val_loop.load_state_dict(state["val_loop"])
         self.schedule.load_state_dict(state["schedule"])
         self.begun, self.wants_stop = state.get("begun"), state.get("stops", False)
+
+    def begin_epoch_anew(self) -> None:
+        """Forget what the epoch that is under way has done, of which too little is known to go on."""
+        self.progress.batch, self.progress.within, self.begun = 0, False, None
+        self.val_loop.restoring = self.wants_stop = False
 
     def begin(self) -> int:
         """A call of `fit` begins.

@@ -21,7 +21,7 @@ class PredictLoop(EvaluationLoop):
     """Predicts on the loaders of one stage.
 
     Attributes:
-        keep: Whether outputs are kept.
+        keep: Whether outputs are kept; they are while a callback wants them.
         gather: Whether every rank gets all ranks' outputs, in the dataset's order.
         predictions: For each loader what its batches gave on this rank, in order.
         batch_indices: For each loader the dataset indices of its batches; [] where they are unknown.
@@ -31,7 +31,7 @@ class PredictLoop(EvaluationLoop):
         super().__init__("predict")
         self.predictions: list[list[Any]] = []
         self.batch_indices: list[list[list[int]]] = []
-        self.keep = True
+        self.keep = self._keeps = True
         self.gather = False
 
     def run(
@@ -44,6 +44,7 @@ class PredictLoop(EvaluationLoop):
         each_batch: Callable[[], bool] | None = None,
     ) -> list[Any]:
         """Predict all batches that count; returns `predictions`, or [] where they are not kept."""
+        self._keeps = self.keep or any(getattr(c, "wants_predictions", False) for c in trainer.callbacks)
         self.predictions = [[] for _ in data.loaders]
         self.batch_indices = [[] for _ in data.loaders]
         if data.num_batches == 0:
@@ -61,14 +62,14 @@ class PredictLoop(EvaluationLoop):
             self._call(trainer, "on_predict_epoch_end")
             self._call(trainer, "on_predict_end")
         self._data = None
-        return self.predictions if self.keep else []
+        return self.predictions if self._keeps else []
 
     def take(self, outputs: Any, index: int, trainer: Any) -> None:
         if self.gather and trainer.world_size > 1:
             outputs = trainer.lite.gather_for_metrics(outputs)
         elif trainer.metrics.filler:
             return
-        if self.keep:
+        if self._keeps:
             self.predictions[index].append(move_to_device(outputs, _CPU))
 
     def indices(self, trainer: Any, index: int, number: int) -> list[int]:
