@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lite import collectives
+from lite.data.shares import BatchWeight
 from lite.errors import ConfigError, NonFiniteError, UsageError
 from lite.precision.base import Precision
 from lite.sharded import is_emptied, is_sharded
@@ -118,9 +119,11 @@ class Accumulation:
         parameters: Callable[[], Iterator[nn.Parameter]],
         no_sync: Callable[[bool], AbstractContextManager[None]],
         scaled: Callable[[Scale], AbstractContextManager[None]],
-        is_filler: Callable[[], bool],
+        batch: BatchWeight,
         device: torch.device,
         strategy: Strategy,
+        *,
+        rescale: bool = True,
     ) -> None:
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise ConfigError(
@@ -133,9 +136,10 @@ class Accumulation:
         self._parameters = parameters
         self._no_sync = no_sync
         self._scaled = scaled
-        self._is_filler = is_filler
+        self._batch = batch
         self._device = device
         self._strategy = strategy
+        self._rescale = rescale
         self._weighted: bool | None = None
         self._total: Tensor | float = 0.0
         self._unit: float | None = None
@@ -146,6 +150,11 @@ class Accumulation:
     def is_open(self) -> bool:
         """Whether the current window has micro-batches, but not all: gradients are waiting for the rest."""
         return self.count > 0 and not self.ready
+
+    @property
+    def weighted(self) -> bool:
+        """Whether the open window's micro-batches have weights."""
+        return self.is_open and bool(self._weighted)
 
     @contextmanager
     def __call__(self, *, last: bool = False, weight: float | Tensor | None = None) -> Iterator[None]:
@@ -205,9 +214,25 @@ class Accumulation:
         if self._weighted is False:
             raise UsageError(_MIXED)
         check_weight("weigh", weight)
-        value = self._weight = 0.0 if self._is_filler() else weight
+        value = self._weight = 0.0 if self._batch.num_real == 0 else weight
         unit = self._unit = self._unit or _unit(value)
         self._scale.apply, self._scale.weighted = (lambda loss: loss * (value / unit)), True
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        """The loss as `lite.backward` would scale it in the open micro-batch, for a backward that may go past it.
+
+        From then on `lite.backward` takes the micro-batch's loss as it is. Call it once, after `weigh`.
+
+        Raises:
+            UsageError: No micro-batch is open.
+        """
+        if self._scale is None:
+            raise UsageError("scaled was called outside of the accumulation's `with` block; call it before backward.")
+        loss = self._scale.apply(loss)
+        self._scale.apply = _as_it_is
+        if self._scale.weighted:
+            self._batch.settle()
+        return loss
 
     def flush(self) -> None:
         """End an open window whose last micro-batch was not known to be the last; its gradients become the ranks' mean.
@@ -259,11 +284,15 @@ class Accumulation:
             mean_weight = collectives.all_reduce(total.to(self._device), "mean")
             # A window without any token has no gradient.
             self._multiply(torch.where(mean_weight > 0, (self._unit or 1.0) / mean_weight, 0.0))
-        elif self.count != self.steps:
+        elif self._rescale and self.count != self.steps:
             self._multiply(self.steps / self.count)
 
     def _multiply(self, factor: Tensor | float) -> None:
         self._strategy.multiply_gradients({id(p): p for p in self._parameters()}.values(), factor)
+
+
+def _as_it_is(loss: Tensor) -> Tensor:
+    return loss
 
 
 def _refuse_unweighted(loss: Tensor) -> Tensor:
@@ -309,11 +338,16 @@ def check_weight(call: str, weight: Any) -> None:
     Raises:
         ConfigError: It is negative, not finite, or no number.
     """
-    is_number = isinstance(weight, Tensor) and weight.numel() == 1
-    if not is_number and isinstance(weight, (int, float)) and not isinstance(weight, bool):
-        is_number = math.isfinite(weight) and weight >= 0
-    if not is_number:
+    if not is_weight(weight):
         raise ConfigError(f"{call}(weight={weight!r}) must be a number of at least 0, of tokens or samples.")
+
+
+def is_weight(weight: Any) -> bool:
+    """Whether it is a number of tokens or samples, as far as that can be told without looking at a tensor's value."""
+    if isinstance(weight, Tensor):
+        return weight.numel() == 1
+    is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+    return is_number and math.isfinite(weight) and weight >= 0
 
 
 def _unit(weight: float | Tensor) -> float:

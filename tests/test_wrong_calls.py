@@ -208,6 +208,11 @@ def mixed_weights() -> None:
             it.backward(model(torch.ones(2, 4)).sum())
 
 
+def outside_of_a_window() -> None:
+    it = lite()
+    it.accumulate(it.setup(MLP()), steps=2).scaled(torch.ones(1))
+
+
 def nested_windows() -> None:
     it = lite()
     first, second = it.setup(MLP()), it.setup(MLP())
@@ -287,6 +292,7 @@ CALLS: list[tuple[Callable[[], Any], type[Exception], list[str]]] = [
     (lambda: lite().accumulate(MLP(), steps=2), UsageError, ["MLP", "lite.setup"]),
     (lambda: lite().accumulate(steps=2), ConfigError, ["no model"]),
     (mixed_weights, UsageError, ["weight"]),
+    (outside_of_a_window, UsageError, ["scaled was called outside", "before backward"]),
     (nested_windows, UsageError, ["open already", "lite.accumulate(first, second"]),
     (lambda: lite().backward(torch.ones(3, requires_grad=True) * 2), UsageError, ["shape (3,)", "loss.mean()"]),
     (lambda: lite(devices=2).backward(torch.ones(1)), UsageError, ["backward", "lite.launch(fn)"]),

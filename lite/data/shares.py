@@ -101,6 +101,10 @@ class BatchWeight:
         else:
             self.clear()
 
+    def settle(self) -> None:
+        """The loss of the current batch has been weighed by other means than `use`."""
+        self.owed = False
+
     def use(self) -> float:
         """What a loss is multiplied by whose backward comes now; asked where `value` is not 1."""
         self.owed = False
@@ -122,7 +126,7 @@ class BatchWeight:
     def instead(self, weight: float) -> Iterator[float]:
         """The block's backward weighs its loss itself, by what comes back: 0 where no sample of the batch is real."""
         before, self.value = self.value, 1.0
-        self.owed = False
+        self.settle()
         self.given = 0.0 if self.num_real == 0 else weight
         try:
             yield self.given

@@ -121,7 +121,9 @@ class Steps(Facet):
             throw_on_early_termination=throw_on_early_termination,
         )
 
-    def accumulate(self, *models: nn.Module, steps: int, optimizer: Optimizer | None = None) -> gradients.Accumulation:
+    def accumulate(
+        self, *models: nn.Module, steps: int, optimizer: Optimizer | None = None, rescale: bool = True
+    ) -> gradients.Accumulation:
         """Accumulate gradients over `steps` micro-batches before each optimizer step.
 
         Use it as `with window(last=...): forward; lite.backward(loss)`, then step when `window.ready`. Inside it
@@ -133,6 +135,8 @@ class Steps(Facet):
             steps: Micro-batches per optimizer step.
             optimizer: Whose parameters the window is for, where each optimizer of a model has a window of its own; a
                 loss within it should reach no others.
+            rescale: Whether a partial window without weights becomes the mean over what it holds; False leaves every
+                loss divided by `steps`, as PyTorch Lightning's Trainer does.
 
         Returns:
             The counter that is called for each micro-batch; see `lite.gradients.Accumulation`.
@@ -153,9 +157,10 @@ class Steps(Facet):
             lambda: _parameters_of(models, optimizer),
             no_sync,
             self._scaled,
-            lambda: self._weight.num_real == 0,
+            self._weight,
             self._device,
             self.strategy,
+            rescale=rescale,
         )
         held = set(models)
         others = [

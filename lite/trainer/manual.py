@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -85,6 +85,16 @@ def raw_optimizer(optimizer: Any) -> Optimizer:
     return optimizer._optimizer if isinstance(optimizer, ManualOptimizer) else optimizer
 
 
+def parameters_of_others(optimizer: Any, optimizers: Sequence[Any]) -> list[nn.Parameter]:
+    """The parameters of these optimizers that are not `optimizer`'s too, each once."""
+    mine = _parameters([optimizer])
+    return [parameter for parameter in _parameters(optimizers) if parameter not in mine]
+
+
+def _parameters(optimizers: Sequence[Any]) -> dict[nn.Parameter, None]:
+    return {p: None for one in optimizers for group in raw_optimizer(one).param_groups for p in group["params"]}
+
+
 def clip_by(lite: Any, module: Any, optimizer: Optimizer, value: float, algorithm: str | None) -> Tensor:
     """Clip the gradients of an optimizer's parameters by norm or value; returns their norm before."""
     if algorithm not in (None, "norm", "value"):
@@ -98,7 +108,7 @@ class Optimisation:
     """The side of a LightningModule that has to do with its optimizers."""
 
     _trainer: Any
-    _toggled: dict[nn.Parameter, bool] | None = None
+    _toggled: list[tuple[nn.Parameter, bool]] | None = None
 
     def configure_optimizers(self) -> Any:
         """The optimizers and schedulers.
@@ -211,22 +221,11 @@ class Optimisation:
 
     def toggle_optimizer(self, optimizer: Any, optimizer_idx: Any = None) -> None:
         """From now on only this optimizer's parameters want gradients, those that wanted them before."""
-        if self._toggled is not None:
-            raise UsageError("toggle_optimizer was called twice; call untoggle_optimizer in between.")
-        mine = {id(p) for group in raw_optimizer(optimizer).param_groups for p in group["params"]}
-        before: dict[nn.Parameter, bool] = {}
-        for other in self._require_trainer("toggle_optimizer").optimizers:
-            for group in raw_optimizer(other).param_groups:
-                for parameter in group["params"]:
-                    before.setdefault(parameter, parameter.requires_grad)
-        for parameter in before:
-            if id(parameter) not in mine:
-                parameter.requires_grad = False
-        object.__setattr__(self, "_toggled", before)
+        self._freeze(parameters_of_others(optimizer, self._require_trainer("toggle_optimizer").optimizers))
 
     def untoggle_optimizer(self, optimizer: Any = None) -> None:
         """Give every parameter the `requires_grad` back that it had before `toggle_optimizer`."""
-        for parameter, wanted in (self._toggled or {}).items():
+        for parameter, wanted in self._toggled or ():
             parameter.requires_grad = wanted
         object.__setattr__(self, "_toggled", None)
 
@@ -238,6 +237,22 @@ class Optimisation:
             yield
         finally:
             self.untoggle_optimizer(optimizer)
+
+    @contextmanager
+    def freezing(self, others: list[nn.Parameter]) -> Iterator[None]:
+        """As `toggled_optimizer`, where `parameters_of_others` are known already."""
+        self._freeze(others)
+        try:
+            yield
+        finally:
+            self.untoggle_optimizer()
+
+    def _freeze(self, others: list[nn.Parameter]) -> None:
+        if self._toggled is not None:
+            raise UsageError("toggle_optimizer was called twice; call untoggle_optimizer in between.")
+        object.__setattr__(self, "_toggled", [(parameter, parameter.requires_grad) for parameter in others])
+        for parameter in others:
+            parameter.requires_grad = False
 
     @contextmanager
     def no_grad_sync(self, enabled: bool = True) -> Iterator[None]:

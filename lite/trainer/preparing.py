@@ -55,6 +55,7 @@ class Preparing(Sources):
     declared: list[Declared]
     _in_hands: list[Any]
     _put_back: Callable[[], None] | None
+    _manual_backward: Any
     _told_hparams: bool
     _told_graph: bool
 
@@ -68,6 +69,7 @@ class Preparing(Sources):
                 )
             self._put_back = synchronised_batch_norms(self.module)
         self.optimizers, self.lr_scheduler_configs, self.declared, self._in_hands = [], [], [], []
+        self._manual_backward = None
         if not train:
             self.lite.setup(self.module)
             return

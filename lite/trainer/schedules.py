@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lite.errors import ConfigError
@@ -19,22 +19,37 @@ def step_schedulers(trainer: Any, configs: Sequence[SchedulerConfig], number: in
     Raises:
         ConfigError: A metric that one monitors was not logged.
     """
-    module = trainer.module
-    own = overrides(module, "lr_scheduler_step", LightningModule)
-    for config in configs:
-        if number % config.frequency:
-            continue
-        metric = None
-        if config.reduce_on_plateau:
-            metric = monitored_metric(trainer, config)
-            if metric is None:
+    stepping(trainer, configs)(number)
+
+
+def stepping(trainer: Any, configs: Sequence[SchedulerConfig]) -> Callable[[int], None]:
+    """`step_schedulers` as a function of the number alone, with what is the same at each step looked at once."""
+    ways = [(config, _own_way(trainer, config)) for config in configs]
+
+    def step(number: int) -> None:
+        for config, own in ways:
+            if number % config.frequency:
                 continue
-        if own:
-            indexed(module.lr_scheduler_step, _index(trainer, config))(config.scheduler, metric)
-        elif metric is None:
-            config.scheduler.step()
-        else:
-            config.scheduler.step(metric)
+            metric = None
+            if config.reduce_on_plateau:
+                metric = monitored_metric(trainer, config)
+                if metric is None:
+                    continue
+            if own is not None:
+                own(config.scheduler, metric)
+            elif metric is None:
+                config.scheduler.step()
+            else:
+                config.scheduler.step(metric)
+
+    return step
+
+
+def _own_way(trainer: Any, config: SchedulerConfig) -> Callable[..., Any] | None:
+    """The module's `lr_scheduler_step`, where it has its own."""
+    if not overrides(trainer.module, "lr_scheduler_step", LightningModule):
+        return None
+    return indexed(trainer.module.lr_scheduler_step, _index(trainer, config))
 
 
 def _index(trainer: Any, config: SchedulerConfig) -> int:

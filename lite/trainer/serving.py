@@ -9,10 +9,9 @@ from typing import Any
 from lite import collectives
 from lite.errors import ConfigError
 from lite.trainer.arguments import whole
-from lite.trainer.hooks import Hooks, indexed, overrides
+from lite.trainer.hooks import Hooks
 from lite.trainer.loggers import agree_on_versions
-from lite.trainer.loops.manual_step import manual_optimizers
-from lite.trainer.manual import Optimisation
+from lite.trainer.loops.manual_step import manual_backward, manual_optimizers
 from lite.trainer.run import merge_callbacks
 from lite.trainer.state import RunningStage, TrainerFn, TrainerStatus
 from lite.trainer.view import View
@@ -28,6 +27,7 @@ class Serving(View):
     datamodule: Any
     optimizers: list[Any]
     _in_hands: list[Any]
+    _manual_backward: Callable[..., None] | None
     _loaded: set[str]
     _own_callbacks: list[Any]
     _merged: list[Any]
@@ -116,19 +116,9 @@ class Serving(View):
 
     def manual_backward(self, loss: Any, *args: Any, **kwargs: Any) -> None:
         """Backward with its hooks."""
-        metrics = self.metrics
-        here = metrics.here
-        if self.hooks.on_before_backward:
-            metrics.at(metrics.place("train", "on_before_backward"))
-            self.hooks.call("on_before_backward", loss)
-        backward = self.module.backward
-        if not args and overrides(self.module, "backward", Optimisation):
-            backward = indexed(backward, None, optimizer=None)
-        backward(loss, *args, **kwargs)
-        if self.hooks.on_after_backward:
-            metrics.at(metrics.place("train", "on_after_backward"))
-            self.hooks.call("on_after_backward")
-        metrics.at(here)
+        if self._manual_backward is None:
+            self._manual_backward = manual_backward(self)
+        self._manual_backward(loss, *args, **kwargs)
 
     def write_row(self, row: Mapping[str, Any], stage: str = "train") -> None:
         """Give loggers a row, with the epoch and the clocks in it."""

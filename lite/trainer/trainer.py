@@ -256,6 +256,7 @@ class Trainer(Preparing, Checkpoints, Interruption, Serving):
         self.ckpt_path: str | None = None
         self._in_hands: list[Any] = []
         self._put_back: Callable[[], None] | None = None
+        self._manual_backward = None
         self._given: dict[str, Any] = {}
         self._eval_data: dict[str, Any] = {}
         self._move: Any = None

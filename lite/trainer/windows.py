@@ -1,74 +1,79 @@
-"""Windows of accumulation beyond Lite's own: Lightning's arithmetic, and several that belong to one run."""
+"""The windows of accumulation of one run: how they are made, which of their batches are weighed, and what is saved."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch.optim import Optimizer
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
-from lite.gradients import put_back_gradients, waiting_gradients
+from lite import collectives
+from lite.data.sampler import ShardedSampler
+from lite.gradients import Accumulation
+from lite.trainer.data import StageData
 
 
-class ReferenceWindow:
-    """Lightning's arithmetic of accumulation: every loss divided by the number of micro-batches in a full window.
+def make_window(trainer: Any, steps: int, optimizer: Optimizer | None = None) -> Accumulation:
+    """A window by the Trainer's arithmetic: what was accumulated, or Lightning's full windows."""
+    window: Accumulation = trainer.lite.accumulate(
+        trainer.module, steps=steps, optimizer=optimizer, rescale=trainer.accumulation != "reference"
+    )
+    return window
+
+
+def weighing(trainer: Any, steps: int | None) -> Callable[[int], bool]:
+    """Whether the window that begins with that batch is weighed by its batches' sizes: where these may differ.
+
+    Collective: call on all ranks, which decide alike.
 
     Args:
-        lite: The Lite object.
-        module: The model.
-        steps: Micro-batches per window.
-        rescale: Whether a partial window becomes the mean over what it really held.
+        trainer: The Trainer.
+        steps: Batches in a window, one after another; None where a window may hold any.
     """
+    data: StageData = trainer.fit_loop.data
+    num_batches = data.num_batches
+    if trainer.accumulation == "reference":
+        return lambda batch_idx: False
+    alike = collectives.smallest(_alike(data, num_batches))
+    if alike == _ALL:
+        return lambda batch_idx: False
+    if alike == _NOT or steps is None:
+        return lambda batch_idx: True
+    return lambda batch_idx: batch_idx + steps >= num_batches
 
-    state_is_per_rank = True
 
-    def __init__(self, lite: Any, module: nn.Module, steps: int, *, rescale: bool = False) -> None:
-        self.steps, self.count, self.ready = steps, 0, False
-        self._lite, self._module, self._rescale = lite, module, rescale
+_NOT, _BUT_THE_LAST, _ALL = range(3)  # which batches have the same size for certain
 
-    @contextmanager
-    def __call__(self, *, last: bool = False) -> Iterator[None]:
-        if self.ready:
-            self.count, self.ready = 0, False
-        boundary = last or self.count + 1 == self.steps
-        sync: AbstractContextManager[None] = self._lite.no_backward_sync(self._module, not boundary)
-        with sync:
-            yield
-        self.count += 1
-        if boundary:
-            self._finish()
 
-    def _finish(self) -> None:
-        self.ready = True
-        if self._rescale and self.count != self.steps:
-            self._lite.strategy.multiply_gradients(self._module.parameters(), self.steps / self.count)
+def _alike(data: StageData, num_batches: float) -> int:
+    if data.combined:  # a loader that begins anew has its last batch in the middle
+        parts = [_alike_of(loader, num_batches) for loader in data.loaders[0].flattened]
+        return _ALL if all(part == _ALL for part in parts) else _NOT
+    return _alike_of(data.loaders[0], num_batches)
 
-    def flush(self) -> None:
-        """End an open window."""
-        if self.ready or not self.count:
-            return
-        for parameter in self._module.parameters():
-            if parameter.grad is not None:
-                parameter.grad.copy_(self._lite.all_reduce(parameter.grad, "mean"))
-        self._finish()
 
-    @property
-    def is_open(self) -> bool:
-        """Whether gradients wait for more batches."""
-        return self.count > 0 and not self.ready
+def _alike_of(loader: Any, num_batches: float) -> int:
+    size, count = sizes_of(loader)
+    if size is None:
+        return _NOT
+    if count is None or isinstance(loader.dataset, IterableDataset):  # whose workers each have a last batch
+        return _NOT
+    return _ALL if count % size == 0 or num_batches * size <= count else _BUT_THE_LAST
 
-    def state_dict(self) -> dict[str, Any]:
-        """The open window with its gradients so far; each rank has its own."""
-        if not self.is_open:
-            return {}
-        return {"count": self.count, "gradients": waiting_gradients(self._module.parameters())}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on within that window."""
-        self.count, self.ready = state.get("count", 0), False
-        if self.count:
-            put_back_gradients(self._module.parameters(), state["gradients"])
+def sizes_of(loader: Any) -> tuple[int | None, int | None]:
+    """Samples of a full batch and of an epoch, as far as the loader's sampler reaches; None: nobody knows."""
+    if not isinstance(loader, DataLoader):
+        return None, None
+    sampler: Any = loader.batch_sampler
+    if type(sampler) not in (BatchSampler, ShardedSampler) or sampler.batch_size is None:
+        return None, None
+    try:
+        count = len(sampler.sampler)
+    except TypeError:
+        count = None
+    return getattr(sampler, "group_size", sampler.batch_size), count
 
 
 class Windows:

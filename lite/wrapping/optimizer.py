@@ -64,15 +64,14 @@ def wrap_optimizer(
             closure several times decides by it, and all ranks must decide alike.
         divide: With several ranks, what the strategy does beneath the precision; it returns what takes that back.
         follow: The same above it.
-        before: Called before each step; what it raises is raised there.
+        before: Called before each step, or when a step's closure has run; what it raises is raised there.
     """
     below = divide(optimizer) if divide is not None else None
     undo: list[Callable[[], None]] = []
     if check is not None:
         undo.append(optimizer.register_step_pre_hook(_watch_parameters(optimizer, check)).remove)
     if before is not None:
-        ask = before
-        undo.append(optimizer.register_step_pre_hook(lambda optimizer, args, kwargs: ask(optimizer)).remove)
+        undo.append(optimizer.register_step_pre_hook(_asking(before)).remove)
     if mean_loss is not None and not precision.changes_step and _decides_by_loss(optimizer):
         undo.append(optimizer.register_step_pre_hook(_with_mean_loss(mean_loss)).remove)
     raw = patched = None
@@ -124,20 +123,38 @@ def _decides_by_loss(optimizer: Optimizer) -> bool:
     return isinstance(optimizer, LBFGS) or not type(optimizer).__module__.startswith("torch.optim.")
 
 
+def _asking(before: Callable[[Optimizer], None]) -> Callable[..., Any]:
+    """Asks before a step; where it has a closure, which may end a window of accumulation, when that has run."""
+
+    def ask(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def asked(loss: Any) -> Any:
+            before(optimizer)
+            return loss
+
+        replaced = _replace_closure(asked, args, kwargs)
+        if replaced is None:
+            before(optimizer)
+        return replaced
+
+    return ask
+
+
 def _with_mean_loss(mean_loss: Callable[[Any], Any]) -> Callable[..., Any]:
-    def replace_closure(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        if not callable(closure):
-            return None
+    return lambda optimizer, args, kwargs: _replace_closure(mean_loss, args, kwargs)
 
-        def everybodys() -> Any:
-            return mean_loss(closure())
 
-        if "closure" in kwargs:
-            return args, {**kwargs, "closure": everybodys}
-        return (args[0], everybodys, *args[2:]), kwargs
+def _replace_closure(then: Callable[[Any], Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A step's arguments with a closure that returns `then` of what the given one returns; None without one."""
+    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    if not callable(closure):
+        return None
 
-    return replace_closure
+    def replaced() -> Any:
+        return then(closure())
+
+    if "closure" in kwargs:
+        return args, {**kwargs, "closure": replaced}
+    return (args[0], replaced, *args[2:]), kwargs
 
 
 def _forgetting(optimizer: Optimizer, precision: Precision) -> Callable[[], None]:

@@ -96,6 +96,20 @@ def weights(module: nn.Module) -> list[float]:
     return torch.cat([p.detach().flatten() for p in module.parameters()]).tolist()
 
 
+def by_hand(count: int | Numbers, batch_sizes: list[list[int]], lr: float = 0.05) -> list[float]:
+    """Weights after SGD steps, each on one big batch made of the given parts."""
+    module, start = Tiny(), 0
+    optimizer = torch.optim.SGD(module.parameters(), lr=lr)
+    rows = (count if isinstance(count, Numbers) else Numbers(count)).rows
+    for parts in batch_sizes:
+        batch = rows[start : start + sum(parts)]
+        start += sum(parts)
+        optimizer.zero_grad()
+        module.loss(batch).backward()
+        optimizer.step()
+    return weights(module)
+
+
 class Recorder(Callback):
     """Keeps the epoch metrics that it sees."""
 

@@ -1,4 +1,4 @@
-"""Behaviours 9 to 18 and 45: what a step does with loss, gradients, optimizers, schedulers and modes."""
+"""Behaviours 9 to 18: what a step does with loss, gradients, optimizers, schedulers and modes."""
 
 from __future__ import annotations
 
@@ -9,23 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from lite.errors import ConfigError, UsageError
-from tests.trainer.modules import Numbers, Tiny, TinyData, numbers, trainer, weights
+from lite.trainer import hooks
+from lite.trainer.profilers import SimpleProfiler
+from tests.trainer.modules import Numbers, Tiny, TinyData, by_hand, numbers, trainer, weights
 
 OPTIONS = {"limit_val_batches": 0}
-
-
-def by_hand(count: int, batch_sizes: list[list[int]], lr: float = 0.05) -> list[float]:
-    """Weights after SGD steps, each on one big batch made of the given parts."""
-    module, start = Tiny(), 0
-    optimizer = torch.optim.SGD(module.parameters(), lr=lr)
-    rows = Numbers(count).rows
-    for parts in batch_sizes:
-        batch = rows[start : start + sum(parts)]
-        start += sum(parts)
-        optimizer.zero_grad()
-        module.loss(batch).backward()
-        optimizer.step()
-    return weights(module)
 
 
 def test_behaviour_9_the_loss_may_be_a_tensor_a_dict_or_none() -> None:
@@ -157,6 +145,50 @@ def test_behaviour_12_every_optimizer_step_counts_in_manual_mode() -> None:
     assert run.global_step == 3
 
 
+def test_manual_steps_have_profilers_and_what_1_8_had_follow_them() -> None:
+    """As automatic ones: `training_step_end` gets what training_step returned, and its own is what counts."""
+    outputs: list[Any] = []
+
+    class Old(Manual):
+        def training_step_end(self, output: Any) -> Any:
+            return {"loss": output, "more": 1}
+
+        def on_train_batch_end(self, found: Any, batch: Any, batch_idx: int) -> None:
+            outputs.append(found)
+
+    profiler = SimpleProfiler()
+    with pytest.warns(DeprecationWarning, match="training_step_end"):
+        trainer(profiler=profiler, **OPTIONS).fit(Old(), numbers())
+    assert [set(found) for found in outputs] == [{"loss", "more"}] * 3
+    assert "[Old].training_step" in profiler.seconds
+
+
+def test_manual_optimisation_looks_at_the_modules_backward_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And at the override of a scheduler's step once per epoch: signatures are slow to read."""
+    looks: list[str] = []
+
+    def counted(method: Any) -> Any:
+        looks.append(method.__name__)
+        return signature(method)
+
+    signature = hooks.inspect.signature
+
+    class Own(Manual):
+        def backward(self, loss: Tensor) -> None:
+            loss.backward()
+
+    monkeypatch.setattr(hooks.inspect, "signature", counted)
+    trainer(**OPTIONS).fit(Own(), numbers())
+    assert looks.count("backward") == 1
+
+    module: Any = scheduled(lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1), interval="step")
+    module.lr_scheduler_step = lambda scheduler, metric: scheduler.step()
+    module.lr_scheduler_step.__name__ = "lr_scheduler_step"
+    looks.clear()
+    trainer(**OPTIONS).fit(module, numbers())
+    assert looks.count("lr_scheduler_step") == 1
+
+
 def test_manual_optimisation_refuses_what_only_automatic_optimisation_does() -> None:
     """Clipping and accumulation by argument; and manual_backward where it is automatic."""
     for options in ({"gradient_clip_val": 1.0}, {"accumulate_grad_batches": 2}):
@@ -212,10 +244,11 @@ def test_behaviour_14_schedulers_step_when_they_are_due() -> None:
         return torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
 
     def rates(module: Any, **options: Any) -> list[float]:
-        trainer(max_epochs=2, **{**OPTIONS, **options}).fit(module, numbers(16), numbers())
+        trainer(**{"max_epochs": 2, **OPTIONS, **options}).fit(module, numbers(16), numbers())
         return module.rates
 
     assert rates(scheduled(halving)) == [1.0] * 4 + [0.5] * 4
+    assert rates(scheduled(halving, frequency=2), max_epochs=4) == [1.0] * 8 + [0.5] * 8
     assert rates(scheduled(halving, interval="step"), accumulate_grad_batches=2) == [
         1,
         1,
@@ -290,6 +323,49 @@ def test_behaviour_15_clipping_comes_after_the_hook_and_an_override_wins(algorit
     assert weights(module) == before
 
 
+class SeesNorms(Tiny):
+    """Notes the gradients' norm in the hook before each step, and after it; clips by torch alone where asked."""
+
+    def __init__(self, manual: bool = False) -> None:
+        super().__init__()
+        self.automatic_optimization = not manual
+        self.seen: list[float] = []
+
+    def norm(self) -> float:
+        return float(nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None]))
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        if self.automatic_optimization:
+            return self.loss(batch)
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(self.loss(batch))
+        optimizer.step()
+        return None
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        self.seen.append(self.norm())
+
+
+class ClipsByTorch(SeesNorms):
+    def configure_gradient_clipping(self, optimizer: Any, value: Any = None, algorithm: Any = None) -> None:
+        nn.utils.clip_grad_norm_(self.parameters(), 0.01)
+
+
+@pytest.mark.parametrize("form", ["hook", "clipped", "own", "manual"])
+def test_behaviour_15_a_loss_scale_is_gone_before_the_hook_and_clipping(form: str) -> None:
+    """Under "16-mixed": the gradients that they see, and the weights, are those of full precision."""
+    found = []
+    for precision in ("32-true", "16-mixed"):
+        module = ClipsByTorch() if form == "own" else SeesNorms(manual=form == "manual")
+        clip = {"gradient_clip_val": 0.01} if form == "clipped" else {}
+        trainer(precision=precision, **clip, **OPTIONS).fit(module, numbers())
+        found.append([module.seen, weights(module)])
+    # float64 is left alone by autocast, and the scale is a power of 2.
+    assert found[0] == found[1]
+    assert len(found[0][0]) == 3
+
+
 def test_behaviour_16_modes_are_given_back_as_they_were() -> None:
     """A submodule that evaluates goes on doing so."""
 
@@ -344,7 +420,7 @@ def test_behaviour_18_optimizer_step_may_call_the_closure_skip_it_or_wait() -> N
 
     module, run = Every(), trainer(**OPTIONS)
     run.fit(module, numbers())
-    assert run.global_step == 2
+    assert run.global_step == run.fit_loop.progress.stepped == 2
     assert weights(module) == by_hand(12, [[4], [4]])
 
     class Newton(Tiny):
@@ -362,57 +438,20 @@ def test_behaviour_18_optimizer_step_may_call_the_closure_skip_it_or_wait() -> N
     assert newton.calls > 1
     assert run.global_step == 1
 
-
-@pytest.mark.parametrize(("count", "steps"), [(16, 2), (12, 2), (10, 2), (22, 4), (6, 8)])
-def test_behaviour_45_accumulation_gives_the_gradient_of_one_big_batch(count: int, steps: int) -> None:
-    """Full windows, partial last ones and ragged last batches alike."""
-    sizes = [min(4, count - start) for start in range(0, count, 4)]
-    windows = [sizes[i : i + steps] for i in range(0, len(sizes), steps)]
-    module = Tiny()
-    trainer(accumulate_grad_batches=steps, **OPTIONS).fit(module, numbers(count))
-    assert weights(module) == pytest.approx(by_hand(count, windows), rel=0, abs=1e-14)
-
-
-def test_behaviour_45_the_last_window_of_a_loader_without_length_steps_too() -> None:
-    """Nobody knows that a batch was the last before it is asked for another."""
-
-    class Stream:
-        def __iter__(self) -> Any:
-            return iter(Numbers(10).rows.split(4))
-
-    module, run = Tiny(), trainer(accumulate_grad_batches=2, **OPTIONS)
-    run.fit(module, Stream())
-    assert run.global_step == 2
-    assert weights(module) == pytest.approx(by_hand(10, [[4, 4], [2]]), rel=0, abs=1e-14)
-
-
-def test_behaviour_45_weights_count_tokens_and_the_reference_divides_by_the_full_window() -> None:
-    """{"loss", "weight"}, and accumulation="reference"."""
-
-    class Tokens(Tiny):
+    class LogsBetween(Newton):
         def training_step(self, batch: Tensor, batch_idx: int) -> Any:
-            return {"loss": self.loss(batch[: batch_idx + 1]), "weight": batch_idx + 1}
+            self.log("loss", self.loss(batch))
+            return super().training_step(batch, batch_idx)
 
-    module = Tokens()
-    trainer(accumulate_grad_batches=3, **OPTIONS).fit(module, numbers())
-    rows = Numbers(12).rows
-    by = Tiny()
-    picked = torch.cat([rows[:1], rows[4:6], rows[8:11]])
-    optimizer = torch.optim.SGD(by.parameters(), lr=0.05)
-    by.loss(picked).backward()
-    optimizer.step()
-    assert weights(module) == pytest.approx(weights(by), rel=0, abs=1e-14)
+        def on_before_backward(self, loss: Tensor) -> None:
+            self.log("before", loss)
 
-    reference = Tiny()
-    trainer(accumulate_grad_batches=2, accumulation="reference", **OPTIONS).fit(reference, numbers())
-    by = Tiny()
-    optimizer = torch.optim.SGD(by.parameters(), lr=0.05)
-    for start, end in ((0, 8), (8, 12)):
-        optimizer.zero_grad()
-        for batch in rows[start:end].split(4):
-            (by.loss(batch) / 2).backward()
-        optimizer.step()
-    assert weights(reference) == weights(by)
+        def on_after_backward(self) -> None:
+            self.log("after", 1.0)
+
+    run = trainer(limit_train_batches=1, gradient_clip_val=1.0, **OPTIONS)
+    run.fit(LogsBetween(), numbers())
+    assert run.callback_metrics.keys() == {"loss", "before", "after"}
 
 
 def test_one_process_equals_the_raw_loop_bit_for_bit() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lite.errors import ConfigError
 from lite.trainer import LightningModule
+from lite.trainer.profilers import SimpleProfiler
 from tests.support.processes import run_distributed
 from tests.trainer.modules import numbers, trainer, weights
 
@@ -178,3 +179,91 @@ def test_behaviour_47_wrong_declarations_are_refused() -> None:
 
     with pytest.raises(ConfigError, match="without a 'step'"):
         trainer().fit(Half(), numbers())
+
+
+class Looked(Declared):
+    """Both step functions log, and so do the hooks between them."""
+
+    def maker_step(self, batch: Tensor) -> dict[str, Tensor]:
+        loss = self.maker_loss(batch)
+        self.log("maker", loss)
+        return {"loss": loss}
+
+    def on_after_backward(self) -> None:
+        self.log("backward", 1.0)
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        self.log("step", 1.0)
+
+
+def test_declared_steps_log_each_in_their_own_place_and_profilers_name_them() -> None:
+    """Hooks of the first optimizer come before the second one's step function."""
+    profiler = SimpleProfiler()
+    run = trainer(limit_val_batches=0, profiler=profiler)
+    run.fit(Looked(), numbers(20, 4))
+    assert run.callback_metrics.keys() == {"critic", "maker", "backward", "step"}
+    assert {"[Looked].critic_step", "[Looked].maker_step"} <= profiler.seconds.keys()
+
+
+@pytest.mark.parametrize("accumulation", ["exact", "reference"])
+def test_declared_windows_have_either_arithmetic(accumulation: str) -> None:
+    """A partial window, or one with a ragged batch: by what is in it, or all divided by two."""
+    for count in (10, 14):
+        module = Declared(accumulate_grad_batches=2, every_n_batches=1)
+        trainer(limit_val_batches=0, accumulation=accumulation).fit(module, numbers(count, 4))
+        by, batches = Pair(), list(numbers(count, 4))
+        critic, maker = (torch.optim.SGD(part.parameters(), lr=0.1) for part in (by.critic, by.maker))
+        schedule = torch.optim.lr_scheduler.StepLR(critic, 2, 0.5)
+        for number, batch in enumerate(batches):
+            critic.zero_grad()
+            by.critic_loss(batch).backward()
+            nn.utils.clip_grad_norm_(by.critic.parameters(), 0.5)
+            critic.step()
+            schedule.step()
+            if number % 2 == 0:
+                maker.zero_grad()
+            window = batches[number // 2 * 2 :][:2]
+            exact = len(batch) / sum(map(len, window))
+            (by.maker_loss(batch) * (exact if accumulation == "exact" else 0.5)).backward()
+            if number % 2 or number + 1 == len(batches):
+                maker.step()
+        assert weights(module) == pytest.approx(weights(by), rel=0, abs=1e-14)
+
+
+def test_an_override_of_optimizer_step_may_leave_a_declared_step_function_out() -> None:
+    """Its closure runs the step function, as with one optimizer; a step that it leaves out does not count."""
+
+    class Leaves(Declared):
+        def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+            if optimizer.optimizer is self.trainer.optimizers[0]:
+                optimizer.step(closure=optimizer_closure)
+
+    module, run = Leaves(), trainer(limit_val_batches=0)
+    before = [p.clone() for p in module.maker.parameters()]
+    run.fit(module, numbers(16, 4))
+    assert run.global_step == 4
+    assert all(torch.equal(a, b) for a, b in zip(before, module.maker.parameters(), strict=True))
+    assert run.optimizers[0].param_groups[0]["lr"] == 0.1 / 4
+
+
+@pytest.mark.parametrize("override", [False, True])
+def test_declared_windows_of_a_loader_without_length_step_at_its_end(override: bool) -> None:
+    """With clipping, hooks, counts and rates as where the length is known."""
+
+    class Overridden(Looked):
+        def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+            optimizer.step(closure=optimizer_closure)
+
+    class Stream:
+        def __iter__(self) -> Any:
+            return iter(numbers(20, 4))
+
+    found = []
+    for loader in (numbers(20, 4), Stream()):
+        kind = Overridden if override else Looked
+        module = kind(accumulate_grad_batches=2, every_n_batches=1, gradient_clip_val=0.1)
+        run = trainer(limit_val_batches=0, max_epochs=2)
+        run.fit(module, loader)
+        found.append((run.global_step, run.fit_loop.progress.stepped, run.callback_metrics.keys(), weights(module)))
+    assert found[0][:3] == found[1][:3]
+    assert found[0][3] == pytest.approx(found[1][3], rel=0, abs=1e-14)

@@ -10,12 +10,21 @@ from typing import Any
 from torch import Tensor
 
 from lite.errors import ConfigError
+from lite.gradients import is_weight
 from lite.trainer.hooks import accepted
 from lite.trainer.module import detached
 
 Step = Callable[[Any, int], Any]
 Signature = tuple[tuple[str, ...], int, bool]
 _signatures: weakref.WeakKeyDictionary[Any, Signature] = weakref.WeakKeyDictionary()
+
+
+def training_call(trainer: Any, name: str = "training_step") -> Callable[[Any, int], Any]:
+    """The module's step function of that name, with a profiler around it, and what 1.8 had follow `training_step`."""
+    call, old = step_caller(getattr(trainer.module, name)), trainer.fit_loop.epoch_loop.old
+    if trainer.wrap_hook is not None:
+        call = trainer.wrap_hook(name, trainer.module, call)
+    return old.around(call) if old is not None and name == "training_step" else call
 
 
 def step_caller(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -76,6 +85,21 @@ def pick_loss(output: Any) -> Tensor | None:
     raise ConfigError(
         f"training_step returned a {type(output).__name__} as its loss; return a tensor, a dict with 'loss', or None."
     )
+
+
+def given_weight(output: Any) -> Any:
+    """The tokens or samples behind the loss, where the step function has told; else None.
+
+    Raises:
+        ConfigError: It is no number of them.
+    """
+    weight = output.get("weight") if isinstance(output, Mapping) else None
+    if weight is not None and not is_weight(weight):
+        raise ConfigError(
+            f"training_step returned {{'weight': {weight!r:.80}}}, which is no number of at least 0, of tokens or "
+            "samples that the loss is a mean over; return what it is under another name."
+        )
+    return weight
 
 
 def hook_outputs(output: Any) -> Any:

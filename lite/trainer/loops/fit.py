@@ -27,6 +27,7 @@ from lite.trainer.planning import check_monitored
 from lite.trainer.progress import Progress
 from lite.trainer.schedules import step_schedulers
 from lite.trainer.validation import ValidationSchedule
+from lite.trainer.windows import sizes_of
 
 
 class FitLoop:
@@ -176,13 +177,12 @@ class FitLoop:
     def epoch_samples(self) -> int:
         """Samples of this epoch so far over all ranks, where the loader knows."""
         loader = self.data.loaders[0] if self.data.loaders else None
-        size = getattr(getattr(loader, "batch_sampler", None), "group_size", None)
-        if size is None:
-            size = getattr(loader, "batch_size", None) or 0
-        try:
-            return min(self.progress.batch * int(size), len(loader.dataset))  # type: ignore[union-attr]
-        except (TypeError, AttributeError):
-            return self.progress.batch * int(size)
+        size, count = sizes_of(loader)
+        size = int(getattr(loader, "batch_size", None) or 0) if size is None else size
+        samples = self.progress.batch * size
+        samples = samples if count is None else min(samples, count)
+        shard = getattr(getattr(loader, "batch_sampler", None), "shard", None)
+        return samples * (collectives.world_size() // (1 if shard is None else shard.world_size))
 
     # ---- the end
 

@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from lite.errors import ConfigError, UsageError
+from lite.trainer.declared import Declared
 from lite.trainer.hooks import indexed, overrides
+from lite.trainer.manual import clip_by
 from lite.trainer.module import LightningModule
 
 NO_GRAPH = (
@@ -20,48 +22,53 @@ NO_GRAPH = (
 )
 
 
-def run_backward(trainer: Any, optimizer: Optimizer | None, index: int = 0) -> Callable[[Tensor], None]:
-    """Backward with the hooks around it, as this run needs it."""
-    module, hooks, metrics = trainer.module, trainer.hooks, trainer.metrics
-    backward = trainer.lite.backward
-    if overrides(module, "backward", LightningModule):
-        backward = indexed(module.backward, index, optimizer=optimizer)
-    before, after, at = hooks.on_before_backward, hooks.on_after_backward, metrics.at
-    in_before = metrics.place("train", "on_before_backward")
-    in_after = metrics.place("train", "on_after_backward")
+def hooked(trainer: Any, name: str) -> Callable[..., None] | None:
+    """A hook of the training step as one function, within which `self.log` is the hook's; None where nobody has it."""
+    methods, metrics = getattr(trainer.hooks, name), trainer.metrics
+    if not methods:
+        return None
+    place, at = metrics.place("train", name), metrics.at
 
-    def run(loss: Tensor) -> None:
-        if not loss.requires_grad:
-            raise UsageError(NO_GRAPH)
-        if before:
-            at(in_before)
-            for hook in before:
-                hook(loss)
-        backward(loss)
-        if after:
-            at(in_after)
-            for hook in after:
-                hook()
+    def run(*args: Any) -> None:
+        here = metrics.here
+        at(place)
+        for method in methods:
+            method(*args)
+        at(here)
+
+    return run
+
+
+def run_backward(trainer: Any, backward: Callable[..., None]) -> Callable[..., None]:
+    """That backward with the hooks around it."""
+    before, after = hooked(trainer, "on_before_backward"), hooked(trainer, "on_after_backward")
+    if before is None and after is None:
+        return backward
+
+    def run(loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        if before is not None:
+            before(loss)
+        backward(loss, *args, **kwargs)
+        if after is not None:
+            after()
 
     return run
 
 
 def drop_gradients(trainer: Any, optimizer: Optimizer, index: int = 0) -> Callable[[int], None]:
     """Dropping an optimizer's gradients, with hooks and the module's own way where there are any."""
-    module, hooks, metrics = trainer.module, trainer.hooks, trainer.metrics
-    progress = trainer.fit_loop.progress
-    before, place = hooks.on_before_zero_grad, metrics.place("train", "on_before_zero_grad")
-    own = overrides(module, "optimizer_zero_grad", LightningModule)
-    if not before and not own:
+    module, progress = trainer.module, trainer.fit_loop.progress
+    before, own = hooked(trainer, "on_before_zero_grad"), None
+    if overrides(module, "optimizer_zero_grad", LightningModule):
+        own = indexed(module.optimizer_zero_grad, index)
+    if before is None and own is None:
         return lambda batch_idx: optimizer.zero_grad()
-    own_way = indexed(module.optimizer_zero_grad, index)
 
     def zero_grad(batch_idx: int) -> None:
-        metrics.at(place)
-        for hook in before:
-            hook(optimizer)
-        if own:
-            own_way(progress.epoch, batch_idx, optimizer)
+        if before is not None:
+            before(optimizer)
+        if own is not None:
+            own(progress.epoch, batch_idx, optimizer)
         else:
             optimizer.zero_grad()
 
@@ -69,37 +76,45 @@ def drop_gradients(trainer: Any, optimizer: Optimizer, index: int = 0) -> Callab
 
 
 def before_step_hooks(trainer: Any, clip: Callable[[Optimizer], Any] | None) -> Callable[[Optimizer], None] | None:
-    """What comes between backward and step: hooks, norms, clipping; None where there is nothing."""
-    module, hooks, metrics, lite = trainer.module, trainer.hooks, trainer.metrics, trainer.lite
-    before, place = hooks.on_before_optimizer_step, metrics.place("train", "on_before_optimizer_step")
-    norm_type = tracked_norm(trainer)
-    if not before and clip is None and norm_type is None:
+    """What comes between backward and step: true sizes, hooks, norms, clipping; None where there is nothing."""
+    module, metrics, precision = trainer.module, trainer.metrics, trainer.lite.precision
+    before, norm_type = hooked(trainer, "on_before_optimizer_step"), tracked_norm(trainer)
+    if before is None and clip is None and norm_type is None:
         return None
-    unscale = getattr(lite.precision, "unscale", None) if lite.precision.changes_step else None
+    unscale = getattr(precision, "unscale", None) if precision.changes_step else None
+    place = metrics.place("train", "on_before_optimizer_step")
 
     def before_step(optimizer: Optimizer) -> None:
         if unscale is not None:
             unscale(optimizer)
-        if before:
-            metrics.at(place)
-            for hook in before:
-                hook(optimizer)
+        if before is not None:
+            before(optimizer)
         if norm_type is not None:
+            here = metrics.here
             metrics.at(place)
             log_norms(module, norm_type)
+            metrics.at(here)
         if clip is not None:
             clip(optimizer)
 
     return before_step
 
 
-def clipping(trainer: Any) -> Callable[[Optimizer], None] | None:
-    """The Trainer's clipping, or the module's own; None where there is none."""
+def clipping(trainer: Any, index: int = 0, declared: Declared | None = None) -> Callable[[Optimizer], Any] | None:
+    """The clipping of the optimizer at that position: what is declared of it, else the Trainer's, by the module's own
+    way where it has one; None where there is none."""
     module, value, algorithm = trainer.module, trainer.gradient_clip_val, trainer.gradient_clip_algorithm
+    if declared is not None:
+        value = declared.gradient_clip_val if declared.gradient_clip_val is not None else value
+        algorithm = declared.gradient_clip_algorithm or algorithm
     if overrides(module, "configure_gradient_clipping", LightningModule):
-        own = indexed(module.configure_gradient_clipping)
+        own = indexed(module.configure_gradient_clipping, index)
         return lambda optimizer: own(optimizer, value, algorithm)
-    return (lambda optimizer: module.clip_gradients(optimizer, value, algorithm)) if value else None
+    if not value:
+        return None
+    if declared is not None:  # whose value may be another than the Trainer's
+        return lambda optimizer: clip_by(trainer.lite, module, optimizer, value, algorithm)
+    return lambda optimizer: module.clip_gradients(optimizer, value, algorithm)
 
 
 def old_settings(optimizer: Optimizer) -> dict[str, Any]:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch.optim import Optimizer
 
-from lite.trainer.loops.calling import Step, step_caller
-from lite.trainer.loops.gradient import log_norms, tracked_norm
-from lite.trainer.manual import in_hands
+from lite.trainer.hooks import indexed, overrides
+from lite.trainer.loops.calling import Step, training_call
+from lite.trainer.loops.gradient import before_step_hooks, hooked, run_backward
+from lite.trainer.manual import Optimisation, in_hands
 
 
 def manual_step(trainer: Any) -> Step:
     """The module's own hand: it runs backward and steps; the optimizers that it has been given count."""
-    module = trainer.module
-    call = step_caller(module.training_step)
+    module, call = trainer.module, training_call(trainer)
     progress = trainer.fit_loop.progress
 
     def step(batch: Any, batch_idx: int) -> Any:
@@ -29,30 +30,30 @@ def manual_step(trainer: Any) -> Step:
 
 def manual_optimizers(trainer: Any) -> list[Any]:
     """The run's optimizers for `training_step`: their steps run the hooks and count."""
-    hooks, metrics, progress = trainer.hooks, trainer.metrics, trainer.fit_loop.progress
-    before_step, zero = hooks.on_before_optimizer_step, hooks.on_before_zero_grad
-    norm_type = tracked_norm(trainer)
-    places = {name: metrics.place("train", name) for name in ("on_before_optimizer_step", "on_before_zero_grad")}
+    progress = trainer.fit_loop.progress
 
-    def run(name: str, methods: Any, optimizer: Optimizer) -> None:
-        if not methods:
-            return
-        here = metrics.here
-        metrics.at(places[name])
-        for hook in methods:
-            hook(optimizer)
-        metrics.at(here)
-
-    def before(optimizer: Optimizer) -> None:
-        run("on_before_optimizer_step", before_step, optimizer)
-        if norm_type is not None:
-            log_norms(trainer.module, norm_type)
+    def nothing(optimizer: Optimizer) -> None:
+        """Nobody looks on."""
 
     def after() -> None:
         progress.updates += 1
 
-    def zeroing(optimizer: Optimizer) -> None:
-        run("on_before_zero_grad", zero, optimizer)
-
-    parts = {"before": before, "after": after, "zero": zeroing, "module": trainer.module}
+    parts = {
+        "before": before_step_hooks(trainer, None) or nothing,
+        "after": after,
+        "zero": hooked(trainer, "on_before_zero_grad") or nothing,
+        "module": trainer.module,
+    }
     return [in_hands(optimizer, **parts) for optimizer in trainer.optimizers]
+
+
+def manual_backward(trainer: Any) -> Callable[..., None]:
+    """The module's backward with its hooks."""
+    backward = own = trainer.module.backward
+    if overrides(trainer.module, "backward", Optimisation):
+        present = indexed(own, None, optimizer=None)
+
+        def backward(loss: Any, *args: Any, **kwargs: Any) -> None:
+            (own if args else present)(loss, *args, **kwargs)  # who gives more knows the method's form
+
+    return run_backward(trainer, backward)

@@ -13,7 +13,6 @@ from itertools import islice
 from typing import Any
 
 from torch import nn
-from torch.utils.data import DataLoader
 
 from lite import collectives
 from lite.errors import ConfigError
@@ -21,15 +20,13 @@ from lite.trainer.callbacks.progress_bar import ProgressBar
 from lite.trainer.combined import CombinedLoader
 from lite.trainer.data import INFINITE, StageData, length
 from lite.trainer.events import Event
-from lite.trainer.hooks import overrides
 from lite.trainer.loops.calling import Step, hook_outputs
 from lite.trainer.loops.step import compose_step
 from lite.trainer.metric_objects import unchanged_metrics
 from lite.trainer.metrics import Metrics
-from lite.trainer.module import LightningModule
 from lite.trainer.old import OldHooks, find_old_hooks
 from lite.trainer.schedules import step_schedulers
-from lite.trainer.windows import ReferenceWindow, Windows
+from lite.trainer.windows import Windows, make_window
 
 _VOTE_EVERY = 50
 
@@ -40,8 +37,7 @@ class TrainEpochLoop:
     Attributes:
         window: The window of accumulation, or None where every batch is a step.
         windows: The run's windows: that one, or those of several optimizers.
-        always_weighs: Whether every batch of a window is weighed by its size.
-        flushes: What ends open windows where an epoch's end comes unannounced.
+        flushes: What ends open windows, and lets them step, where an epoch's end comes unannounced.
         settled: What was due after the newest batch has been done, up to the saves.
         under_way: A batch has been given out whose step is not done.
         complete: The epoch has had its last batch, and what comes of that.
@@ -53,7 +49,6 @@ class TrainEpochLoop:
         self.output: Any = None
         self.old: OldHooks | None = None
         self.windows = Windows()
-        self.always_weighs = False
         self.flushes: list[Callable[[], None]] = []
         self.settled = True
         self.under_way = self.complete = False
@@ -80,8 +75,6 @@ class TrainEpochLoop:
         in_start = metrics.place("train", "on_train_batch_start")
         in_end = metrics.place("train", "on_train_batch_end")
         training, at, begin_batch = metrics.place("train", "training_step"), metrics.at, metrics.begin_batch
-        by_step = [c for c in trainer.lr_scheduler_configs if c.interval == "step"] if _paced(trainer) else []
-        by_step = [] if trainer.declared else by_step
         move, driven = data.move, "batch" in fit.events
         splits = trainer.world_size > 1 and not data.combined
         real = trainer.lite.real_samples if splits else None
@@ -89,9 +82,8 @@ class TrainEpochLoop:
             step = _without_counting(step, metrics, trainer.module)
         stop_polled = fit.stop_poll if trainer.world_size > 1 else None  # alone, the signal itself lets the loop look
         event = Event("batch", trainer)
-        stepped = progress.stepped
         if self.settled:
-            self._stepped = stepped
+            self._stepped = progress.stepped
         self._bars = [callback for callback in trainer.callbacks if isinstance(callback, ProgressBar)]
         batches = self._open(trainer, data, count)
         over = fit.begun is not None and fit.is_over(trainer)  # saved as the epoch that ends the run was ending
@@ -110,15 +102,13 @@ class TrainEpochLoop:
             if on_start:
                 at(in_start)
                 if any([hook(batch, count) == -1 for hook in on_start]):
+                    self._end_of_batches(trainer)
                     break
                 at(training)
             output = self.output = step(batch, count)
             count += 1
             if old is not None and not metrics.filler:
                 old.keep(hook_outputs(output))
-            if by_step and progress.stepped > stepped:
-                stepped = progress.stepped
-                step_schedulers(trainer, by_step, stepped)
             progress.batches += 1
             progress.batch = count
             self.under_way = False
@@ -181,49 +171,19 @@ class TrainEpochLoop:
     def _end_of_batches(self, trainer: Any) -> None:
         """The last batch of the epoch is done: an open window steps, and so do schedulers by the epoch."""
         self.complete = True
-        window, progress = self.window, trainer.fit_loop.progress
-        if window is not None and window.is_open:
-            window.flush()
-            if trainer.optimizers:
-                trainer.optimizers[0].step()
-                progress.updates += 1
-                progress.stepped += 1
         for flush in self.flushes:
             flush()
         configs = [c for c in trainer.lr_scheduler_configs if c.interval == "epoch" and not c.reduce_on_plateau]
-        if configs and _paced(trainer):
-            step_schedulers(trainer, configs, progress.epoch + 1)
+        if configs and trainer.module.automatic_optimization:
+            step_schedulers(trainer, configs, trainer.fit_loop.progress.epoch + 1)
 
     # ---- accumulation
 
-    @property
-    def sizes_vary(self) -> tuple[bool, Callable[[int], bool]]:
-        """Whether every batch of a window is weighed by its size, and whether that one is."""
-        return self.always_weighs, self._ragged
-
     def _make_window(self, trainer: Any) -> None:
-        steps = trainer.accumulate_grad_batches
-        num_batches, module = trainer.fit_loop.data.num_batches, trainer.module
-        self.always_weighs, self._ragged = False, lambda batch_idx: False
-        self.window, self.flushes = None, []
+        steps, self.window, self.flushes = trainer.accumulate_grad_batches, None, []
         self.windows.clear()
-        if trainer.declared:
-            self.always_weighs = not _even(trainer.fit_loop.data)
-        if steps == 1 or trainer.declared or not module.automatic_optimization:
-            return
-        own_backward = overrides(module, "backward", LightningModule)
-        window: Any
-        if trainer.accumulation == "reference" or own_backward:
-            rescale = trainer.accumulation != "reference"
-            window = ReferenceWindow(trainer.lite, module, steps, rescale=rescale)
-        else:
-            window = trainer.lite.accumulate(module, steps=steps)
-            if num_batches == INFINITE:
-                self.always_weighs = True
-            elif not _even(trainer.fit_loop.data):
-                last = (int(num_batches) - 1) // steps * steps
-                self._ragged = lambda batch_idx: batch_idx >= last
-        self.window = self.windows.add("window", window)
+        if steps > 1 and not trainer.declared and trainer.module.automatic_optimization:
+            self.window = self.windows.add("window", make_window(trainer, steps))
 
     def window_of(self, trainer: Any, optimizer: Any, steps: int) -> Any:
         """The window of one optimizer in manual optimisation; the same one throughout an epoch."""
@@ -233,7 +193,7 @@ class TrainEpochLoop:
         name = str(number)
         window = self.windows.named.get(name)
         if window is None or window.steps != steps:
-            window = self.windows.add(name, trainer.lite.accumulate(trainer.module, steps=steps, optimizer=optimizer))
+            window = self.windows.add(name, make_window(trainer, steps, optimizer))
         return window
 
     @property
@@ -341,10 +301,6 @@ class TrainEpochLoop:
         self.settled, self.complete, self.under_way = True, False, False
 
 
-def _paced(trainer: Any) -> bool:
-    return bool(trainer.module.automatic_optimization)
-
-
 def discard(loader: Any) -> None:
     """Let go of a pass that a loaded state asks for and of which nothing is wanted any more."""
     if isinstance(loader, CombinedLoader):
@@ -360,20 +316,6 @@ def discard(loader: Any) -> None:
 def _remaining(loader: Any, count: int) -> float | None:
     total = length(loader)
     return None if total is None else total - count
-
-
-def _even(data: StageData) -> bool:
-    """Whether all batches that count have the same size."""
-    loader = data.loaders[0]
-    if not isinstance(loader, DataLoader) or data.combined:
-        return False
-    if loader.drop_last or data.num_batches < len(loader):
-        return True
-    size = getattr(loader.batch_sampler, "group_size", loader.batch_size)
-    try:
-        return size is not None and len(loader.dataset) % size == 0  # type: ignore[arg-type]
-    except TypeError:
-        return False
 
 
 def _without_counting(step: Step, metrics: Metrics, module: nn.Module) -> Step:
