@@ -1,8 +1,66 @@
-"""The table that validation and test print."""
+"""A run of validate, test or predict, from its arguments to its results, and the table that shows them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
+
+from lite.errors import ConfigError
+from lite.trainer import checkpointing
+from lite.trainer.checkpoints import Checkpoints
+from lite.trainer.loops import EvaluationLoop
+from lite.trainer.loops.evaluate import no_gradients
+from lite.trainer.preparing import Preparing
+from lite.trainer.run import check_module, running
+from lite.trainer.sources import or_datamodule
+from lite.trainer.state import RunningStage, TrainerFn
+
+
+class Evaluating(Preparing, Checkpoints):
+    """The side of `Trainer` that evaluates by itself."""
+
+    inference_mode: bool
+
+    def _evaluate(
+        self,
+        loop: EvaluationLoop,
+        fn: TrainerFn,
+        model: Any,
+        dataloaders: Any,
+        ckpt_path: Any,
+        verbose: bool,
+        datamodule: Any,
+        weights_only: bool | None,
+    ) -> list[dict[str, float]]:
+        """One run of that loop: what was logged for each loader."""
+        dataloaders, datamodule = or_datamodule(dataloaders, datamodule)
+        if model is None:
+            if self.module is None:
+                raise ConfigError(f"trainer.{fn.value}() got no model, and there is none of a fit before it; pass one.")
+            model, datamodule = self.module, datamodule if datamodule is not None else self.datamodule
+            if ckpt_path is None and any(c.best_model_path for c in self.checkpoint_callbacks):
+                ckpt_path = "best"
+        check_module(model, fn.value)
+        self._launch()
+        results: list[dict[str, Any]] = []  # of a run that Ctrl-C ends in a notebook
+        with running(self, fn, model, datamodule, lambda: self._begin_from(ckpt_path, fitting=False)):
+            checkpoint = self._read_checkpoint(weights_only)
+            if checkpoint is not None:
+                checkpointing.restore_callbacks(self, checkpoint, fitting=False)
+                checkpointing.restore_weights(self, checkpoint, str(self.ckpt_path))
+            self._log_graph()
+            self._set_up(train=False)
+            self._log_hyperparameters()
+            data = self._eval_data[fn.value] = self._make_eval_data(fn.value, dataloaders)
+            names = data.names
+            self.state.stage = RunningStage(fn.value)
+            results = loop.run(self, data, no_grad=no_gradients(self.inference_mode))
+        if fn is TrainerFn.PREDICTING:
+            return []
+        found = [{name: float(value) for name, value in one.items()} for one in results]
+        if verbose and results and self.is_global_zero:
+            print_results(found, fn.value, names)
+        return found
 
 
 def print_results(results: Sequence[dict[str, float]], stage: str, names: Sequence[str] | None) -> None:

@@ -59,6 +59,10 @@ class Preparing(Sources):
     _told_hparams: bool
     _told_graph: bool
 
+    def _launch(self) -> None:
+        """Start the processes, where they don't run yet: each runs the script anew, and this one waits for them."""
+        self.lite.launch()
+
     def _set_up(self, *, train: bool) -> None:
         """Let Lite prepare module, optimizers and schedulers."""
         if self.sync_batchnorm and self.world_size > 1:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -11,22 +10,20 @@ from typing import Any
 
 from lite.errors import ConfigError, choose, shown
 from lite.lite import Lite
-from lite.trainer import arguments, checkpointing, evaluation
+from lite.trainer import arguments, checkpointing
 from lite.trainer.arguments import share, whole
-from lite.trainer.checkpoints import Checkpoints
 from lite.trainer.combined import MODES
 from lite.trainer.declared import Declared
 from lite.trainer.defaults import assemble_callbacks, assemble_loggers
+from lite.trainer.evaluation import Evaluating
 from lite.trainer.events import Event
 from lite.trainer.hooks import Hooks
 from lite.trainer.interruption import Interruption
 from lite.trainer.loops import EvaluationLoop, FitLoop, PredictLoop
-from lite.trainer.loops.evaluate import no_gradients
 from lite.trainer.manual import ManualOptimizer
 from lite.trainer.metrics import Metrics
 from lite.trainer.optimizers import SchedulerConfig
 from lite.trainer.planning import Planned, check_reachable, plan
-from lite.trainer.preparing import Preparing
 from lite.trainer.profilers import make_profiler
 from lite.trainer.run import check_module, in_order, running
 from lite.trainer.serving import Serving
@@ -34,7 +31,7 @@ from lite.trainer.sources import or_datamodule
 from lite.trainer.state import RunningStage, TrainerFn, TrainerState
 
 
-class Trainer(Preparing, Checkpoints, Interruption, Serving):
+class Trainer(Evaluating, Interruption, Serving):
     """Trains, validates, tests and predicts with a LightningModule, on what Lite runs on.
 
     All arguments have names. LITE_TRAINER_<ARGUMENT> (or PL_TRAINER_<ARGUMENT>) is a default from the environment: an
@@ -520,42 +517,12 @@ class Trainer(Preparing, Checkpoints, Interruption, Serving):
         Returns:
             {"scale_batch_size": the size, "lr_find": an LRFinder}, as far as asked for.
         """
-        from lite.trainer.tuner import Tuner
+        from lite.trainer.tuner import tune
 
-        if not self.auto_scale_batch_size and not self.auto_lr_find:
-            raise ConfigError(
-                "tune has nothing to look for; set Trainer(auto_lr_find=True) or Trainer(auto_scale_batch_size=True)."
-            )
-        if self.fast_dev_run:
-            warnings.warn("tune looks for nothing under fast_dev_run, whose batches would not tell.", stacklevel=2)
-            return {}
         train_dataloaders, datamodule = or_datamodule(train_dataloaders, datamodule)
         check_module(model, "tune")
         self._launch()
-        tuner = Tuner(self)
-        found: dict[str, Any] = {}
-        if self.auto_scale_batch_size:
-            mode = {"mode": self.auto_scale_batch_size} if isinstance(self.auto_scale_batch_size, str) else {}
-            options = {**mode, **(scale_batch_size_kwargs or {})}
-            found["scale_batch_size"] = tuner.scale_batch_size(model, train_dataloaders, datamodule, **options)
-        if self.auto_lr_find:
-            name = {"attr_name": self.auto_lr_find} if isinstance(self.auto_lr_find, str) else {}
-            options = {**name, **(lr_find_kwargs or {})}
-            found["lr_find"] = tuner.lr_find(model, train_dataloaders, datamodule, **options)
-        return found
-
-    def trial(self, **options: Any) -> Trainer:
-        """A Trainer for a short fit with this one's Lite and optimisation, of which nothing is written or shown."""
-        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-        alike = {
-            "limit_train_batches": self.limit_train_batches,
-            "gradient_clip_val": self.gradient_clip_val,
-            "gradient_clip_algorithm": self.gradient_clip_algorithm,
-            "use_distributed_sampler": self.use_distributed_sampler,
-            "multiple_trainloader_mode": self.multiple_trainloader_mode,
-        }
-        off = {"enable_model_summary": False, "limit_val_batches": 0, "num_sanity_val_steps": 0}
-        return Trainer(lite=self.lite, max_epochs=-1, **{**quiet, **alike, **off, **options})
+        return tune(self, model, train_dataloaders, datamodule, scale_batch_size_kwargs or {}, lr_find_kwargs or {})
 
     def print(self, *args: Any, **kwargs: Any) -> None:
         """`print` on rank 0."""
@@ -566,52 +533,6 @@ class Trainer(Preparing, Checkpoints, Interruption, Serving):
         """Create modules on the device and in the precision's dtype at once."""
         with self.lite.init_module():
             yield
-
-    # ---- pieces
-
-    def _launch(self) -> None:
-        """Start the processes, where they don't run yet: each runs the script anew, and this one waits for them."""
-        self.lite.launch()
-
-    def _evaluate(
-        self,
-        loop: EvaluationLoop,
-        fn: TrainerFn,
-        model: Any,
-        dataloaders: Any,
-        ckpt_path: Any,
-        verbose: bool,
-        datamodule: Any,
-        weights_only: bool | None,
-    ) -> list[dict[str, float]]:
-        dataloaders, datamodule = or_datamodule(dataloaders, datamodule)
-        if model is None:
-            if self.module is None:
-                raise ConfigError(f"trainer.{fn.value}() got no model, and there is none of a fit before it; pass one.")
-            model, datamodule = self.module, datamodule if datamodule is not None else self.datamodule
-            if ckpt_path is None and any(c.best_model_path for c in self.checkpoint_callbacks):
-                ckpt_path = "best"
-        check_module(model, fn.value)
-        self._launch()
-        results: list[dict[str, Any]] = []  # of a run that Ctrl-C ends in a notebook
-        with running(self, fn, model, datamodule, lambda: self._begin_from(ckpt_path, fitting=False)):
-            checkpoint = self._read_checkpoint(weights_only)
-            if checkpoint is not None:
-                checkpointing.restore_callbacks(self, checkpoint, fitting=False)
-                checkpointing.restore_weights(self, checkpoint, str(self.ckpt_path))
-            self._log_graph()
-            self._set_up(train=False)
-            self._log_hyperparameters()
-            data = self._eval_data[fn.value] = self._make_eval_data(fn.value, dataloaders)
-            names = data.names
-            self.state.stage = RunningStage(fn.value)
-            results = loop.run(self, data, no_grad=no_gradients(self.inference_mode))
-        if fn is TrainerFn.PREDICTING:
-            return []
-        found = [{name: float(value) for name, value in one.items()} for one in results]
-        if verbose and results and self.is_global_zero:
-            evaluation.print_results(found, fn.value, names)
-        return found
 
 
 __all__ = ["ManualOptimizer", "Trainer"]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,11 +14,11 @@ from lite.trainer.tuner.attributes import Tuned
 from lite.trainer.tuner.batch_size import fits_into_memory, search
 from lite.trainer.tuner.lr_finder import LRFinder, Ramp
 
-__all__ = ["LRFinder", "Tuner"]
+__all__ = ["LRFinder", "Tuner", "tune"]
 
 
 class Tuner:
-    """Searches for a Trainer by short fits with its devices, precision and accumulation.
+    """Searches for a Trainer by short fits on its devices, in its precision, without accumulation.
 
     Args:
         trainer: The Trainer, which stays as it is.
@@ -64,7 +65,7 @@ class Tuner:
         tuned = Tuned("learning rate", [model, datamodule], names) if update_attr else None
         ramp = Ramp(min_lr, max_lr, num_training, mode, early_stop_threshold)
         with _unchanged(model):
-            trial = self._trainer.trial(max_steps=num_training, callbacks=[ramp], accumulate_grad_batches=1)
+            trial = _trial(self._trainer, max_steps=num_training, callbacks=[ramp], accumulate_grad_batches=1)
             trial.fit(model, train_dataloaders, datamodule=datamodule)
         finder = LRFinder(ramp.lr[: len(ramp.loss)], ramp.loss)
         suggestion = finder.suggestion() if tuned is not None else None
@@ -111,7 +112,7 @@ class Tuner:
         def fits(size: int) -> bool:
             tuned.value = size
             with _unchanged(model):
-                trial = self._trainer.trial(max_steps=steps_per_trial, accumulate_grad_batches=1)
+                trial = _trial(self._trainer, max_steps=steps_per_trial, accumulate_grad_batches=1)
                 good = fits_into_memory(lambda: trial.fit(model, datamodule=datamodule))
             samples[0] = _num_samples(trial)
             return good
@@ -148,3 +149,54 @@ def _unchanged(model: Any) -> Iterator[None]:
         model.attach(None, None)
         model.load_state_dict(weights)
         moment.restore()
+
+
+def _trial(trainer: Any, **options: Any) -> Any:
+    """A Trainer for a short fit with that one's Lite, clipping and settings, of which nothing is written or shown."""
+    alike = (
+        "limit_train_batches",
+        "gradient_clip_val",
+        "gradient_clip_algorithm",
+        "use_distributed_sampler",
+        "multiple_trainloader_mode",
+        "deterministic",
+        "benchmark",
+        "detect_anomaly",
+        "sync_batchnorm",
+    )
+    shown = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    settings = {**{name: getattr(trainer, name) for name in alike}, **dict.fromkeys(shown, False)}
+    off = {"limit_val_batches": 0, "num_sanity_val_steps": 0}
+    return type(trainer)(lite=trainer.lite, max_epochs=-1, **{**settings, **off, **options})
+
+
+def tune(
+    trainer: Any,
+    model: Any,
+    train_dataloaders: Any,
+    datamodule: Any,
+    scale_batch_size_kwargs: Mapping[str, Any],
+    lr_find_kwargs: Mapping[str, Any],
+) -> dict[str, Any]:
+    """See `Trainer.tune`.
+
+    Raises:
+        ConfigError: Nothing is to be found.
+    """
+    size, rate = trainer.auto_scale_batch_size, trainer.auto_lr_find
+    if not size and not rate:
+        raise ConfigError(
+            "tune has nothing to look for; set Trainer(auto_lr_find=True) or Trainer(auto_scale_batch_size=True)."
+        )
+    if trainer.fast_dev_run:
+        warnings.warn("tune looks for nothing under fast_dev_run, whose batches would not tell.", stacklevel=3)
+        return {}
+    tuner = Tuner(trainer)
+    found: dict[str, Any] = {}
+    if size:
+        options = {**({"mode": size} if isinstance(size, str) else {}), **scale_batch_size_kwargs}
+        found["scale_batch_size"] = tuner.scale_batch_size(model, train_dataloaders, datamodule, **options)
+    if rate:
+        options = {**({"attr_name": rate} if isinstance(rate, str) else {}), **lr_find_kwargs}
+        found["lr_find"] = tuner.lr_find(model, train_dataloaders, datamodule, **options)
+    return found
