@@ -8,6 +8,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -245,6 +246,12 @@ class Lite(Resuming, Pipelines):
         self._prepared.add_optimizers(optimizers, self._prepare_optimizer, self._methods("on_after_optimizer_step"))
         return optimizers if len(optimizers) > 1 else optimizers[0]
 
+    @staticmethod
+    def _is_same(index: int, mine: Any) -> bool:
+        """Whether all ranks with that part of the data have the same object. Collective: call on all ranks."""
+        everyone = collectives.all_gather_objects((index, mine))
+        return all(len({value for part, value in everyone if part == one}) == 1 for one, _ in everyone)
+
     def setup_dataloaders(
         self,
         *loaders: DataLoader[Any],
@@ -257,7 +264,8 @@ class Lite(Resuming, Pipelines):
         Collective: call on all ranks. Every rank gets the same number of batches: the r-th slice of each global batch,
         which is what one process with `batch_size * world_size` would draw from the user's own sampler. A last global
         batch that doesn't fill up is split as evenly as it goes, and `backward` weighs the loss accordingly.
-        `gather_for_metrics` counts each sample once.
+        `gather_for_metrics` counts each sample once. Ranks that share a model (pipelines, tensor parallelism) get the
+        same batches, which is checked at an epoch's first one.
 
         What comes back has `state_dict` and `load_state_dict`, for `save` and `load`: how many batches the loop was
         given, and from which random states their order was drawn. The next iteration after a load goes on from there,
@@ -306,6 +314,7 @@ class Lite(Resuming, Pipelines):
                         use_distributed_sampler=use_distributed_sampler,
                         iterable_shard=shard,
                         sync=collectives.broadcast,
+                        same=partial(self._is_same, index) if parts < self.world_size else None,
                     )
                 )
         except Exception:

@@ -9,7 +9,9 @@ from itertools import chain, islice
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
+from lite.data.checksum import checksum
 from lite.data.iterable import check_same_stream, check_unsplit, warn_if_same
 from lite.data.position import Pass
 from lite.data.sampler import ShardedSampler
@@ -39,6 +41,7 @@ class Delivery:
         sync: Returns rank 0's object on every rank.
         rank: This rank.
         watched: Whether ranks are meant to get different batches by the dataset's own doing.
+        same: Where several ranks are meant to get the same ones: whether an object is equal on all of them. Collective.
         own_iter: Whether the loader's class iterates in a way of its own, around the batches that are read.
 
     Attributes:
@@ -58,6 +61,7 @@ class Delivery:
         rank: int,
         watched: bool,
         own_iter: bool,
+        same: Callable[[Any], bool] | None = None,
     ) -> None:
         self._sampler = sampler
         self._tracker = tracker
@@ -68,6 +72,7 @@ class Delivery:
         self._rank = rank
         self.sliced = sampler is not None and sampler.shard.world_size > 1
         self._watched = watched
+        self._same = same
         self.own_iter = own_iter
 
     def watch(self, batches: Any, newest: Callable[[], Pass | None]) -> Any:
@@ -104,6 +109,8 @@ class Delivery:
             batches = self._tracker.around(batches, current)
         if self._watched and current.epoch == 0 and not current.resumed:
             batches = self._compare(batches)
+        if self._same is not None:
+            batches = self._compare_together(batches, self._same)
         if self._device is not None:
             batches = self._move(batches, self._device)
         give_out = self._weigh if self.sliced or self._strided else self._count
@@ -211,6 +218,20 @@ class Delivery:
         if first is not None:
             yield first
             yield from batches
+
+    def _compare_together(self, batches: Iterator[Any], same: Callable[[Any], bool]) -> Iterator[Any]:
+        """Refuse a pass whose first batch differs between ranks that work on one model together."""
+        first = list(islice(batches, 1))
+        # Tensors alone: what else a batch holds may be equal and pickle differently.
+        if not same(checksum([leaf for leaf in tree_leaves(first) if isinstance(leaf, torch.Tensor)])):
+            raise UsageError(
+                "the ranks that share a model got different batches, so its parts would work on different samples: the "
+                "dataset draws or reads otherwise on each rank. Give the loader workers (num_workers=1), whose random "
+                "numbers are the same on these ranks, or let the dataset depend on the index alone; an IterableDataset "
+                "must give all of them the same samples."
+            )
+        yield from first
+        yield from batches
 
     def _move(self, batches: Iterator[Any], device: torch.device) -> Iterator[Any]:
         for batch in batches:

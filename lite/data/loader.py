@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ def setup_dataloader(
     use_distributed_sampler: bool | str = True,
     iterable_shard: str | None = None,
     sync: Sync,
+    same: Callable[[Any], bool] | None = None,
 ) -> DataLoader[Any]:
     """Return a copy of `loader` for this rank; see `Lite.setup_dataloaders`.
 
@@ -49,6 +51,7 @@ def setup_dataloader(
         use_distributed_sampler: True, False or "interleaved".
         iterable_shard: None or "stride".
         sync: Returns rank 0's object on every rank.
+        same: Where several ranks have the same part: whether an object is equal on all of them. Collective.
 
     Raises:
         ConfigError: `loader` is no DataLoader, or it can't be split as asked.
@@ -75,6 +78,8 @@ def setup_dataloader(
     stream = isinstance(loader.dataset, IterableDataset)
     own_state = hasattr(type(loader), "state_dict")
     seed_rank = shard.rank if ready.num_workers > 0 and not own_state else None
+    if not use_distributed_sampler:
+        same = None
     strided: DataLoader[Any] | None = None
     sampler: ShardedSampler | None = None
     tracker: StreamTracker | None = None
@@ -89,7 +94,7 @@ def setup_dataloader(
             interleave(ready, loader, shard)
             sliced = False
         if sliced or not own_state:
-            part, agree = (shard, sync) if sliced else (Shard(0, 1), _itself)
+            part, agree = (shard, sync) if sliced else (Shard(0, 1), _itself if same is None else sync)
             sampler = split_samplers(ready, part, agree, seed_rank=seed_rank)
         if sliced:
             keep_order(ready)
@@ -112,6 +117,7 @@ def setup_dataloader(
         sync=sync,
         rank=shard.rank,
         watched=split and tracker is not None,
+        same=same,
         own_iter=type(loader).__iter__ is not DataLoader.__iter__,
     )
     iteration = Iteration(
