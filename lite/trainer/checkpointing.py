@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
 from lite import collectives
-from lite.checkpoint.per_rank import parts_of_ranks, restore_random_state
-from lite.errors import CheckpointError, ConfigError, UsageError, choose, shown
+from lite.checkpoint.per_rank import gather_buffers, parts_of_ranks, restore_buffers, restore_random_state
+from lite.errors import CheckpointError, ConfigError, choose, shown
 from lite.loading import restore_object
 from lite.seed import Moment, RandomState
 from lite.sharded import is_sharded
 from lite.state import is_stateful, module_state
 from lite.trainer.callbacks.base import Checkpoint
-from lite.trainer.combined import position
+from lite.trainer.combined import where_to_go_on
 from lite.trainer.foreign import progress_of_foreign
 from lite.trainer.hparams import storable
 from lite.trainer.loops.train_epoch import discard
@@ -87,8 +87,14 @@ def dump(trainer: Any, weights_only: bool = False) -> dict[str, Any]:
         checkpoint["optimizer_states"] = [optimizer.state_dict() for optimizer in trainer.optimizers]
         checkpoint["lr_schedulers"] = [c.scheduler.state_dict() for c in trainer.lr_scheduler_configs]
         checkpoint["precision"] = trainer.lite.precision.state_dict()
-        checkpoint["lite"] = _exact_state(trainer)
-        if fit.epoch_loop.window_is_open and not any(map(is_sharded, module.parameters())):
+        checkpoint["lite"] = _exact_state(trainer, checkpoint["state_dict"])
+        if fit.epoch_loop.has_mixed_gradients:
+            warnings.warn(
+                "saved within the step of a batch whose gradients have entered a window of accumulation: they can't be "
+                "taken out again, so a resumed run begins the window anew with that batch.",
+                stacklevel=5,
+            )
+        elif fit.epoch_loop.window_is_open and not any(map(is_sharded, module.parameters())):
             checkpoint["windows"] = fit.epoch_loop.windows  # with its gradients; Lite warns where it can't be kept
     if module.hparams:
         checkpoint["hparams_name"] = module._hparams_name or "kwargs"
@@ -108,13 +114,22 @@ def dump(trainer: Any, weights_only: bool = False) -> dict[str, Any]:
     return checkpoint
 
 
-def _exact_state(trainer: Any) -> dict[str, Any]:
-    """What only an exact resume needs: positions in the data, and of every rank its random states and sums."""
+def _exact_state(trainer: Any, state: Mapping[str, Any]) -> dict[str, Any]:
+    """What only an exact resume needs: positions in the data, and of every rank its random states, sums and buffers.
+
+    Args:
+        trainer: Whose state it is.
+        state: The module's.
+    """
     fit, metrics = trainer.fit_loop, trainer.metrics
     loader = fit.data.loaders[0] if fit.data.loaders else None
-    where = _position(loader, fit.epoch_loop.under_way) if is_stateful(loader) else None
+    where = where_to_go_on(loader, fit.epoch_loop.under_way) if is_stateful(loader) else None
     per_rank = bool(getattr(loader, "state_is_per_rank", False))
-    sums = fit.sums_before or {"metrics": metrics.state_dict(), "torchmetrics": torchmetrics_state(trainer.module)}
+    under_way = fit.epoch_loop.under_way or fit.val_loop.under_way
+    sums = fit.sums_before or {
+        "metrics": metrics.state_dict(under_way=under_way),
+        "torchmetrics": torchmetrics_state(trainer.module),
+    }
     mine: dict[str, Any] = {
         "random": RandomState.capture(cuda=True).state_dict(),
         **sums,
@@ -123,18 +138,8 @@ def _exact_state(trainer: Any) -> dict[str, Any]:
         "val_loaders": [loader.state_dict() if is_stateful(loader) else None for loader in fit.val_data.loaders],
     }
     ranks = collectives.all_gather_objects(mine)
-    return {"ranks": ranks, "position": None if per_rank else where}
-
-
-def _position(loader: Any, under_way: bool) -> Any:
-    """Where training's loader goes on: with the batch whose step is not done, where one is under way."""
-    try:
-        return position(loader, undone=int(under_way))
-    except UsageError as error:
-        if not under_way:
-            raise
-        warnings.warn(f"saved within a training step, whose batch a resumed run leaves out: {error}", stacklevel=6)
-        return loader.state_dict()
+    buffers = gather_buffers({"module": dict(state)}, {"module": trainer.module}).get("module", {})
+    return {"ranks": ranks, "position": None if per_rank else where, "buffers": buffers}
 
 
 # ---- restoring
@@ -196,6 +201,8 @@ def restore_training(trainer: Any, checkpoint: dict[str, Any], parts: frozenset[
     begun_anew = "loops" in parts and _restore_loops(fit, checkpoint, exact is not None and "data" in parts)
     if exact is None:
         return
+    if "state_dict" in parts:
+        restore_buffers({"module": exact.get("buffers", {})}, {"module": trainer.module})
     ranks = exact["ranks"]
     same = len(ranks) == trainer.world_size
     mine = ranks[trainer.global_rank] if same else ranks[0]
@@ -289,8 +296,14 @@ def _mean(states: list[dict[str, Any]]) -> dict[str, Any]:
     if "total" in mean:
         mean["total"] = sum(state["total"] for state in states) / len(states)
     columns = zip(*[state["gradients"] for state in states], strict=True)
-    mean["gradients"] = [None if column[0] is None else torch.stack(column).mean(0) for column in columns]
+    mean["gradients"] = [_sum(column, len(states)) for column in columns]
     return mean
+
+
+def _sum(gradients: Iterable[torch.Tensor | None], count: int) -> torch.Tensor | None:
+    """One of so many ranks' shares of their sum; a rank that has no gradient counts as zeros."""
+    there = [gradient for gradient in gradients if gradient is not None]
+    return torch.stack(there).sum(0) / count if there else None
 
 
 def _moment(ranks: list[Any]) -> Moment:

@@ -10,9 +10,9 @@ from typing import Any
 
 from lite.errors import ConfigError, UsageError
 from lite.trainer import checkpointing
-from lite.trainer.callbacks.naming import joined
 from lite.trainer.finding import newest_checkpoint, sibling_versions
 from lite.trainer.foreign import foreign_globals
+from lite.trainer.loggers import agree_on_versions, checkpoint_folder
 from lite.trainer.view import View
 
 # What the names of the files begin with among which the newest is meant.
@@ -51,6 +51,7 @@ class Checkpoints(View):
         if goes_on and match is not None:
             for logger in self.loggers:
                 logger.go_on_in(match[1])
+            agree_on_versions(self.loggers)
             self._log_dir = None  # it is agreed on anew
 
     def _read_checkpoint(self, weights_only: bool | None) -> dict[str, Any] | None:
@@ -95,7 +96,7 @@ class Checkpoints(View):
     def _searched_folders(self) -> list[str]:
         """Where checkpoints of this script's runs may lie; those beside a logger's files, of all its versions."""
         folders = self.checkpoint_folders()
-        beside = joined(self.log_dir, "checkpoints") if self.loggers else None
+        beside = checkpoint_folder(self.logger, self.default_root_dir) if self.loggers else None
         if beside is not None and any(getattr(c, "dirpath", None) in (None, beside) for c in self.checkpoint_callbacks):
             folders = [*folders, *sibling_versions(beside)]
         return folders

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -144,6 +145,17 @@ def position(loader: Any, *, undone: int) -> Any:
     if not hasattr(loader, "batches_done"):
         raise UsageError(f"{type(loader).__name__} tells only where it is, so its last batch can't be given again.")
     return loader.state_dict(undone=undone)
+
+
+def where_to_go_on(loader: Any, under_way: bool) -> Any:
+    """A loader's state: it goes on with the batch whose step is not done, where one is under way."""
+    try:
+        return position(loader, undone=int(under_way))
+    except UsageError as error:
+        if not under_way:
+            raise
+        warnings.warn(f"saved within a step, whose batch a resumed run leaves out: {error}", stacklevel=6)
+        return loader.state_dict()
 
 
 _NOTHING = object()

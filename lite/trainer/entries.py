@@ -53,9 +53,10 @@ class Options(NamedTuple):
 
 
 class Sizes(Protocol):
-    """What an entry asks for: how large the current batch is, and whether it only keeps this rank in step."""
+    """What an entry asks for: how large the current batch is, whether it only keeps this rank in step, its number."""
 
     filler: bool
+    number: int
 
     def batch_size(self) -> int: ...
 
@@ -195,8 +196,8 @@ class Entry:
         """Whether `state_dict` has what a resumed run needs."""
         return True
 
-    def state_dict(self) -> dict[str, Any]:
-        """Plain values."""
+    def state_dict(self, undone: int | None = None) -> dict[str, Any]:
+        """Plain values, without what the batch with the number `undone` has added to an epoch's."""
         return {"value": self.value, "fresh": self.fresh, "unwritten": self.unwritten, "touched": self.touched}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -216,6 +217,7 @@ class EpochEntry(Entry):
         self._weight: float = 0.0
         self._dtype: torch.dtype | None = None
         self._mean = self.kind == "mean"
+        self._number, self._before = -1, 0  # the newest batch that has added something, and how much waited before it
 
     def add(self, value: Any, batch_size: Any) -> None:
         value = self.value = self._taken(value)
@@ -224,12 +226,15 @@ class EpochEntry(Entry):
             if isinstance(value, Tensor):
                 self._dtype = self._dtype or _result_dtype(value)
             return
+        number = self._sizes.number
+        if number != self._number:
+            if len(self._pending) >= _FOLD_AT:
+                self._fold()
+            self._number, self._before = number, len(self._pending)
         self.touched = True
         if self._mean:
             self._weights.append(self._sizes.batch_size() if batch_size is None else batch_size)
         self._pending.append(value)
-        if len(self._pending) >= _FOLD_AT and self.kind != "custom":
-            self._fold()
 
     def _fold(self) -> None:
         if not self._pending or self.kind == "custom":
@@ -281,11 +286,17 @@ class EpochEntry(Entry):
         super().reset()
         self._pending, self._weights, self._total, self._weight = [], [], None, 0.0
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, undone: int | None = None) -> dict[str, Any]:
+        count = self._before if undone is not None and undone == self._number else len(self._pending)
+        later, weights = self._pending[count:], self._weights[count:]
+        self._pending, self._weights = self._pending[:count], self._weights[:count]
         self._fold()
         kept = [as_scalar(v) for v in self._pending]
         sums = {"total": self._total, "weight": self._weight, "pending": kept, "dtype": self._dtype}
-        return {**super().state_dict(), **sums}
+        touched = bool(kept) or self._total is not None
+        self._before = len(self._pending)
+        self._pending, self._weights = self._pending + later, self._weights + weights
+        return {**super().state_dict(), **sums, "touched": touched}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
@@ -321,7 +332,7 @@ class MetricEntry(Entry):
     def is_stored(self) -> bool:
         return self.attribute is not None
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, undone: int | None = None) -> dict[str, Any]:
         return {**super().state_dict(), "value": None, "metric": self.attribute}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -37,8 +37,12 @@ class Logger(loggers.Logger):
 
     takes_tensors: ClassVar[bool] = False
 
+    _is_rank_zero: bool | None = None
+
     def _writes(self) -> bool:
-        return rank_zero_only.rank == 0
+        if self._is_rank_zero is None:  # asked once: it is asked at each row
+            self._is_rank_zero = rank_zero_only.rank == 0
+        return self._is_rank_zero
 
 
 def rank_zero_experiment(fn: Callable[..., Any]) -> Callable[..., Any]:

@@ -203,7 +203,8 @@ class Optimisation:
     def accumulate(self, optimizer: Any, steps: int) -> Accumulation:
         """The window of an optimizer in manual optimisation, in which `steps` batches make one step.
 
-        It is the same one until the epoch's end, where a partial one counts what it has, and a checkpoint keeps it.
+        It is the same one until the epoch's end, where a partial one counts what it has, and a checkpoint keeps it. Its
+        batches count alike; where they have different sizes, give each its own: `window(last=..., weight=len(batch))`.
 
         Example:
             window = self.accumulate(optimizer, steps=4)

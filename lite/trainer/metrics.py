@@ -34,6 +34,7 @@ class Metrics:
     Attributes:
         here: The place that runs now.
         kept: The newest value of every name, as callbacks see it; those of running steps come on top.
+        has_validated: What a validation logs is among them, where this run has had one.
         logged: The newest values that are for loggers; those of running steps come on top.
         bar: The same for the progress bar.
     """
@@ -46,6 +47,7 @@ class Metrics:
         self.loader_names: list[str] | None = None
         self.num_loaders = 1
         self.filler = False
+        self.number = 0  # of batches begun
         self.enabled = enabled
         self._world_size, self._rank = world_size, rank
         self._places: dict[tuple[str, str, int | None], Place] = {}
@@ -54,14 +56,14 @@ class Metrics:
         self._size: int | None = None
         self._restored: dict[tuple[Any, ...], Any] = {}
         self._told: set[str] = set()
-        self.sanity = False
+        self.sanity = self.has_validated = False
 
     # ---- where
 
     def begin_run(self) -> None:
         """A call of fit, validate, test or predict begins, which shows what it logs itself."""
         self.kept, self.logged, self.bar = {}, {}, {}
-        self.sanity = False
+        self.sanity = self.has_validated = False
 
     def place(self, stage: str, hook: str, loader: int | None = None) -> Place:
         """The place of that hook; stages are "train", "validate", "test", "predict"."""
@@ -81,6 +83,7 @@ class Metrics:
     def begin_batch(self, batch: Any, place: Place) -> None:
         """That place runs with this batch; its size, which weighs epoch values, is looked for when it is asked for."""
         self._batch, self._size, self.here = batch, None, place
+        self.number += 1
 
     def end_batches(self) -> None:
         """No batch is under way any more."""
@@ -261,6 +264,7 @@ class Metrics:
         for _, entry in self._of(stage):
             if entry.on_epoch:
                 entry.reset()
+        self.has_validated = self.has_validated or (stage == "validate" and not self.sanity)
         return row, per_loader
 
     def show(self, stage: str) -> list[tuple[Place, Entry, Tensor]]:
@@ -323,19 +327,22 @@ class Metrics:
 
     # ---- state
 
-    def state_dict(self) -> dict[str, Any]:
-        """Plain values of this rank."""
+    def state_dict(self, *, under_way: bool = False) -> dict[str, Any]:
+        """Plain values of this rank; without the sums of the batch that is under way, which is given again."""
+        undone = self.number if under_way else None
         saved = []
         for place in self._places.values():
             for entry in place.entries.values():
                 if entry.is_stored:
                     at = {"stage": place.stage, "hook": place.hook, "loader": place.loader, "key": entry.key}
-                    saved.append({**at, "options": entry.options.plain(), **entry.state_dict()})
-        return {"kept": dict(self.kept), "logged": dict(self.logged), "bar": dict(self.bar), "entries": saved}
+                    saved.append({**at, "options": entry.options.plain(), **entry.state_dict(undone)})
+        shown = {"kept": dict(self.kept), "logged": dict(self.logged), "bar": dict(self.bar)}
+        return {**shown, "has_validated": self.has_validated, "entries": saved}
 
     def load_state_dict(self, state: dict[str, Any], module: Any) -> None:
         """Go on from there, with the Metric objects of that module."""
         self.kept, self.logged, self.bar = dict(state["kept"]), dict(state["logged"]), dict(state["bar"])
+        self.has_validated = state["has_validated"]
         self._owners.clear()
         self._restored.clear()
         for place in self._places.values():  # of a fit before this one

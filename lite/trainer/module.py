@@ -9,7 +9,6 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from lite import collectives
 from lite.errors import UsageError
@@ -311,8 +310,15 @@ class LightningModule(Optimisation, ModuleHooks, HyperparametersMixin, nn.Module
 
 
 def detached(outputs: Any) -> Any:
-    """The same nesting without gradients."""
-    return tree_map_only(Tensor, Tensor.detach, outputs)
+    """The same nesting without gradients; a subclass of dict becomes a dict, one of list a list."""
+    if isinstance(outputs, Tensor):
+        return outputs.detach()
+    if isinstance(outputs, dict):
+        return {key: detached(value) for key, value in outputs.items()}
+    if isinstance(outputs, tuple):
+        parts = [detached(value) for value in outputs]
+        return outputs._make(parts) if hasattr(outputs, "_make") else tuple(parts)
+    return [detached(value) for value in outputs] if isinstance(outputs, list) else outputs
 
 
 _COMPUTING = {"forward", "training_step", "validation_step", "test_step", "predict_step", "manual_step"}

@@ -15,8 +15,8 @@ def monitored(trainer: Any, name: str, *, own: bool = False) -> Any:
 
 
 def may_still_come(trainer: Any) -> bool:
-    """Whether the first validation, which may log it, is still to come."""
-    return bool(trainer.enable_validation and trainer.fit_loop.progress.validated < 0)
+    """Whether this fit's first validation, which may log it, is still to come."""
+    return bool(trainer.enable_validation and not trainer.metrics.has_validated)
 
 
 def nobody_logged(trainer: Any, who: str) -> str:

@@ -57,6 +57,7 @@ class Preparing(Sources):
     _put_back: Callable[[], None] | None
     _manual_backward: Any
     _told_hparams: bool
+    _trained: Any
     _told_graph: bool
 
     def _launch(self) -> None:
@@ -72,11 +73,13 @@ class Preparing(Sources):
                     "BatchNorm takes the mean over its own samples."
                 )
             self._put_back = synchronised_batch_norms(self.module)
-        self.optimizers, self.lr_scheduler_configs, self.declared, self._in_hands = [], [], [], []
-        self._manual_backward = None
+        self._in_hands, self._manual_backward = [], None
         if not train:
+            if self.module is not self._trained:  # otherwise they belong to what is saved after it, too
+                self.optimizers, self.lr_scheduler_configs, self.declared = [], [], []
             self.lite.setup(self.module)
             return
+        self._trained = self.module
         returned = as_plain(self.module.configure_optimizers())
         self.optimizers, self.lr_scheduler_configs = read_optimizers(returned)
         if self.module.automatic_optimization:

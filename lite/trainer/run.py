@@ -43,7 +43,12 @@ def running(
     goes on from.
     """
     stage = str(fn.value)
-    trainer.begin(fn, module, datamodule)
+    try:
+        trainer.begin(fn, module, datamodule)
+    except BaseException:
+        trainer.state.status = TrainerStatus.INTERRUPTED
+        module.attach(None, None)
+        raise
     ready, outcome = False, "failed"
     try:
         with _torch_settings(trainer):

@@ -118,6 +118,7 @@ class Serving(View):
         """Backward with its hooks."""
         if self._manual_backward is None:
             self._manual_backward = manual_backward(self)
+        self.fit_loop.epoch_loop.entered = True
         self._manual_backward(loss, *args, **kwargs)
 
     def write_row(self, row: Mapping[str, Any], stage: str = "train") -> None:

@@ -35,6 +35,8 @@ class Sources(View):
             self._loaded.add(name)
             if name == "train":
                 fit.data = self._make_train_data(fit.data if again else None)
+                if self.world_size > 1:
+                    fit.data.agree()
             elif self._validates_in_fit():
                 before = fit.val_data if again else None
                 fit.val_data = self._make_eval_data("validate", self._given.get("val"), before)

@@ -260,6 +260,7 @@ class Trainer(Evaluating, Interruption, Serving):
         self._loaded: set[str] = set()
         self._log_dir: str | None = None
         self._told_hparams = self._told_graph = False
+        self._trained: Any = None
         self._own_callbacks: list[Any] = list(self.callbacks)
         self._merged: list[Any] = list(self.callbacks)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 from argparse import Namespace
 from dataclasses import dataclass
@@ -11,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 
 from lite.errors import CheckpointError, ConfigError
 from lite.loggers import CSVLogger
@@ -382,3 +384,32 @@ def test_data_may_have_grown_when_the_next_epoch_begins(tmp_path: Path) -> None:
     assert again.global_step == 2 + 5
     with pytest.raises(CheckpointError, match="8 samples, but this one has 20"):
         again.fit(Tiny(), numbers(20), numbers(4), ckpt_path=tmp_path / "within.ckpt")
+
+
+class UntilNow(IterableDataset[Tensor]):
+    """Five batches that nobody has counted."""
+
+    def __iter__(self) -> Any:
+        return iter(numbers(10, 2))
+
+
+def test_a_step_at_an_unannounced_end_is_saved_and_logged(tmp_path: Path) -> None:
+    """The last window of an epoch of unknown length steps when the data have ended."""
+    saves = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=3, save_top_k=-1)
+    options = {"accumulate_grad_batches": 2, "limit_val_batches": 0, "log_every_n_steps": 1, "max_epochs": 2}
+    run = trainer(callbacks=saves, enable_checkpointing=True, logger=CSVLogger(tmp_path), **options)
+    run.fit(Tiny(), UntilNow())
+    assert {path.name for path in tmp_path.glob("*.ckpt")} == {"step=3.ckpt", "step=6.ckpt"}
+    run.logger.flush()
+    rows = list(csv.DictReader(run.logger.path.read_text().splitlines()))
+    assert [row["step"] for row in rows if row["loss"]] == ["0", "1", "2", "3", "4", "5"]
+
+
+def test_a_second_fit_may_save_before_its_first_validation(tmp_path: Path) -> None:
+    """What the first fit logged is gone, and the metric still comes."""
+    saves = ModelCheckpoint(tmp_path, monitor="val", every_n_train_steps=2)
+    run = trainer(callbacks=saves, enable_checkpointing=True)
+    for epochs in (1, 2):
+        run.fit_loop.max_epochs = epochs
+        run.fit(Tiny(), numbers(16), numbers())
+    assert saves.best_model_path

@@ -308,3 +308,102 @@ def test_a_batch_whose_step_failed_is_given_again(combined: str | None, step: in
         again = run(Fails(), tmp_path / f"{name}.ckpt")
         assert again.batches == whole.batches[step:]
         assert weights(again) == weights(whole)
+
+
+class DiesInStep(Tiny):
+    """Logs and sums up what it is given; dies at that moment of the step with that number, once."""
+
+    def __init__(self, moment: str = "", step: int = -1) -> None:
+        super().__init__()
+        self.moment, self.step, self.began = moment, step, -1
+
+    def _die(self, moment: str) -> None:
+        if (moment, self.began) == (self.moment, self.step):
+            raise RuntimeError("died")
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        self.began += 1
+        self._die("before log")
+        self.log("rows", float(len(batch)), on_step=False, on_epoch=True, reduce_fx="sum")
+        self.log("mean", float(batch_idx), on_step=False, on_epoch=True)
+        self._die("forward")
+        return self.loss(batch)
+
+    def on_after_backward(self) -> None:
+        self._die("backward")
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("moment", ["before log", "forward", "backward"])
+def test_what_a_failed_step_has_logged_counts_once(moment: str, accumulate: int, tmp_path: Path) -> None:
+    """Its batch is given again; where its gradients have entered a window of others, that begins anew, as told."""
+
+    def fit(module: DiesInStep, path: Path | None = None) -> dict[str, float]:
+        saves = ModelCheckpoint(tmp_path, "died", save_top_k=0, save_on_exception=True)
+        options = {"callbacks": saves, "enable_checkpointing": True, "limit_val_batches": 0}
+        run = trainer(accumulate_grad_batches=accumulate, **options)
+        run.fit(module, numbers(24), ckpt_path=path)
+        return {name: float(value) for name, value in run.callback_metrics.items()}
+
+    whole, died, again = DiesInStep(), DiesInStep(moment, 4), DiesInStep()
+    expected = fit(whole)
+    mixed = moment == "backward" and accumulate > 1
+    with warnings.catch_warnings(record=True) as told, pytest.raises(RuntimeError, match="died"):
+        warnings.simplefilter("always")
+        fit(died)
+    assert any("begins the window anew" in str(one.message) for one in told) == mixed
+    assert fit(again, tmp_path / "died.ckpt") == expected
+    assert (weights(again) == weights(whole)) == (not mixed)
+
+
+class DiesInValidation(Tiny):
+    """Keeps the rows that it validates; dies at that moment of the third batch, after a save."""
+
+    def __init__(self, moment: str = "", path: Path | None = None) -> None:
+        super().__init__()
+        self.moment, self.path = moment, path
+        self.rows: list[int] = []
+
+    def _die(self, moment: str, batch_idx: int) -> None:
+        if self.path is not None and (moment, batch_idx) == (self.moment, 2) and not self.trainer.sanity_checking:
+            self.trainer.save_checkpoint(self.path)
+            raise RuntimeError("died")
+
+    def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._die("start", batch_idx)
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.rows.append(batch_idx)
+        self._die("before log", batch_idx)
+        self.log("val", float(batch_idx))
+        self.log("count", 1.0, reduce_fx="sum")
+        self._die("after log", batch_idx)
+
+    def on_validation_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._die("end", batch_idx)
+
+
+@pytest.mark.parametrize("moment", ["start", "before log", "after log", "end"])
+def test_a_save_within_a_validation_batch_leaves_no_batch_out(moment: str, tmp_path: Path) -> None:
+    """Nor is one counted twice."""
+    path = tmp_path / "x.ckpt"
+    with pytest.raises(RuntimeError, match="died"):
+        trainer().fit(DiesInValidation(moment, path), numbers(8), numbers(16))
+    again, run = DiesInValidation(), trainer()
+    run.fit(again, numbers(8), numbers(16), ckpt_path=path)
+    assert again.rows == ([3] if moment == "end" else [2, 3])
+    assert {name: float(value) for name, value in run.callback_metrics.items() if name != "loss"} == {
+        "val": 1.5,
+        "count": 4.0,
+    }
+
+
+def test_a_save_after_an_evaluation_has_the_optimizers(tmp_path: Path) -> None:
+    """As one straight after the fit: another fit goes on from it."""
+    run, module = trainer(), Tiny()
+    run.fit(module, numbers(), numbers())
+    run.test(module, numbers(), verbose=False)
+    run.save_checkpoint(tmp_path / "x.ckpt")
+    again = trainer(max_epochs=2)
+    again.fit(Tiny(), numbers(), numbers(), ckpt_path=tmp_path / "x.ckpt")
+    assert again.global_step == 6

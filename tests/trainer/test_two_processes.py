@@ -21,7 +21,7 @@ from lite.errors import ConfigError, UsageError
 from lite.trainer import Callback, CombinedLoader, LightningModule
 from lite.trainer.callbacks import BasePredictionWriter, EarlyStopping, ModelCheckpoint
 from tests.support.processes import run_distributed
-from tests.trainer.modules import Numbers, Tiny, numbers, trainer, weights
+from tests.trainer.modules import Numbers, Recorder, Tiny, numbers, trainer, weights
 
 STRATEGY = {"strategy": "ddp"}
 
@@ -525,3 +525,61 @@ def uneven() -> int:
 def test_behaviour_44_training_over_uneven_ranks_does_not_hang() -> None:
     """The epoch ends when the first rank has no batch."""
     assert run_distributed(uneven) == [8, 8]
+
+
+class OnlySome(Tiny):
+    """Returns a weight on rank 0 alone, or differentiates by itself."""
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        loss = self.loss(batch)
+        return {"loss": loss, "weight": 2.0} if self.global_rank == 0 else {"loss": loss}
+
+
+class Normed(Tiny):
+    """Its batch norm's running values are each rank's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 1)).double()
+
+
+def some_weights_and_norms(folder: str) -> tuple[str, list[float], list[float]]:
+    try:
+        trainer(limit_val_batches=0, **STRATEGY).fit(OnlySome(), numbers(16, 2))
+    except UsageError as error:
+        told = str(error)
+    options = {"max_epochs": 2, "callbacks": [Recorder()], **STRATEGY}
+    whole = trainer(**options)
+    for event in whole.steps(Normed(), numbers(16, 2), numbers(8, 2)):
+        if event.kind == "batch" and event.global_step == 3:
+            whole.save_checkpoint(f"{folder}/x.ckpt")
+    again = trainer(**options)
+    again.fit(Normed(), numbers(16, 2), numbers(8, 2), ckpt_path=f"{folder}/x.ckpt")
+    return told, *([float(run.callback_metrics["val"])] for run in (whole, again))
+
+
+def test_weights_come_from_all_ranks_and_buffers_of_ones_own_are_resumed(tmp_path: Path) -> None:
+    """A weight on some ranks alone is told at once; a resumed validation sees each rank's own running values."""
+    for told, whole, again in run_distributed(some_weights_and_norms, str(tmp_path)):
+        assert "on some ranks only" in told
+        assert whole == again
+
+
+class PastLite(Tiny):
+    """Its backward does not go through Lite's."""
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        loss.backward()
+
+
+def ragged(batch_size: int) -> list[float]:
+    module = PastLite()
+    trainer(limit_val_batches=0, **STRATEGY).fit(module, numbers(11, batch_size))
+    return weights(module)
+
+
+def test_a_ragged_batch_is_weighed_past_lites_backward_too() -> None:
+    """As on one process with the doubled batch."""
+    one = ragged(4)
+    for rank in run_distributed(ragged, 2):
+        assert rank == pytest.approx(one, rel=0, abs=1e-13)

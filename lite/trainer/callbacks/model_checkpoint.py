@@ -195,12 +195,20 @@ class ModelCheckpoint(Checkpoint):
             if value is None:
                 return  # the first validation is still to come
             metrics[self.monitor] = value
-            self._save_if_among_best(trainer, metrics, as_score(torch.as_tensor(value), self.mode))
-        elif self.save_top_k:
-            self._save_newest(trainer, metrics)
-        if self.save_last:
-            self._save_last(trainer, metrics)
-        self.schedule.done(trainer.global_step)
+        else:
+            value = None
+        before = self.schedule.saved
+        self.schedule.done(trainer.global_step)  # so the file itself says so, too
+        try:
+            if value is not None:
+                self._save_if_among_best(trainer, metrics, as_score(torch.as_tensor(value), self.mode))
+            elif self.save_top_k:
+                self._save_newest(trainer, metrics)
+            if self.save_last:
+                self._save_last(trainer, metrics)
+        except BaseException:
+            self.schedule.saved = before
+            raise
 
     def score(self, trainer: Any) -> Any:
         """The monitor's value, the same on all ranks; None where it may still be logged. Collective.
@@ -329,10 +337,12 @@ class ModelCheckpoint(Checkpoint):
             "kth_value": self.kth_value,
             "last_model_path": self.last_model_path,
             "seen_step": self.schedule.seen,
+            "saved_step": self.schedule.saved,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.schedule.seen = state_dict.get("seen_step")
+        self.schedule.saved = state_dict.get("saved_step", -1)
         self.best_model_path = str(state_dict["best_model_path"])
         if state_dict.get("dirpath", self.dirpath) != self.dirpath:
             warnings.warn(

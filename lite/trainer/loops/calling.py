@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lite.errors import ConfigError
+from lite import collectives
+from lite.errors import ConfigError, UsageError
 from lite.gradients import is_weight
 from lite.trainer.hooks import accepted
 from lite.trainer.module import detached
@@ -100,6 +101,38 @@ def given_weight(output: Any) -> Any:
             "samples that the loss is a mean over; return what it is under another name."
         )
     return weight
+
+
+def alone_weight(output: Any) -> Any:
+    """The weight of a batch that is the whole step of the only process: None, where that changes nothing."""
+    weight = given_weight(output)
+    return None if isinstance(weight, (int, float)) and weight > 0 else weight
+
+
+class Weights:
+    """The weights that a step function returns: for every batch and on every rank, or for none."""
+
+    def __init__(self) -> None:
+        self._given: bool | None = None
+
+    def of(self, output: Any) -> Any:
+        """The output's weight, or None. Collective at the first batch.
+
+        Raises:
+            ConfigError: It is no number of tokens or samples.
+            UsageError: Some batches or ranks have one and others not.
+        """
+        weight = given_weight(output)
+        differs = self._given is not None and self._given is not (weight is not None)
+        if self._given is None:
+            self._given = collectives.any_rank(weight is not None)
+            differs = self._given and collectives.any_rank(weight is None)  # on all ranks, so that all of them end
+        if differs:
+            raise UsageError(
+                "training_step returned a dict with 'weight' for some batches or on some ranks only, and they can't be "
+                "put together; return it for every batch, 0 where a batch has nothing that counts, or for none."
+            )
+        return weight
 
 
 def hook_outputs(output: Any) -> Any:

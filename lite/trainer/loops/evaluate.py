@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from lite.errors import ConfigError
-from lite.trainer.combined import CombinedLoader
+from lite.trainer.combined import CombinedLoader, where_to_go_on
 from lite.trainer.data import INFINITE, StageData, length
 from lite.trainer.hooks import overrides
 from lite.trainer.loops.calling import signature_of
@@ -38,6 +38,7 @@ class EvaluationLoop:
         restoring: It goes on with an evaluation that was interrupted.
         begun: By hook, whose methods have begun: those of the start and the end.
         opened: A loader has been begun.
+        under_way: A batch has been given out whose step is not done.
         seen: By loader, the batches of evaluations that are over: where the values of single batches lie on the x axis.
     """
 
@@ -46,7 +47,7 @@ class EvaluationLoop:
         self.loader = self.batch = 0
         self.running = self.restoring = False
         self.begun: dict[str, list[str]] = {}
-        self.opened = False
+        self.opened = self.under_way = False
         self.seen: dict[int, int] = {}
         self.loader_state: Any = None
         self._data: StageData | None = None
@@ -79,6 +80,7 @@ class EvaluationLoop:
         metrics.take_loaders(data)
         self._data = data
         resumed, self.restoring = self.restoring, False
+        self.under_way = False
         if not resumed:
             self.loader, self.batch, self.begun, self.opened = 0, 0, {}, False
         end = f"on_{word}_end"
@@ -157,6 +159,7 @@ class EvaluationLoop:
         for batch in self._open(data.loaders[index], data.limits[index], done, go_on):
             if move is not None:
                 batch = move(batch, index)
+            self.under_way = True
             metrics.begin_batch(batch, in_step)
             if real is not None:
                 metrics.filler = real() == 0
@@ -172,6 +175,7 @@ class EvaluationLoop:
                 outputs = step(batch, done)
             done += 1
             self.batch = done
+            self.under_way = False
             if on_end:
                 metrics.at(in_end)
                 for hook in on_end:
@@ -190,7 +194,7 @@ class EvaluationLoop:
         """A batch of loader `index` is done."""
 
     def _open(self, loader: Any, limit: float, done: int, go_on: Callable[[], None] | None) -> Iterator[Any]:
-        if done and self.loader_state is not None:
+        if self.loader_state is not None:
             loader.load_state_dict(self.loader_state)
         self.loader_state = None
         batches = iter(loader)
@@ -212,9 +216,9 @@ class EvaluationLoop:
         state: dict[str, Any] = {"running": self.running, "loader": self.loader, "batch": self.batch, "position": None}
         state["begun"] = {name: list(owners) for name, owners in self.begun.items()}
         state.update(opened=self.opened, seen=dict(self.seen))
-        if self.running and self._data is not None and self.batch:
+        if self.running and self._data is not None and (self.batch or self.under_way):
             loader = self._data.loaders[self.loader]
-            state["position"] = loader.state_dict() if hasattr(loader, "state_dict") else None
+            state["position"] = where_to_go_on(loader, self.under_way) if hasattr(loader, "state_dict") else None
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -47,7 +47,7 @@ class FitLoop:
         events: The kinds of events that are given.
         wish: What this rank alone wishes of that; the others hear of it at the next vote. None for nothing.
         empty: There is nothing to train on.
-        began_at: Optimizer steps before the first batch after which anything is due in this fit.
+        follows_metrics: Schedulers that follow a metric step; not in a fit that only tries something out.
         data, val_data: The loaders.
     """
 
@@ -70,7 +70,7 @@ class FitLoop:
         self.val_data = StageData()
         self.wants_stop = self.stopped_by_signal = self.interrupted = self.empty = False
         self.wish: bool | None = None
-        self.began_at = 0
+        self.follows_metrics = True
         self.events = {"batch", "epoch"}
         self.stop_poll: Callable[[], bool] | None = None
         self.moment: RandomState | None = None
@@ -85,10 +85,7 @@ class FitLoop:
         metrics.at(metrics.place("train", "on_train_start"))
         hooks.call("on_train_start")
         progress.start_clock()
-        self.began_at = max(progress.updates - (not self.epoch_loop.settled), 0)
         epoch_done = Event("epoch", trainer)
-        if trainer.world_size > 1:
-            self.data.agree()
         try:
             while not self.is_over(trainer) or self.is_unsettled:
                 if not progress.within:
@@ -122,8 +119,6 @@ class FitLoop:
         if every and progress.epoch > 0 and progress.epoch - max(progress.reloaded, 0) >= every:
             trainer.load_data(self, again=True)
             progress.reloaded = progress.epoch
-            if trainer.world_size > 1:
-                self.data.agree()
         if self.moment is not None:
             discard(self.data.loaders[0])
         self.restore_moment()
@@ -152,7 +147,7 @@ class FitLoop:
             hook()
         if complete and not self._monitors_checked:
             self._monitors_checked = check_monitored(trainer)
-        if trainer.module.automatic_optimization:
+        if complete and self.follows_metrics and trainer.module.automatic_optimization:
             configs = [c for c in trainer.lr_scheduler_configs if c.interval == "epoch" and c.reduce_on_plateau]
             step_schedulers(trainer, configs, progress.epoch + 1)
         if trainer.world_size > 1:

@@ -17,10 +17,11 @@ from torch.optim import LBFGS, Optimizer
 from lite.errors import ConfigError, UsageError
 from lite.gradients import Accumulation
 from lite.trainer.hooks import indexed, overrides
-from lite.trainer.loops.calling import Step, given_weight, pick_loss
+from lite.trainer.loops.calling import Step, Weights, alone_weight, pick_loss
 from lite.trainer.loops.gradient import NO_GRAPH, before_step_hooks, drop_gradients, old_settings, run_backward, skipper
 from lite.trainer.manual import in_hands
 from lite.trainer.module import LightningModule
+from lite.trainer.windows import weighing
 
 
 @dataclass(frozen=True)
@@ -88,12 +89,19 @@ def differentiation(trainer: Any, optimizer: Optimizer | None, index: int = 0) -
     own = _own_backward(trainer, optimizer, index)
     backward = run_backward(trainer, lite.backward if own is None else own)
     weighs = trainer.accumulation != "reference"
+    weights = Weights() if weighs and lite.world_size > 1 else None
+    # What is differentiated past Lite has to know what a ragged batch counts.
+    is_ragged = weighing(trainer, 1) if own is not None and weights is not None else lambda batch_idx: False
     alone: Accumulation | None = None
 
     def differentiate(output: Any) -> None:
         nonlocal alone
         loss = pick_loss(output)
-        weight = given_weight(output) if weighs and loss is not output else None
+        weight = None
+        if weighs and loss is not output and loss is not None:
+            weight = alone_weight(output) if weights is None else weights.of(output)
+        if weight is None and loss is not None and is_ragged(trainer.fit_loop.progress.batch):
+            weight = metrics.batch_size()
         if loss is None:
             skip()
         elif not loss.requires_grad:
@@ -156,6 +164,7 @@ def _compute_within(trainer: Any, part: Part, window: Accumulation, zero_grad: C
     backward, skip = run_backward(trainer, trainer.lite.backward if own is None else own), skipper(trainer)
     reference = trainer.accumulation == "reference"
     by_size = window.weighted  # the window that is open
+    weights, loop = Weights(), trainer.fit_loop.epoch_loop
 
     def compute_within(batch: Any, batch_idx: int) -> Any:
         nonlocal by_size
@@ -167,19 +176,19 @@ def _compute_within(trainer: Any, part: Part, window: Accumulation, zero_grad: C
             loss = pick_loss(output)
             if first:
                 zero_grad(batch_idx)
-            weight = None if reference or loss is output else given_weight(output)
+            weight = None if reference or loss is output or loss is None else weights.of(output)
             if weight is None and (by_size or (loss is None and window.weighted)):
                 weight = 0.0 if loss is None else metrics.batch_size()
             if weight is not None:
                 window.weigh(weight)
             if loss is None:
                 skip()
-            elif not loss.requires_grad:
+                return output
+            if not loss.requires_grad:
                 raise UsageError(NO_GRAPH)
-            elif own is None and not reference:
-                backward(loss)
-            else:  # what comes next may go past Lite, or expects the divided loss as in Lightning
-                backward(window.scaled(loss))
+            loop.entered = True
+            # What comes next may go past Lite, or expects the divided loss as in Lightning.
+            backward(loss if own is None and not reference else window.scaled(loss))
         return output
 
     return compute_within

@@ -40,6 +40,7 @@ class TrainEpochLoop:
         flushes: What ends open windows, and lets them step, where an epoch's end comes unannounced.
         settled: What was due after the newest batch has been done, up to the saves.
         under_way: A batch has been given out whose step is not done.
+        entered: A batch of a window has had a backward; it counts while it is `under_way`.
         complete: The epoch has had its last batch, and what comes of that.
         output: What `training_step` returned for the newest batch.
     """
@@ -51,7 +52,7 @@ class TrainEpochLoop:
         self.windows = Windows()
         self.flushes: list[Callable[[], None]] = []
         self.settled = True
-        self.under_way = self.complete = False
+        self.under_way = self.complete = self.entered = False
         self._steps: dict[int, int] = {}  # of optimizers with a step function each, by their position
         self._look_at: float = 0
         self._show_at: float = 0
@@ -95,14 +96,15 @@ class TrainEpochLoop:
         for batch in () if over else batches:
             if move is not None:
                 batch = move(batch, 0)
-            self.under_way = True
+            self.under_way, self.entered = True, False
             begin_batch(batch, training)
             if real is not None:
                 metrics.filler = real() == 0
             if on_start:
                 at(in_start)
                 if any([hook(batch, count) == -1 for hook in on_start]):
-                    self._end_of_batches(trainer)
+                    self.under_way = False
+                    self._end_unannounced(trainer, count, validates=False)
                     break
                 at(training)
             output = self.output = step(batch, count)
@@ -135,12 +137,7 @@ class TrainEpochLoop:
                 yield event
         else:
             if count < num_batches and not over:  # the loader had fewer than it said, or nobody knew
-                if not self.complete:
-                    self._end_of_batches(trainer)
-                if fit.validates_at_end(trainer):
-                    self.settled = False
-                    fit.validate_if(trainer, True)
-                    self._decide(trainer, count, validated=True)
+                self._end_unannounced(trainer, count, validates=fit.validates_at_end(trainer))
         metrics.end_batches()
         self._iterator = None
         self.output = None
@@ -177,6 +174,14 @@ class TrainEpochLoop:
         if configs and trainer.module.automatic_optimization:
             step_schedulers(trainer, configs, trainer.fit_loop.progress.epoch + 1)
 
+    def _end_unannounced(self, trainer: Any, count: int, *, validates: bool) -> None:
+        """The epoch is over and nobody knew its last batch as such: what comes of it, and what is due after that."""
+        before = trainer.fit_loop.progress.stepped
+        if not self.complete:
+            self._end_of_batches(trainer)
+        if validates or trainer.fit_loop.progress.stepped > before:
+            self._look(trainer, count, validates=validates)
+
     # ---- accumulation
 
     def _make_window(self, trainer: Any) -> None:
@@ -197,6 +202,11 @@ class TrainEpochLoop:
         return window
 
     @property
+    def has_mixed_gradients(self) -> bool:
+        """Whether the batch that is under way has added its gradients to those of others that wait for a step."""
+        return self.under_way and self.entered and any(window.count for window in self.windows.windows)
+
+    @property
     def window_is_open(self) -> bool:
         """Whether gradients wait for more batches."""
         return self.windows.is_open
@@ -208,8 +218,8 @@ class TrainEpochLoop:
 
     # ---- what is not due at each batch
 
-    def _look(self, trainer: Any, count: int) -> bool:
-        """Do what is due after this batch; whether the epoch ends here."""
+    def _look(self, trainer: Any, count: int, *, validates: bool | None = None) -> bool:
+        """Do what is due after this batch; whether the epoch ends here. `validates` is known at an unannounced end."""
         fit = trainer.fit_loop
         self.settled = False
         if fit.interrupted:
@@ -218,13 +228,15 @@ class TrainEpochLoop:
         every = trainer.log_every_n_steps
         new_step = progress.stepped > self._stepped
         self._stepped = progress.stepped
-        if new_step and ((every and progress.stepped % every == 0) or fit.wants_stop or trainer.fast_dev_run):
+        stops = fit.wants_stop and fit.may_stop_early()
+        if new_step and ((every and progress.stepped % every == 0) or stops or trainer.fast_dev_run):
             trainer.write_row(trainer.metrics.step_row("train"))
         if trainer.world_size > 1 and (fit.wants_stop or (new_step and progress.stepped % (every or _VOTE_EVERY) == 0)):
             fit.vote()
         if fit.stop_poll is not None and fit.stop_poll():
             return bool(fit.stop_for_signal(trainer))
-        validated = fit.validate_if(trainer, fit.validation_is_due(trainer, count))
+        due = fit.validation_is_due(trainer, count) if validates is None else validates
+        validated = fit.validate_if(trainer, due)
         if not validated and fit.wants_stop and fit.may_stop_early():
             validated = fit.validate_if(trainer, fit.validates(trainer))
         return self._decide(trainer, count, validated=validated)

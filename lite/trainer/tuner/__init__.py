@@ -167,7 +167,9 @@ def _trial(trainer: Any, **options: Any) -> Any:
     shown = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
     settings = {**{name: getattr(trainer, name) for name in alike}, **dict.fromkeys(shown, False)}
     off = {"limit_val_batches": 0, "num_sanity_val_steps": 0}
-    return type(trainer)(lite=trainer.lite, max_epochs=-1, **{**settings, **off, **options})
+    trial = type(trainer)(lite=trainer.lite, max_epochs=-1, **{**settings, **off, **options})
+    trial.fit_loop.follows_metrics = False
+    return trial
 
 
 def tune(
