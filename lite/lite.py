@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -331,9 +332,13 @@ class Lite(Resuming, Pipelines):
     def teardown(self) -> None:
         """Give the user's own models, optimizers and schedulers back, without a hook or patch.
 
-        Sharded parameters and optimizer state become whole on every rank: collective then, call on all ranks.
+        Sharded parameters and optimizer state become whole on every rank, and ranks that train apart (LocalSGDStrategy)
+        come together: collective then, call on all ranks. While an error is handled, which other ranks may not have,
+        those that train apart stay so.
         The loggers are flushed, and a background save is waited for; if it failed, that is raised at the end.
         """
+        if self._connected and sys.exc_info()[0] is None:
+            self.strategy.end_period()
         self._prepared.release()
         self._windows = []
         for logger in self._loggers:

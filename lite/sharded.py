@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
+from lite.errors import UsageError
 from lite.state import map_leaves
 
 
@@ -35,6 +36,17 @@ class Elsewhere(Tensor):
     """Stands in a state for a tensor that another rank holds, as a tensor on the meta device of its shape and dtype."""
 
     is_elsewhere = True
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Elsewhere:
+        copied = memo[id(self)] = Elsewhere.like(self.shape, self.dtype)
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise UsageError(
+            f"this state lacks a tensor of shape {tuple(self.shape)} that another rank of the pipeline holds, and "
+            "can't be pickled (torch.save) without it; store it whole by lite.save or lite.export on all ranks, or "
+            "call lite.teardown() before."
+        )
 
     @classmethod
     def like(cls, shape: Any, dtype: torch.dtype) -> Elsewhere:

@@ -77,8 +77,8 @@ class Checkpoints(Facet):
             if self._agree(problem, is_busy):  # before anything is exchanged
                 return False
             before.settled = True
-        with self.strategy.saving() as besides:
-            return self._save(path, state, filter, async_save, rng, besides)
+        with self.strategy.saving():
+            return self._save(path, state, filter, async_save, rng)
 
     def _save(
         self,
@@ -87,7 +87,6 @@ class Checkpoints(Facet):
         filter: Filter | None,
         async_save: bool,
         rng: bool,
-        besides: Any,
     ) -> bool:
         problem, is_folder, content = None, False, None
         try:
@@ -98,7 +97,7 @@ class Checkpoints(Facet):
         self._agree(problem, False, asked)
         assert content is not None
         self._warn_of_open_windows(state)
-        content[manifest.KEY] = self._manifest(content, state, rng, besides)
+        content[manifest.KEY] = self._manifest(content, state, rng)
         replicated = self._replicated(content, state)
         if not is_folder and self.world_size > 1:
             content = gather(self._with_all_layers(content, replicated), keep=self.is_global_zero)
@@ -149,7 +148,9 @@ class Checkpoints(Facet):
     ) -> dict[str, Any]:
         """Read a checkpoint, file or directory, into the objects of `state`, in place. Every rank reads it.
 
-        After a background save it waits for that: call it on all ranks then.
+        Call it on all ranks after a background save, for which it waits, and under LocalSGDStrategy. There ranks go on
+        in the middle of a period where a model and its optimizer are loaded, both from the entries that they were saved
+        in; else a model that is loaded begins a new period.
 
         Args:
             path: What `save` wrote, on any number of processes.
@@ -180,10 +181,12 @@ class Checkpoints(Facet):
         if lazily:
             loaded = {k: v if holds_parts(state.get(k)) else resolve(v) for k, v in loaded.items()}
         per_rank.pick(loaded, state)
+        kept = about.get("strategy", {})
+        states = kept["states"] if kept.get("name") == self.strategy.name else []
+        go_on = self.strategy.loading(states, state, loaded)
         rest, report = restore(state, loaded, strict=strict)
         self._report(path, report)
-        kept = about.get("strategy", {})
-        self.strategy.load_states(kept["states"] if kept.get("name") == self.strategy.name else [])
+        go_on()
         per_rank.restore_buffers(about.get("buffers", {}), state)
         if "precision" in about:
             self.precision.load_state_dict(about["precision"])
@@ -219,7 +222,10 @@ class Checkpoints(Facet):
                 f"path={str(path)!r} is a checkpoint of several objects ({', '.join(map(repr, loaded))}); use "
                 "lite.load(path, {'name': object}, strict=False)."
             )
-        self._report(path, restore_object(obj, loaded, type(obj).__name__, strict=strict))
+        name = type(obj).__name__
+        go_on = self.strategy.loading([], {name: obj}, {name: loaded})
+        self._report(path, restore_object(obj, loaded, name, strict=strict))
+        go_on()
 
     # ---- handing on
 
@@ -263,12 +269,13 @@ class Checkpoints(Facet):
                 stacklevel=4,
             )
 
-    def _manifest(self, content: dict[str, Any], state: Mapping[str, Any], rng: bool, besides: Any) -> dict[str, Any]:
+    def _manifest(self, content: dict[str, Any], state: Mapping[str, Any], rng: bool) -> dict[str, Any]:
         """What a checkpoint holds besides the user's state, whose parts of each rank are put together. Collective."""
         entries: dict[str, Any] = {"precision": self.precision.state_dict()}
         entries["rng"] = per_rank.gather(content, state, rng=rng)
-        if besides is not None:
-            states = collectives.all_gather_objects(besides)
+        own = self.strategy.own_state(state, content)
+        if own is not None:
+            states = collectives.all_gather_objects(own)
             entries["strategy"] = {"name": self.strategy.name, "states": states}
         if self.world_size > 1:
             entries["buffers"] = per_rank.gather_buffers(content, state)

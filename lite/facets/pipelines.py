@@ -43,7 +43,8 @@ class Pipelines(Steps, Records):
             *optimizers: Its optimizers and schedulers, as for `setup`.
             loss: A function of (output, target) that returns the mean loss over a microbatch's samples.
             microbatches: How many parts a batch is split into, which is what keeps ranks busy: with n stages and m
-                microbatches each rank waits for (n - 1) / (m + n - 1) of the time.
+                microbatches each rank waits for (n - 1) / (m + n - 1) of the time. With "1f1b" at least one for each
+                stage; one process, whose number of stages is not known without `stages`, can't tell.
             stages: Where to cut: a number of stages, balanced by their parameters (None: one for each rank, two with
                 "interleaved_1f1b"), or the names of the layers with which the second and further stages begin.
             schedule: "1f1b" (few activations are kept), "gpipe" (all forwards, then all backwards), or

@@ -190,20 +190,34 @@ class Strategy:
         """A context in which ranks may run out of batches at different steps; see `Lite.join`."""
         return nullcontext()
 
-    def saving(self) -> AbstractContextManager[Any]:
-        """A context in which models and optimizers hold what goes into a checkpoint. Collective: called on all ranks.
+    def end_period(self) -> None:
+        """Bring ranks together that train apart for some steps, before the last of them. Collective: on all ranks."""
 
-        Returns:
-            The context, which gives what this rank has to keep besides; None for nothing.
-        """
+    def saving(self) -> AbstractContextManager[None]:
+        """A context in which models and optimizers hold what goes into a checkpoint. Collective: on all ranks."""
         return nullcontext()
 
-    def load_states(self, states: list[Any]) -> None:
-        """Go on from a checkpoint, whose models and optimizers are loaded already.
+    def own_state(self, state: Mapping[str, Any], content: Mapping[str, Any]) -> Any:
+        """What this rank has to keep besides what all ranks share; None for nothing.
 
         Args:
-            states: What each rank of a strategy of this name had to keep; empty where there is none.
+            state: Models, optimizers and other objects by name.
+            content: What the checkpoint has for each name.
         """
+        return None
+
+    def loading(self, states: list[Any], state: Mapping[str, Any], loaded: Mapping[str, Any]) -> Callable[[], None]:
+        """Look at what is about to be loaded, and change nothing.
+
+        Args:
+            states: What `own_state` was on each rank of a strategy of this name; empty where there is none.
+            state: As for `own_state`.
+            loaded: What the checkpoint has for each name.
+
+        Returns:
+            What is called when the objects are loaded, and nothing else has been.
+        """
+        return lambda: None
 
     def norms_agree(self) -> bool:
         """Whether all ranks judge their gradients' norm alike, or each may judge for itself."""

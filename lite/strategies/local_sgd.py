@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -15,17 +15,15 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Optimizer
 
 from lite import collectives
-from lite.disguise import disguise
-from lite.errors import CheckpointError, ConfigError, UsageError
+from lite.errors import ConfigError, UsageError
 from lite.first_rank import refuse_alone
 from lite.precision.base import is_packed
 from lite.strategies.base import Engine
 from lite.strategies.ddp import DDPStrategy
+from lite.strategies.rounds import OuterOptimizer, Round
 
 if TYPE_CHECKING:
     from lite.strategies.footprint import Footprint
-
-OuterOptimizer = Callable[[list[nn.Parameter]], Optimizer]
 
 
 class LocalSGDStrategy(DDPStrategy):
@@ -39,10 +37,14 @@ class LocalSGDStrategy(DDPStrategy):
     and plain SGD the weights are those of DDP.
 
     Between two syncs the ranks' weights differ on purpose: evaluate and compare (`check_sync`) right after one,
-    when `in_sync` is true. Hooks after an optimizer's step run before the sync. A checkpoint can be saved at any step.
-    As seen by other strategies, the model in it is the one that the ranks last agreed on, or without an outer optimizer
-    their present mean, and the optimizer state is rank 0's. It also holds each rank's own, so that as many ranks go on
-    where they were, bit for bit.
+    when `in_sync` is true, or end the period early by `end_period()`. The Trainer ends one before each validation in
+    a fit and as training ends, `lite.teardown` before it gives models back; the next period begins there. Hooks after
+    an optimizer's step run before the sync.
+
+    A checkpoint can be saved at any step. As seen by other strategies, the model in it is the one that the ranks last
+    agreed on, or without an outer optimizer their present mean, and the optimizer state is rank 0's. It also holds each
+    rank's own, so that as many ranks go on where they were, bit for bit: for each optimizer that is saved together with
+    all that it trains, and loaded with it.
 
     With one process it does nothing at all, unless there is an outer optimizer.
 
@@ -83,7 +85,7 @@ class LocalSGDStrategy(DDPStrategy):
             )
         self.sync_every = sync_every
         self._outer = outer_optimizer
-        self._rounds: list[_Round] = []
+        self._rounds: list[Round] = []
         self._modules: list[weakref.ref[nn.Module]] = []
 
     @property
@@ -144,7 +146,7 @@ class LocalSGDStrategy(DDPStrategy):
         if self._world_size == 1 and self._outer is None:
             return None
         held = [p for group in optimizer.param_groups for p in group["params"]]
-        part = _Round(optimizer, held, self.sync_every, self._outer, self._modules)
+        part = Round(optimizer, held, self.sync_every, self._outer, self._modules)
         self._rounds.append(part)
 
         def undo() -> None:
@@ -153,204 +155,57 @@ class LocalSGDStrategy(DDPStrategy):
 
         return undo
 
+    def end_period(self) -> None:
+        """Bring the ranks together now, as after the last step of a period; where they are together, do nothing.
+
+        Collective: call on all ranks. The Trainer calls it before a validation and as training ends, and
+        `lite.teardown` for what it gives back.
+        """
+        if self.in_sync:
+            return
+        if self._world_size > 1 and not dist.is_initialized():
+            warnings.warn(
+                "LocalSGDStrategy: the ranks' weights stay as different as they are since the last sync: their "
+                "processes have left their group; call lite.strategy.end_period() or lite.teardown() before it ends.",
+                stacklevel=2,
+            )
+            return
+        refuse_alone("lite.strategy.end_period")
+        for part in self._rounds:
+            if part.count:
+                part.finish()
+
     # ---- checkpoints
 
     @contextmanager
-    def saving(self) -> Iterator[Any]:
-        mine = [part.state_dict() for part in self._rounds]
+    def saving(self) -> Iterator[None]:
         with ExitStack() as stack:
             for part in self._rounds:
                 stack.enter_context(part.shared())
-            yield mine or None
+            yield
 
-    def load_states(self, states: list[Any]) -> None:
-        for part in self._rounds:
-            part.begin()
-        if not states or not self._rounds:
-            return
+    def own_state(self, state: Mapping[str, Any], content: Mapping[str, Any]) -> Any:
+        mine = [kept for part in self._rounds if (kept := part.own_state(state, content)) is not None]
+        return mine or None
+
+    def loading(self, states: list[Any], state: Mapping[str, Any], loaded: Mapping[str, Any]) -> Callable[[], None]:
         exact = len(states) == self._world_size
-        mine = states[collectives.rank() if exact else 0]
-        if len(mine) != len(self._rounds):
-            raise CheckpointError(
-                f"the checkpoint has {len(mine)} optimizers under LocalSGDStrategy and this run has "
-                f"{len(self._rounds)}; set up as many, in the same order."
-            )
-        for part, state in zip(self._rounds, mine, strict=True):
-            part.load_state_dict(state, exact=exact)
+        mine = (states[collectives.rank() if exact else 0] if states else None) or []
+        found = [(part, part.find(mine, state, loaded), part.versions()) for part in self._rounds]
+
+        def go_on() -> None:
+            for part, kept, before in found:
+                if kept is not None:
+                    part.go_on(kept, exact=exact)
+                elif part.versions().held != before.held:
+                    part.begin(before)
+
+        return go_on
 
 
 def diloco(parameters: list[nn.Parameter]) -> Optimizer:
     """The paper's outer optimizer: SGD with Nesterov momentum 0.9 and learning rate 0.7 (section 3.1)."""
     return SGD(parameters, lr=0.7, momentum=0.9, nesterov=True)
-
-
-class _Round:
-    """What one optimizer's parameters were when the ranks last agreed, and how many steps ago that was.
-
-    Args:
-        optimizer: The inner optimizer; its step is followed until `release`.
-        held: Its parameters.
-        sync_every: Steps of a round.
-        outer: Makes the outer optimizer, or None.
-        modules: The set-up models, whose buffers are averaged too.
-    """
-
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        held: list[nn.Parameter],
-        sync_every: int,
-        outer: OuterOptimizer | None,
-        modules: Iterable[weakref.ref[nn.Module]],
-    ) -> None:
-        self._optimizer = weakref.ref(optimizer)
-        self._held = held
-        self._sync_every = sync_every
-        self.count = 0
-        mine = {id(p) for p in held}
-        self._modules = [
-            ref for ref in modules if (m := ref()) is not None and any(id(p) in mine for p in m.parameters())
-        ]
-        self._start = [nn.Parameter(p.detach().clone()) for p in held] if outer is not None else []
-        self._outer = outer(self._start) if outer is not None else None
-        if self._outer is not None and not isinstance(self._outer, Optimizer):
-            raise ConfigError(f"outer_optimizer returned {self._outer!r}; it must return a torch optimizer.")
-        self._raw = type(optimizer)
-        self._patched = optimizer.__dict__.pop("step", None)
-        step = self._step(self._patched or self._raw.step.__get__(optimizer))
-        disguise(optimizer, {"step": step, "state_is_local": True})
-
-    def release(self) -> None:
-        optimizer = self._optimizer()
-        if optimizer is not None:
-            optimizer.__class__ = self._raw
-            if self._patched is not None:
-                optimizer.__dict__["step"] = self._patched
-
-    def _step(self, below: Callable[..., Any]) -> Callable[..., Any]:
-        inside = False
-        reference = weakref.ref(self)
-        unbound: Any = getattr(below, "__func__", None)
-
-        def step(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
-            nonlocal inside
-            take = below if unbound is None else unbound.__get__(self)
-            if inside:  # a loss scaler calls the step of the optimizer that it is given
-                return take(*args, **kwargs)
-            inside = True
-            self._opt_called = True  # type: ignore[attr-defined]  # schedulers ask whether step was called at all
-            try:
-                value = take(*args, **kwargs)
-            finally:
-                inside = False
-            part = reference()
-            if part is not None:
-                part.advance()
-            return value
-
-        step.hooked = step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
-        return step
-
-    @torch.no_grad()
-    def advance(self) -> None:
-        """One more step was asked for; at the last of a round, bring the ranks together."""
-        self.count += 1
-        if self.count < self._sync_every:
-            return
-        self.count = 0
-        if self._outer is None:
-            _average(self._held)
-        else:
-            # Delta = mean over ranks of theta(t-1) - theta_i(t); theta(t) = OuterOpt(theta(t-1), Delta)
-            deltas = [start - p.to(start.dtype) for start, p in zip(self._start, self._held, strict=True)]
-            _average(deltas)
-            for start, delta in zip(self._start, deltas, strict=True):
-                start.grad = delta
-            self._outer.step()
-            self._outer.zero_grad()
-            _copy(self._held, self._start)
-        _average(self._buffers())
-
-    def _buffers(self) -> list[Tensor]:
-        modules = [module for ref in self._modules if (module := ref()) is not None]
-        return [b for module in modules for b in module.buffers() if b.is_floating_point()]
-
-    @contextmanager
-    def shared(self) -> Iterator[None]:
-        """Within it all ranks hold the same values. Collective: call on all ranks."""
-        optimizer = self._optimizer()
-        assert optimizer is not None
-        tensors = [*(self._held if self.count else ()), *self._buffers()]
-        mine = [t.detach().clone() for t in tensors]
-        state = optimizer.state
-        if self.count and self._outer is None:
-            _average(self._held)
-        elif self.count:
-            _copy(self._held, self._start)
-        _average(self._buffers())
-        if collectives.world_size() > 1:
-            firsts = collectives.broadcast([state.get(p) for p in self._held])
-            if collectives.rank():
-                optimizer.state = defaultdict(
-                    dict, {p: first for p, first in zip(self._held, firsts, strict=True) if first is not None}
-                )
-        try:
-            yield
-        finally:
-            optimizer.state = state
-            _copy(tensors, mine)
-
-    def state_dict(self) -> dict[str, Any]:
-        optimizer = self._optimizer()
-        assert optimizer is not None
-        return {
-            "count": self.count,
-            "inner": optimizer.state_dict()["state"],
-            "weights": [p.detach().clone() for p in self._held] if self.count else None,
-            "buffers": [b.detach().clone() for b in self._buffers()],
-            "outer": self._outer.state_dict() if self._outer is not None else None,
-        }
-
-    def begin(self) -> None:
-        """A new round begins with the weights that were loaded."""
-        self.count = 0
-        _copy(self._start, self._held if self._start else ())
-
-    def load_state_dict(self, state: dict[str, Any], *, exact: bool) -> None:
-        """Take over a rank's state; the shared model and optimizer state have been loaded before."""
-        optimizer = self._optimizer()
-        assert optimizer is not None
-        if self._outer is not None and state["outer"] is not None:
-            self._outer.load_state_dict(state["outer"])
-        if not exact:
-            return
-        self.count = state["count"]
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": state["inner"]})
-        if state["weights"] is not None:
-            _copy(self._held, state["weights"])
-        _copy(self._buffers(), state["buffers"])
-
-
-@torch.no_grad()
-def _copy(to: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    for tensor, value in zip(to, values, strict=True):
-        tensor.copy_(value)
-
-
-def _average(tensors: Sequence[Tensor]) -> None:
-    """Replace each by its mean over the ranks, in few messages. Collective: call on all ranks."""
-    size = collectives.world_size()
-    if size == 1:
-        return
-    kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-    for tensor in tensors:
-        kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor.detach())
-    for alike in kinds.values():
-        flat = torch.cat([tensor.reshape(-1) for tensor in alike])
-        dist.all_reduce(flat)
-        flat /= size
-        for tensor, part in zip(alike, torch.split(flat, [t.numel() for t in alike]), strict=True):
-            tensor.copy_(part.view_as(tensor))
 
 
 def _broadcast(tensor: Tensor) -> None:

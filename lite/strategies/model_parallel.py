@@ -153,6 +153,14 @@ class ModelParallelStrategy(ShardedStrategy):
             named = uncompiled(module)
             parallel_plan.check_styles(named, self._plan)
             parallel_plan.check_heads(named, parallel_plan.column_layers(named, self._plan), self._tensor)
+            parallel_plan.check_division(named, self._plan, self._tensor)
+
+    def explain_forward_error(self, module: nn.Module, error: RuntimeError) -> str | None:
+        if self._tensor == 1:
+            return None
+        named = uncompiled(module)
+        columns = parallel_plan.column_layers(named, self._plan)
+        return parallel_plan.explain_forward_error(named, error, columns, self._tensor)
 
     def check_new_optimizer(self, optimizer: Any) -> None:
         from lite.strategies.repointing import check_kernels

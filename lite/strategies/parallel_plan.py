@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping
 from fnmatch import fnmatch
 from typing import Any
 
+import torch
 from torch import nn
 
-from lite.errors import ConfigError
+from lite.errors import ConfigError, some
 from lite.sharded import is_sharded
 
 # What models call the number of their attention heads.
@@ -23,6 +24,9 @@ _HEADS = (
     "n_kv_heads",
     "nhead",
 )
+
+# What torch's errors say of tensors that don't fit together.
+_OF_SHAPES = ("shape", "size", "elements", "reduction dim", "must match", "mixed torch.Tensor and DTensor")
 
 
 def check_plan(plan: Mapping[str, Any]) -> None:
@@ -165,6 +169,75 @@ def check_heads(module: nn.Module, layers: Iterable[str], size: int) -> None:
                     f"whose layer {name!r} is split: some ranks would get a part of a head. Use a tensor_parallel that "
                     f"divides {count}, or leave that layer out of parallelize."
                 )
+
+
+def check_division(module: nn.Module, plan: Mapping[str, Any], size: int) -> None:
+    """Refuse layers whose parts, of different widths, would be taken for equal ones where they pass as plain tensors.
+
+    Args:
+        module: The model.
+        plan: Layers and styles.
+        size: Over how many ranks.
+
+    Raises:
+        ConfigError: `size` doesn't divide a width that is handed on, or taken, in parts.
+    """
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+
+    styles = matches(module, plan)
+    # Between layers that hand on DTensors, and where what comes out or goes in is whole, parts may differ.
+    marked = any(isinstance(style, ColwiseParallel) and not style.use_local_output for style in styles.values())
+    for name, style in styles.items():
+        layer = module.get_submodule(name)
+        if type(style) is ColwiseParallel and style.use_local_output and _is_split(style.output_layouts):
+            attribute = "out_features" if isinstance(layer, nn.Linear) else "embedding_dim"
+            remedy = "ColwiseParallel(output_layouts=Replicate())"
+        elif type(style) is RowwiseParallel and isinstance(layer, nn.Linear) and _is_split(style.input_layouts):
+            if marked:
+                continue
+            attribute, remedy = "in_features", "RowwiseParallel(input_layouts=Replicate())"
+        else:
+            continue
+        width = getattr(layer, attribute)
+        if width % size:
+            raise ConfigError(
+                f"parallelize[{name!r}]={type(style).__name__}(): tensor_parallel={size} does not divide its "
+                f"{attribute}={width}, and ranks would hand on parts of different widths as if they were equal; use a "
+                f"width or a tensor_parallel that divide, {remedy}, or leave the layer out."
+            )
+
+
+def _is_split(layouts: Iterable[Any]) -> bool:
+    return any(layout.is_shard() for layout in layouts)
+
+
+def explain_forward_error(module: nn.Module, error: BaseException, columns: Iterable[str], size: int) -> str | None:
+    """What to do where a layer was given a part of the features that it was made for; None where it was not that.
+
+    Args:
+        module: The model.
+        error: What its forward raised.
+        columns: Names of the layers whose outputs are split.
+        size: Over how many ranks.
+    """
+    if isinstance(error, torch.OutOfMemoryError) or not any(word in str(error) for word in _OF_SHAPES):
+        return None
+    names = {id(part): name for name, part in module.named_modules()}
+    where, trace = module, error.__traceback__
+    while trace is not None:
+        called = trace.tb_frame.f_locals.get("self")
+        if isinstance(called, nn.Module) and id(called) in names:
+            where = called
+        trace = trace.tb_next
+    name = f"{names[id(where)]!r}, a {type(where).__name__}," if where is not module else "its own forward"
+    return (
+        f"{type(module).__name__} could not compute: {name} got what does not fit it ({error}). Under "
+        f"tensor_parallel={size} the outputs of {some(list(columns)) or 'split layers'} have 1/{size} of their "
+        "features on each rank. What comes after such a layer and needs all of them (a BatchNorm, a view by a constant "
+        "number of heads or features) gets them by ColwiseParallel(output_layouts=Replicate()) for that layer, and "
+        "RowwiseParallel(input_layouts=Replicate()) for the one that takes it on; or leave both out of parallelize, or "
+        "write -1 in the view in place of that number."
+    )
 
 
 def shared_names(module: nn.Module) -> list[list[str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from lite import collectives
 from lite.agreement import control_device
+from lite.disguise import disguise
 from lite.environments.base import Environment
 from lite.errors import ConfigError, UsageError
 from lite.first_rank import refuse_alone
@@ -31,7 +32,8 @@ class PipelineStrategy(Strategy):
 
     All ranks get the same batches. Weights and buffers become rank 0's. The layers that other ranks hold stay in the
     model on the meta device, so parameters, keys and the optimizer's groups are the whole model's on every rank;
-    gradients and optimizer state are there for a rank's own layers alone.
+    gradients and optimizer state are there for a rank's own layers alone. So until `teardown` neither the model and its
+    optimizers nor their state dicts can be pickled (`torch.save`), nor the former copied.
 
     Args:
         process_group_backend: "gloo", "nccl", ...; None chooses by device.
@@ -159,6 +161,20 @@ class PipelineStrategy(Strategy):
 
     def check_optimizer(self, optimizer: Optimizer) -> None:
         refuse_foreign(optimizer, lambda p: self.holds_elsewhere(p) or self.successor(p) is not None)
+
+    def follow_optimizer(self, optimizer: Optimizer) -> Callable[[], None] | None:
+        if self._world_size == 1:
+            return None
+        from lite.strategies.pipeline_engine import refuse_copy
+
+        raw, reference = type(optimizer), weakref.ref(optimizer)
+        disguise(optimizer, dict.fromkeys(("__reduce_ex__", "__deepcopy__"), refuse_copy))
+
+        def undo() -> None:
+            if (it := reference()) is not None:
+                it.__class__ = raw
+
+        return undo
 
     # ---- gradients
 

@@ -38,6 +38,18 @@ _META = ("meta", "Meta")
 LossFunction = Callable[[Any, Tensor], Tensor]
 
 
+def refuse_copy(it: Any, *unused: Any) -> Any:
+    """What pickling and copying a model or an optimizer is whose parts lie on other ranks.
+
+    Raises:
+        UsageError: Always.
+    """
+    raise UsageError(
+        f"this {type(it).__name__} is divided over the ranks of a pipeline, and can't be pickled or copied without "
+        "what the others have; store it by lite.save or lite.export, or call lite.teardown() before."
+    )
+
+
 class PipelineEngine(Engine):
     """This rank's stages of one model. Making it is collective: call on all ranks.
 
@@ -78,6 +90,7 @@ class PipelineEngine(Engine):
         self._ties: list[tuple[nn.Parameter, Any, bool]] = []
         self._place(module, stages)
         self._held = {id(p) for p in module.parameters()}
+        self.body = dict.fromkeys(("__reduce_ex__", "__deepcopy__"), refuse_copy)
         self._losses: list[Tensor] = []
         self._weigh: Callable[[Tensor], Tensor] = lambda loss: loss
         for part in module.modules():

@@ -1,7 +1,8 @@
 """What a module was before torch's parallel wrappers changed it in place, and the way back.
 
 fully_shard and parallelize_module exchange classes and parameters, and add hooks without a handle. Relies on where they
-keep things in torch 2.13: `_get_fsdp_state`, its hook handles, and torch.distributed's table of module states.
+keep things in torch 2.13: `_get_fsdp_state`, its hook handles, marks on modules (by `_distribute_module_applied` torch
+refuses to split a layer twice), and torch.distributed's table of module states.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class Original:
             if type(part) is not raw:
                 _leave_fsdp(part)
                 part.__class__ = raw
-            for mark in ("_is_fsdp_managed_module", "_fsdp_use_orig_params"):
+            for mark in ("_is_fsdp_managed_module", "_fsdp_use_orig_params", "_distribute_module_applied"):
                 part.__dict__.pop(mark, None)
         return successors
 

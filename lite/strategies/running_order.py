@@ -58,7 +58,18 @@ class PipelinePlan:
                 "the first one."
             )
         names = tuple(layers) if layers is not None else None
-        return cls(names, stages if stages is None or _is_count(stages) else tuple(stages), schedule, microbatches)
+        plan = cls(names, stages if stages is None or _is_count(stages) else tuple(stages), schedule, microbatches)
+        if plan.stages is not None:
+            plan._check_work(plan.stages if isinstance(plan.stages, int) else len(plan.stages) + 1)
+        return plan
+
+    def _check_work(self, count: int) -> None:
+        """Refuse fewer microbatches than the schedule has stages, on any number of processes."""
+        if self.schedule == "1f1b" and self.microbatches < count:
+            raise ConfigError(
+                f"microbatches={self.microbatches} with schedule='1f1b' and {count} stages leaves stages without work; "
+                f"use microbatches={count} or more, or schedule='gpipe'."
+            )
 
     def num_stages(self, world_size: int) -> int:
         """How many stages a job of so many ranks has.
@@ -81,11 +92,7 @@ class PipelinePlan:
                 f"{written} makes {count} stages, but the job has {world_size} processes; use "
                 f"schedule='interleaved_1f1b', which puts several stages on each, or start {count} processes."
             )
-        if self.schedule == "1f1b" and self.microbatches < count:
-            raise ConfigError(
-                f"microbatches={self.microbatches} with schedule='1f1b' and {count} stages leaves stages without work; "
-                f"use microbatches={count} or more, or schedule='gpipe'."
-            )
+        self._check_work(count)
         rounds = max(1, self.microbatches // world_size)
         if several and self.microbatches % rounds:
             raise ConfigError(

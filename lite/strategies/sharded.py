@@ -101,6 +101,10 @@ class ShardedStrategy(Strategy):
         """Shard a module in place; say how, in a few words. Collective."""
         raise NotImplementedError
 
+    def explain_forward_error(self, module: nn.Module, error: RuntimeError) -> str | None:
+        """What to do about an error in a forward, where the way of sharding is its reason."""
+        return None
+
     # ---- the strategy's interface
 
     def connect(self, environment: Environment, device: torch.device) -> Any:
@@ -191,6 +195,7 @@ class ShardedStrategy(Strategy):
             self._precision,
             buffers=self._broadcast_buffers and self.shards_over_data,
             full_state=self._full_state,
+            explain=self.explain_forward_error,
             undo=undo + self._compile(module),
         )
         self._all = [ref for ref in self._all if ref() is not None]

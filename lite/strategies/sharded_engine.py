@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lite import collectives
-from lite.errors import UsageError
+from lite.errors import LiteError, UsageError
 from lite.precision.base import Precision
 from lite.sharded import cut, is_sharded, whole
 from lite.strategies import provenance
@@ -42,6 +42,7 @@ class ShardedEngine(Engine):
         precision: What methods other than forward compute in.
         buffers: Whether each forward that trains starts with rank 0's buffers.
         full_state: Whether `state_dict()` puts tensors together.
+        explain: What to do about an error in a forward of the model, where that is known.
         undo: What else is to be taken back.
 
     Attributes:
@@ -60,11 +61,13 @@ class ShardedEngine(Engine):
         *,
         buffers: bool,
         full_state: bool,
+        explain: Callable[[nn.Module, RuntimeError], str | None],
         undo: Iterable[Callable[[], None]] = (),
     ) -> None:
         self._module = weakref.ref(module)
         self._original = original
         self._precision = precision
+        self._explain = explain
         self._undo = list(undo)
         current = dict(module.named_parameters(remove_duplicate=False))
         self._former = WeakIdKeyDictionary()
@@ -127,6 +130,18 @@ class ShardedEngine(Engine):
     # ---- forward and methods
 
     def forward(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        try:
+            return self._forward(run, args, kwargs)
+        except RuntimeError as error:
+            self._raise_explained(error)
+            raise
+
+    def _raise_explained(self, error: RuntimeError) -> None:
+        text = None if isinstance(error, LiteError) else self._explain(self.module, error)
+        if text is not None:
+            raise UsageError(text) from error
+
+    def _forward(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if torch._C._current_graph_task_id() != -1:  # activation checkpointing runs it again
             return run(*args, **kwargs)
         if not torch.is_grad_enabled():
@@ -140,6 +155,13 @@ class ShardedEngine(Engine):
         return outputs
 
     def method(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        try:
+            return self._method(run, args, kwargs)
+        except RuntimeError as error:
+            self._raise_explained(error)
+            raise
+
+    def _method(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         state = self._state
         if torch._C._current_graph_task_id() != -1:
             return run(*args, **kwargs)

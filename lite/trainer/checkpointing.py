@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -87,7 +87,7 @@ def dump(trainer: Any, weights_only: bool = False) -> dict[str, Any]:
         checkpoint["optimizer_states"] = [optimizer.state_dict() for optimizer in trainer.optimizers]
         checkpoint["lr_schedulers"] = [c.scheduler.state_dict() for c in trainer.lr_scheduler_configs]
         checkpoint["precision"] = trainer.lite.precision.state_dict()
-        checkpoint["lite"] = _exact_state(trainer, checkpoint["state_dict"])
+        checkpoint["lite"] = _exact_state(trainer, checkpoint)
         if fit.epoch_loop.has_mixed_gradients:
             warnings.warn(
                 "saved within the step of a batch whose gradients have entered a window of accumulation: they can't be "
@@ -114,13 +114,8 @@ def dump(trainer: Any, weights_only: bool = False) -> dict[str, Any]:
     return checkpoint
 
 
-def _exact_state(trainer: Any, state: Mapping[str, Any]) -> dict[str, Any]:
-    """What only an exact resume needs: positions in the data, and of every rank its random states, sums and buffers.
-
-    Args:
-        trainer: Whose state it is.
-        state: The module's.
-    """
+def _exact_state(trainer: Any, checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """What only an exact resume needs: positions in the data, and of every rank its random states, sums and buffers."""
     fit, metrics = trainer.fit_loop, trainer.metrics
     loader = fit.data.loaders[0] if fit.data.loaders else None
     where = where_to_go_on(loader, fit.epoch_loop.under_way) if is_stateful(loader) else None
@@ -132,14 +127,23 @@ def _exact_state(trainer: Any, state: Mapping[str, Any]) -> dict[str, Any]:
     }
     mine: dict[str, Any] = {
         "random": RandomState.capture(cuda=True).state_dict(),
+        "strategy": trainer.lite.strategy.own_state(*_trained(trainer, checkpoint)),
         **sums,
         "position": where if per_rank else None,
         "validation": fit.val_loop.state_dict()["position"],
         "val_loaders": [loader.state_dict() if is_stateful(loader) else None for loader in fit.val_data.loaders],
     }
     ranks = collectives.all_gather_objects(mine)
-    buffers = gather_buffers({"module": dict(state)}, {"module": trainer.module}).get("module", {})
+    buffers = gather_buffers({"module": dict(checkpoint["state_dict"])}, {"module": trainer.module}).get("module", {})
     return {"ranks": ranks, "position": None if per_rank else where, "buffers": buffers}
+
+
+def _trained(trainer: Any, checkpoint: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The module and its optimizers by name, and what the checkpoint has for each."""
+    states = checkpoint.get("optimizer_states") or ()
+    objects = {"state_dict": trainer.module, **{f"optimizer {i}": one for i, one in enumerate(trainer.optimizers)}}
+    content = {"state_dict": checkpoint["state_dict"], **{f"optimizer {i}": one for i, one in enumerate(states)}}
+    return objects, content
 
 
 # ---- restoring
@@ -204,6 +208,9 @@ def restore_training(trainer: Any, checkpoint: dict[str, Any], parts: frozenset[
     if "state_dict" in parts:
         restore_buffers({"module": exact.get("buffers", {})}, {"module": trainer.module})
     ranks = exact["ranks"]
+    if {"state_dict", "optimizer_states"} <= parts:  # the weights have been loaded before
+        own = [one["strategy"] for one in ranks if one.get("strategy") is not None]
+        trainer.lite.strategy.loading(own, *_trained(trainer, checkpoint))()
     same = len(ranks) == trainer.world_size
     mine = ranks[trainer.global_rank] if same else ranks[0]
     if "random" in parts:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lite import ConfigError, Lite, LocalSGDStrategy, UsageError
+from lite import CheckpointError, ConfigError, Lite, LocalSGDStrategy, UsageError
+from lite.checkpoint import manifest
 from lite.precision.mixed import MixedPrecision
+from lite.trainer import LightningModule, Trainer
 from tests.support.models import MLP, regression
 from tests.support.processes import run_distributed
 
@@ -90,6 +94,15 @@ def run_whole(strategy: Any, steps: int) -> Any:
 
 def by_the_papers(sync_every: int, steps: int, outer: bool) -> list[list[Any]]:
     """Two workers in one process, written out from the papers' algorithms."""
+    return workers_of_the_papers(range(sync_every, steps + 1, sync_every), steps, outer)
+
+
+def by_the_papers_with_ends(ends: Sequence[int], outer: bool) -> list[Any]:
+    """The weights after the last of these syncs."""
+    return workers_of_the_papers(ends, ends[-1], outer)[0]
+
+
+def workers_of_the_papers(syncs: Sequence[int], steps: int, outer: bool) -> list[list[Any]]:
     torch.manual_seed(0)
     workers = [nn.Sequential(nn.BatchNorm1d(4, dtype=torch.float64), MLP(torch.float64)) for _ in range(2)]
     workers[1].load_state_dict(workers[0].state_dict())
@@ -104,7 +117,7 @@ def by_the_papers(sync_every: int, steps: int, outer: bool) -> list[list[Any]]:
             nn.utils.clip_grad_norm_(worker.parameters(), 1.0)
             optimizer.step()
             scheduler.step()
-        if (step + 1) % sync_every:
+        if step + 1 not in syncs:
             continue
         with torch.no_grad():
             for i, (a, b) in enumerate(zip(*(worker.parameters() for worker in workers), strict=True)):
@@ -136,26 +149,28 @@ def test_numbers_are_the_papers(outer: str | None) -> None:
     assert together[0] == together[1]
 
 
+NAMES = ("model", "optimizer", "scheduler")
+
+
 def make(outer: str | None) -> LocalSGDStrategy:
     return LocalSGDStrategy(sync_every=3, outer_optimizer=outer)
 
 
 def interrupted(folder: str, outer: str | None) -> Any:
     first = build(make(outer))
-    names = ("model", "optimizer", "scheduler")
     train(*first, 0, 4)
     in_sync = first[0].strategy.in_sync
     for path in ("one.ckpt", "parts", "async"):
-        first[0].save(f"{folder}/{path}", dict(zip(names, first[1:], strict=True)), async_save=path == "async")
+        first[0].save(f"{folder}/{path}", dict(zip(NAMES, first[1:], strict=True)), async_save=path == "async")
     first[0].wait_for_save()
     expected = train(*first, 4, 8)
     answers = [in_sync, expected == train(*build(make(outer)), 0, 8)]
     for path in ("one.ckpt", "parts", "async"):
         again = build(make(outer), seed=5)
-        again[0].load(f"{folder}/{path}", dict(zip(names, again[1:], strict=True)))
+        again[0].load(f"{folder}/{path}", dict(zip(NAMES, again[1:], strict=True)))
         answers.append(train(*again, 4, 8) == expected)
     ddp = build("ddp", seed=6)
-    ddp[0].load(f"{folder}/parts", dict(zip(names, ddp[1:], strict=True)))
+    ddp[0].load(f"{folder}/parts", dict(zip(NAMES, ddp[1:], strict=True)))
     ddp[0].check_sync(buffers=True)
     return [answers, tolists(ddp[1])]
 
@@ -249,3 +264,234 @@ def test_wrong_arguments_are_refused() -> None:
     with pytest.raises(ConfigError, match="must return a torch optimizer"):
         lite = Lite(accelerator="cpu", strategy=LocalSGDStrategy(outer_optimizer=lambda params: params))
         lite.setup(model := nn.Linear(1, 1), torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+# ---- what is asked for is loaded, and nothing else
+
+
+def loading_parts(folder: str, outer: str | None) -> None:
+    lite, *objects = build(make(outer))
+    saved = dict(zip(NAMES, objects, strict=True))
+    train(lite, *objects, 0, 4)
+    lite.save(f"{folder}/all.ckpt", saved)
+    lite.save(f"{folder}/model.ckpt", {"model": objects[0]})
+    lite.save(f"{folder}/part.ckpt", saved, {"model": lambda key, value: key.startswith("0.")})
+    if lite.is_global_zero:
+        for name in ("model", "part"):
+            assert "strategy" not in torch.load(f"{folder}/{name}.ckpt", weights_only=True)[manifest.KEY]
+        torch.save(torch.load(f"{folder}/all.ckpt", weights_only=True)["model"], f"{folder}/raw.pt")
+    lite.barrier()
+    stored = [t.tolist() for t in torch.load(f"{folder}/raw.pt", weights_only=True).values()]
+
+    for steps in (0, 2):  # a model alone, fresh and in the middle of a period
+        lite, model, optimizer, scheduler = build(make(outer), seed=5)
+        train(lite, model, optimizer, scheduler, 0, steps)
+        before = copy.deepcopy(optimizer.state_dict()["state"])
+        for path in ("all.ckpt", "model.ckpt", "raw.pt"):
+            if path == "raw.pt":
+                lite.load_raw(f"{folder}/{path}", model)
+            else:
+                lite.load(f"{folder}/{path}", {"model": model})
+            assert tolists(model) == stored
+            assert lite.strategy.in_sync
+            assert str(optimizer.state_dict()["state"]) == str(before)
+            train(lite, model, optimizer, scheduler, 0, steps)
+            before = copy.deepcopy(optimizer.state_dict()["state"])
+
+    lite, model, optimizer, scheduler = build(make(outer), seed=5)  # an optimizer alone
+    train(lite, model, optimizer, scheduler, 0, 1)
+    before = tolists(model)
+    lite.load(f"{folder}/all.ckpt", {"optimizer": optimizer})
+    assert tolists(model) == before
+    assert not lite.strategy.in_sync
+    assert optimizer.state[next(iter(optimizer.state))]["step"] == 4
+    with pytest.warns(UserWarning, match="optimizer"):  # and a model without its optimizer's entry
+        lite.load(f"{folder}/model.ckpt", {"model": model, "optimizer": optimizer}, strict=False)
+    assert tolists(model) == stored
+    assert lite.strategy.in_sync
+
+    teacher = lite.setup(copy.deepcopy(model))  # another model than the one that trains
+    train(lite, model, optimizer, scheduler, 0, 1)
+    before = [tolists(model), str(optimizer.state_dict()["state"])]
+    lite.load(f"{folder}/all.ckpt", {"model": teacher})
+    lite.load(f"{folder}/all.ckpt", {"model": teacher, "optimizer": optimizer})
+    assert tolists(teacher) == stored
+    assert tolists(model) == before[0]
+    assert not lite.strategy.in_sync
+
+    torch.manual_seed(8 + lite.global_rank)  # a model with more than there is in the checkpoint
+    wider = nn.Sequential(*copy.deepcopy(model), nn.Linear(3, 3, dtype=torch.float64))
+    inner = torch.optim.AdamW(wider.parameters(), lr=0.05)
+    lite.setup(wider, inner)
+    lite.backward(wider(batch(lite.global_rank, 0)).sum())
+    inner.step()
+    with pytest.warns(UserWarning, match=r"model.2.weight"):
+        lite.load(f"{folder}/all.ckpt", {"model": wider}, strict=False)
+    first, second = lite.all_gather(wider[2].weight)
+    assert torch.equal(first, second)
+    assert tolists(wider)[: len(stored)] == stored
+
+
+def two_models(folder: str, outer: str | None) -> None:
+    """One of them goes on in the middle of its period, and the other one stays where it is."""
+    lite, *first = build(make(outer))
+    second = nn.Linear(4, 3, dtype=torch.float64)
+    inner = torch.optim.AdamW(second.parameters(), lr=0.05)
+    lite.setup(second, inner)
+    train(lite, *first, 0, 4)
+    lite.save(f"{folder}/two", {"a": first[0], "oa": first[1], "b": second, "ob": inner})
+    here, weights = tolists(first[0]), tolists(second)
+    for step in range(2):
+        lite.backward(loss_of(second, lite.global_rank, step))
+        inner.step()
+    train(lite, *first, 4, 5)
+    other = tolists(second)
+    assert other != weights
+    lite.load(f"{folder}/two", {"a": first[0], "oa": first[1]})
+    assert tolists(first[0]) == here
+    assert tolists(second) == other
+    assert [part.count for part in lite.strategy._rounds] == [1, 2]
+    lite.load(f"{folder}/two", {"b": second, "ob": inner})
+    assert tolists(second) == weights
+    assert [part.count for part in lite.strategy._rounds] == [1, 0]
+
+
+def begun_from(folder: str, way: str) -> Any:
+    """A period whose first weights were loaded after setup, by lite or past it."""
+    lite, model, optimizer, scheduler = build(make("diloco"), seed=0 if way == "setup" else 5)
+    if way == "setup":
+        lite.save(f"{folder}/first.ckpt", {"model": model})
+    elif way == "lite":
+        lite.load(f"{folder}/first.ckpt", {"model": model})
+    else:
+        model.load_state_dict(torch.load(f"{folder}/first.ckpt", weights_only=True)["model"])
+    return train(lite, model, optimizer, scheduler, 0, 3)
+
+
+def another_outer_optimizer(folder: str) -> str:
+    lite, model, optimizer, _ = build(LocalSGDStrategy(outer_optimizer=lambda params: torch.optim.AdamW(params)))
+    before = tolists(model)
+    with pytest.raises(CheckpointError) as caught:
+        lite.load(f"{folder}/all.ckpt", {"model": model, "optimizer": optimizer})
+    assert tolists(model) == before
+    assert not optimizer.state
+    return str(caught.value)
+
+
+def loading_laws(folder: str) -> str:
+    for outer in (None, "diloco"):
+        loading_parts(folder, outer)
+        two_models(folder, outer)
+    begun = [begun_from(folder, way) for way in ("setup", "lite", "past it")]
+    assert begun[0] == begun[1] == begun[2]
+    return another_outer_optimizer(folder)
+
+
+def test_only_what_is_asked_for_is_loaded(tmp_path: Path) -> None:
+    """A model or an optimizer alone, one of several models, with missing keys, past lite: a model begins a new period,
+    with equal weights on all ranks, and what was not asked for stays; what does not fit is refused before."""
+    for told in run_distributed(loading_laws, str(tmp_path)):
+        assert "'outer optimizer of optimizer' does not fit AdamW" in told
+
+
+# ---- the end of a period before its last step
+
+
+def ending(outer: str | None) -> Any:
+    lite, *objects = build(make(outer))
+    train(lite, *objects, 0, 4)
+    apart = tolists(objects[0])
+    with pytest.raises(ZeroDivisionError):
+        try:
+            raise ZeroDivisionError
+        finally:
+            lite.teardown()
+    failed = tolists(objects[0]) == apart
+    lite, *objects = build(make(outer))
+    train(lite, *objects, 0, 3)
+    lite.strategy.end_period()  # they are together
+    train(lite, *objects, 3, 4)
+    lite.teardown()
+    return [failed, tolists(objects[0])]
+
+
+@pytest.mark.parametrize("outer", [None, "diloco"])
+def test_teardown_ends_a_period(outer: str | None) -> None:
+    """No rank's last steps are lost; where an error is handled, nobody waits for ranks that may have none."""
+    shorter = by_the_papers_with_ends((3, 4), outer is not None)
+    for failed, model in run_distributed(ending, outer):
+        assert failed
+        for a, b in zip(model, shorter, strict=True):
+            assert_near(a, b)
+
+
+class Watched(LightningModule):
+    """Notes its weights wherever ranks must have the same ones."""
+
+    def __init__(self, path: str | None = None) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.layer = nn.Linear(4, 3)
+        self.path = path
+        self.seen: list[Any] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return (self.layer(batch[0]) - batch[1]).pow(2).mean()
+
+    def on_train_start(self) -> None:
+        self.began = [self.trainer.strategy.in_sync, tolists(self), len(self.optimizers().state)]
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.path and self.global_step == 5:
+            assert not self.trainer.strategy.in_sync
+            self.trainer.save_checkpoint(self.path)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val", (self.layer(batch[0]) - batch[1]).pow(2).mean(), sync_dist=True)
+
+    def on_validation_start(self) -> None:
+        self.seen.append(tolists(self))
+
+    def on_train_end(self) -> None:
+        self.seen.append(tolists(self))
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=0.05)
+
+
+def with_trainer(folder: str, outer: str | None) -> Any:
+    def fit(path: str | None = None, **options: Any) -> Watched:
+        module = Watched(path)
+        trainer = Trainer(
+            accelerator="cpu",
+            strategy=make(outer),
+            max_steps=8,
+            val_check_interval=4,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        loaders = [DataLoader(regression(n), batch_size=1) for n in (16, 4)]
+        trainer.fit(module, *loaders, **options)
+        return module
+
+    whole = fit(f"{folder}/five.ckpt")
+    resumed = fit(ckpt_path=f"{folder}/five.ckpt")
+    weights = fit(ckpt_path=f"{folder}/five.ckpt", restore=("model",))
+    assert tolists(resumed) == tolists(whole)
+    return [whole.seen, tolists(whole), weights.began, torch.load(f"{folder}/five.ckpt")["state_dict"]["layer.weight"]]
+
+
+@pytest.mark.parametrize("outer", [None, "diloco"])
+def test_the_trainer_evaluates_and_ends_with_equal_weights(outer: str | None, tmp_path: Path) -> None:
+    """In the middle of a period too; a run resumed there equals the uninterrupted one, and weights alone begin anew."""
+    first, second = run_distributed(with_trainer, str(tmp_path), outer)
+    assert first[:3] == second[:3]
+    seen, ended, (in_sync, begun, states), stored = first
+    assert len(seen) == 4
+    assert len({str(weights) for weights in seen}) == 3  # sanity, step 4, step 8 and the end
+    assert seen[-1] == ended
+    assert in_sync
+    assert states == 0
+    assert begun[0] == stored.tolist()

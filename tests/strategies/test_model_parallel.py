@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.data import DataLoader, TensorDataset
 
-from lite import ConfigError, Lite, ModelParallelStrategy
+from lite import ConfigError, Lite, ModelParallelStrategy, UsageError
 from lite.sharded import is_sharded
 from lite.strategies.parallel_plan import matches
+from lite.trainer import LightningModule, Trainer
 from tests.contracts.test_numbers import PLAN, SEQUENCE_PLAN
 from tests.support.models import TinyGPT, next_token_loss, sentences
 from tests.support.processes import run_distributed
@@ -30,7 +33,7 @@ def start(**arguments: Any) -> Lite:
 def told(call: Callable[[], Any]) -> str:
     try:
         call()
-    except ConfigError as error:
+    except (ConfigError, UsageError) as error:
         return str(error)
     return "nothing was raised"
 
@@ -89,7 +92,70 @@ def test_sharded_losses_and_logits_are_put_together_for_logging() -> None:
         assert (loss, norm) == (first[0], first[4])
 
 
+# ---- again
+
+
+class Module(LightningModule):
+    """Split over two ranks by each call of a Trainer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.net = row_of_layers(8)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.net(batch).pow(2).mean()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val", self.net(batch).pow(2).mean(), sync_dist=True)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def again() -> Any:
+    raw = row_of_layers(8)
+    wanted = raw(torch.ones(2, 4))
+    for model in (raw, raw, copy.deepcopy(raw)):
+        lite = start(parallelize={"0": ColwiseParallel(), "2": RowwiseParallel()})
+        lite.setup(model)
+        torch.testing.assert_close(model(torch.ones(2, 4)), wanted)
+        lite.teardown()
+        assert not [key for part in model.modules() for key in vars(part) if "distribute" in key]
+        assert not any(part._forward_pre_hooks or part._forward_hooks for part in model.modules())
+        torch.testing.assert_close(copy.deepcopy(model)(torch.ones(2, 4)), wanted)
+    plan = {"net.0": ColwiseParallel(), "net.2": RowwiseParallel()}
+    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(
+        accelerator="cpu", strategy=ModelParallelStrategy(plan), max_epochs=1, enable_model_summary=False, **options
+    )
+    module, loaders = Module(), [DataLoader(torch.ones(4, 4), batch_size=2) for _ in range(2)]
+    trainer.fit(module, *loaders)
+    first = trainer.validate(module, loaders[1], verbose=False)
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(module, *loaders)
+    return [first, trainer.validate(module, loaders[1], verbose=False), trainer.global_step]
+
+
+def test_a_model_is_split_again_after_teardown() -> None:
+    """The same one, a copy of it, and by a Trainer that fits, validates and fits again."""
+    for (first,), (second,), steps in run_distributed(again):
+        assert 0 < second["val"] < first["val"]
+        assert steps == 4
+
+
 # ---- misuse
+
+
+class Heads(nn.Module):
+    """Reckons with a number of heads that it alone knows."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.view(x.shape[0], 4, 2).tanh().flatten(1)
+
+
+def row_of_layers(width: int, middle: nn.Module | None = None) -> nn.Module:
+    return nn.Sequential(nn.Linear(4, width), middle or nn.Tanh(), nn.Linear(width, 2))
 
 
 def odd_heads(model: nn.Module, mesh: Any) -> None:
@@ -131,6 +197,18 @@ def misuse() -> dict[str, Any]:
     facts["as it was"] = all(type(p) is nn.Parameter for m in (model, good) for p in m.parameters()) and not any(
         part._forward_pre_hooks or part._forward_hooks for m in (model, good, tied) for part in m.modules()
     )
+    column, row, whole = ColwiseParallel(), RowwiseParallel(), Replicate()
+    for name, plan in {"columns": {"0": column, "2": row}, "rows": {"2": row}}.items():
+        lite = start(parallelize=plan)
+        facts[name] = told(lambda lite=lite: lite.setup(row_of_layers(7)))
+    lite = start(parallelize={"0": ColwiseParallel(output_layouts=whole), "2": RowwiseParallel(input_layouts=whole)})
+    uneven = row_of_layers(7)
+    wanted = uneven(torch.ones(2, 4))
+    torch.testing.assert_close(lite.setup(uneven)(torch.ones(2, 4)), wanted)
+    for name, part in {"batch norm": nn.BatchNorm1d(8), "constant": Heads()}.items():
+        lite = start(parallelize={"0": column, "2": row})
+        model = lite.setup(row_of_layers(8, part))
+        facts[name] = told(lambda model=model: model(torch.ones(2, 4)))
     facts["sizes"] = told(lambda: start(tensor_parallel=3))
     facts["both sizes"] = told(lambda: start(tensor_parallel=2, data_parallel=2))
     return facts
@@ -146,6 +224,10 @@ def test_misuse_is_refused_with_the_remedy() -> None:
         "nothing": "has split no parameter",
         "style": "parallelize['norm']=ColwiseParallel() is for Linear and Embedding layers, and 'norm' is a LayerNorm",
         "tied": "which are one parameter (tied weights), in different ways",
+        "columns": "parallelize['0']=ColwiseParallel(): tensor_parallel=2 does not divide its out_features=7",
+        "rows": "parallelize['2']=RowwiseParallel(): tensor_parallel=2 does not divide its in_features=7",
+        "batch norm": "'1', a BatchNorm1d, got what does not fit it (running_mean",
+        "constant": "'1', a Heads, got what does not fit it (shape '[2, 4, 2]'",
         "foreach": "leave foreach out",
         "fused": "leave fused out",
         "sizes": "tensor_parallel=3 but the job has 2 processes",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import io
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +111,7 @@ def refusals() -> list[str]:
 
     options: dict[str, Any] = {"loss": next_token_loss, "microbatches": 2, "layers": LAYERS}
     note(lite.setup, model)
-    note(lite.setup_pipeline, model, **{**options, "stages": 3})
+    note(lite.setup_pipeline, model, **{**options, "stages": 3, "microbatches": 3})
     note(lite.setup_pipeline, model, torch.optim.LBFGS(model.parameters()), **options)
     note(lite.setup, model)  # its plan is forgotten
     assert not any(p.is_meta for p in model.parameters())  # what is refused stays as it was
@@ -127,6 +129,40 @@ def refusals() -> list[str]:
     return told
 
 
+def copies() -> list[str]:
+    """What a file or a copy would have without the other ranks' layers; after teardown there is nothing to refuse."""
+    lite = Lite(accelerator="cpu", strategy="pipeline", precision="64-true")
+    model = normed()
+    optimizer = torch.optim.AdamW(model.parameters())
+    pipeline, _ = lite.setup_pipeline(model, optimizer, loss=F.mse_loss, microbatches=2)
+    pipeline.forward_backward(torch.ones(4, 4), target=torch.zeros(4, 3).double())
+    optimizer.step()
+    states = model.state_dict(), optimizer.state_dict()
+    told = []
+    for call in (lambda it: torch.save(it, io.BytesIO()), pickle.dumps, copy.deepcopy):
+        for it in (model, optimizer, *states):
+            if call is copy.deepcopy and it in states:
+                continue
+            with pytest.raises(UsageError) as caught:
+                call(it)
+            told.append(str(caught.value))
+    kept = copy.deepcopy(states)  # to go back to, within this run
+    for part in model.parameters():
+        part.data.zero_()
+    model.load_state_dict(kept[0])
+    optimizer.load_state_dict(kept[1])
+    lite.teardown()
+    assert type(optimizer) is torch.optim.AdamW
+    file = io.BytesIO()
+    torch.save((model, optimizer), file)
+    file.seek(0)
+    loaded, _ = torch.load(file, weights_only=False)
+    both = zip(copy.deepcopy(model).state_dict().values(), loaded.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) and not a.is_meta and a.any() for a, b in both)
+    assert len(optimizer.state) == len(list(model.parameters()))
+    return told
+
+
 def under_ddp() -> str:
     lite = Lite(accelerator="cpu", strategy="ddp")
     with pytest.raises(ConfigError) as caught:
@@ -136,16 +172,16 @@ def under_ddp() -> str:
 
 def laws() -> tuple[Any, ...]:
     kinds = [("gpipe", None), ("interleaved_1f1b", ["blocks.0", "blocks.1", "norm"]), ("1f1b", ["norm"])]
-    return [train(*kind) for kind in kinds], with_buffers(), refusals(), under_ddp()
+    return [train(*kind) for kind in kinds], with_buffers(), refusals(), under_ddp(), copies()
 
 
 def test_schedules_cuts_shapes_and_buffers() -> None:
     """Every schedule and cut computes what the raw model does, to 1e-10 in float64, also from meta; buffers see each
-    microbatch once; and what a pipeline can't do says what to do instead."""
+    microbatch once; and what a pipeline can't do, copies included, says what to do instead."""
     results = run_distributed(laws)
     wanted = train_raw()
     alone = with_buffers()
-    for trained, buffered, told, ddp in results:
+    for trained, buffered, told, ddp, of_copies in results:
         for found in trained:
             assert list(found) == list(wanted)
             for key, value in wanted.items():
@@ -162,6 +198,8 @@ def test_schedules_cuts_shapes_and_buffers() -> None:
         remedies += ["drop_last=True", "the same samples", "pipeline.forward_backward", "set it up again"]
         assert [remedy in text for remedy, text in zip(remedies, told, strict=True)] == [True] * len(told)
         assert "strategy='pipeline'" in ddp
+        assert len(of_copies) == 10
+        assert all("lite.save or lite.export" in text and "lite.teardown()" in text for text in of_copies)
 
 
 def whole_copy(model: nn.Module, lite: Lite) -> dict[str, Tensor]:
@@ -227,6 +265,8 @@ def test_a_checkpoint_of_a_tied_pipeline_is_the_whole_models(tmp_path: Path) -> 
         ({"schedule": "1f1"}, "Did you mean '1f1b'?"),
         ({"microbatches": 0}, "at least 1"),
         ({"microbatches": True}, "whole number"),
+        ({"microbatches": 1, "stages": 2}, "microbatches=2 or more"),
+        ({"microbatches": 2, "stages": ["a", "b"]}, "microbatches=3 or more"),
         ({"stages": 0}, "a number of stages"),
         ({"layers": "tokens"}, "a list of the names"),
     ],

@@ -105,6 +105,7 @@ class FitLoop:
             return
         if self.interrupted:  # in the last hooks of an epoch
             raise KeyboardInterrupt
+        trainer.lite.strategy.end_period()
         metrics.at(metrics.place("train", "on_train_end"))
         hooks.call("on_train_end")
         for callback in trainer.checkpoint_callbacks:
@@ -283,6 +284,7 @@ class FitLoop:
 
     def _validate(self, trainer: Any) -> None:
         trainer.load_data(self, "val")
+        trainer.lite.strategy.end_period()
 
         def signalled() -> bool:
             if self.interrupted:
