@@ -219,6 +219,14 @@ class ShardedStrategy(Strategy):
         engines = {engine for mark in marks for ref in mark.states if (engine := ref()) is not None}
         stray = next((leaf for leaf in leaves if isinstance(leaf, nn.Parameter)), None)
         if stray is not None and not any(id(stray) in engine.names for engine in self._engines()):
+            inside = next((engine for engine in self._engines() if engine.within), None)
+            if inside is not None:
+                raise UsageError(
+                    f"lite.backward was called within a method of {type(inside.module).__name__}, and FSDP reduces "
+                    "gradients when the method has returned: return the loss, and call lite.backward outside of it. In "
+                    "a Trainer use automatic optimisation, with a step function for each optimizer ({'optimizer': ..., "
+                    "'step': self.critic_step} in configure_optimizers), or strategy='ddp'."
+                )
             raise UsageError(
                 f"lite.backward got a loss that depends on a parameter of shape {tuple(stray.shape)} of no model that "
                 "is set up, so its gradient would stay different on each rank; make it part of a model that you pass "

@@ -49,6 +49,7 @@ class ShardedEngine(Engine):
         names: The parameters, id to name.
         holds_back: A backward within `no_sync` has left gradients that no step may use yet.
         closed: The model has been given back.
+        within: A method other than forward runs on parameters that FSDP has put together for it.
     """
 
     through_call = True
@@ -78,7 +79,7 @@ class ShardedEngine(Engine):
         self._kept = list(current.values())  # so that no id is given to another one
         self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._sync = True
-        self.holds_back = self.closed = False
+        self.holds_back = self.closed = self.within = False
         self._buffers = [
             (part, name)
             for part in module.modules()
@@ -187,7 +188,7 @@ class ShardedEngine(Engine):
         def enter(*unused: Any) -> None:
             nonlocal entered
             if not entered:
-                entered = True
+                entered = self.within = True
                 state._pre_forward(self.module, (), {})
 
         outputs = None
@@ -206,6 +207,7 @@ class ShardedEngine(Engine):
                     raise UsageError(_past_hooks(self.module)) from error
                 raise
             finally:
+                self.within = False
                 if entered:
                     outputs = state._post_forward(self.module, (), outputs)
         return outputs

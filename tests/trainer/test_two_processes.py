@@ -583,3 +583,35 @@ def test_a_ragged_batch_is_weighed_past_lites_backward_too() -> None:
     one = ragged(4)
     for rank in run_distributed(ragged, 2):
         assert rank == pytest.approx(one, rel=0, abs=1e-13)
+
+
+class ByHand(LightningModule):
+    """Runs backward in its training_step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.net = nn.Linear(4, 1).double()
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.optimizers().zero_grad()
+        self.manual_backward(self.net(batch).mean())
+        self.optimizers().step()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def by_hand_under_fsdp() -> str:
+    try:
+        trainer(limit_val_batches=0, strategy="fsdp").fit(ByHand(), numbers(8, 2))
+    except UsageError as error:
+        return str(error)
+    return ""
+
+
+def test_a_backward_by_hand_under_fsdp_is_told_what_to_do() -> None:
+    """FSDP reduces gradients when a method has returned, and training_step is one."""
+    for told in run_distributed(by_hand_under_fsdp):
+        assert "within a method of" in told
+        assert "a step function for each optimizer" in told
