@@ -119,7 +119,7 @@ class CombinedLoader:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Let the next iteration go on from there."""
-        self._resumed, self._skipped = list(state["done"]), state["batches"]
+        self._resumed, self._skipped = list(state["done"]), state.get("batches", 0)
         for loader, saved in zip(self.flattened, state["loaders"], strict=True):
             if saved is not None:
                 loader.load_state_dict(saved)

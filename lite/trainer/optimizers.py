@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from torch.optim import Optimizer
@@ -31,6 +31,10 @@ class SchedulerConfig:
         reduce_on_plateau: Whether its step takes a metric.
         monitor: Which metric that is.
         strict: Whether a missing metric is an error, or a warning.
+
+    Attributes:
+        optimizer: Whose rate it changes: the scheduler's word, or else the one beside it or the only one; None where
+            nobody knows.
     """
 
     scheduler: Any
@@ -40,9 +44,10 @@ class SchedulerConfig:
     reduce_on_plateau: bool = False
     monitor: str | None = None
     strict: bool = True
+    optimizer: Any = field(default=None, init=False)
 
 
-_KEYS = [field.name for field in fields(SchedulerConfig)]
+_KEYS = [one.name for one in fields(SchedulerConfig) if one.init]
 
 
 def as_plain(returned: Any) -> Any:
@@ -81,6 +86,8 @@ def read_optimizers(returned: Any) -> tuple[list[Optimizer], list[SchedulerConfi
                 f"configure_optimizers returned a {type(scheduler.scheduler).__name__} whose optimizer it did not "
                 "return; return that optimizer too."
             )
+        only = optimizers[0] if len(optimizers) == 1 else scheduler.optimizer
+        scheduler.optimizer = only if paced is None else paced
     return optimizers, schedulers
 
 
@@ -114,6 +121,7 @@ def _read_dicts(given: Sequence[Mapping[str, Any]]) -> tuple[list[Optimizer], li
         optimizers.append(one["optimizer"])
         if one.get("lr_scheduler") is not None:
             schedulers.append(_read_scheduler(one["lr_scheduler"], one.get("monitor")))
+            schedulers[-1].optimizer = one["optimizer"]
     return optimizers, schedulers
 
 

@@ -148,7 +148,7 @@ def _steps(
         progress.updates += 1
         yield event("step", tuple(float(group["lr"]) for group in part.optimizer.param_groups), part.name)
         for config in _paced(trainer, "step"):
-            if _optimizer_of(config, parts) is part.optimizer and part.steps % config.frequency == 0:
+            if config.optimizer is part.optimizer and part.steps % config.frequency == 0:
                 config.scheduler.step()
     progress.stepped += stepped
 
@@ -157,11 +157,6 @@ def _step_by_epoch(trainer: Any, number: int) -> None:
     for config in _paced(trainer, "epoch"):
         if number % config.frequency == 0:
             config.scheduler.step()
-
-
-def _optimizer_of(config: SchedulerConfig, parts: list[_Part]) -> Any:
-    """Whose rate a scheduler changes; one that doesn't say so follows the only optimizer."""
-    return getattr(config.scheduler, "optimizer", parts[0].optimizer if len(parts) == 1 else None)
 
 
 def _paced(trainer: Any, interval: str) -> list[SchedulerConfig]:

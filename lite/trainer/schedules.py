@@ -54,8 +54,7 @@ def _own_way(trainer: Any, config: SchedulerConfig) -> Callable[..., Any] | None
 
 def _index(trainer: Any, config: SchedulerConfig) -> int:
     """The position of the scheduler's optimizer."""
-    paced = getattr(config.scheduler, "optimizer", None)
-    return next((i for i, optimizer in enumerate(trainer.optimizers) if optimizer is paced), 0)
+    return next((i for i, optimizer in enumerate(trainer.optimizers) if optimizer is config.optimizer), 0)
 
 
 def monitored_metric(trainer: Any, config: SchedulerConfig) -> Any:

@@ -13,7 +13,7 @@ from lite.errors import ConfigError
 from lite.trainer import LightningModule
 from lite.trainer.profilers import SimpleProfiler
 from tests.support.processes import run_distributed
-from tests.trainer.modules import numbers, trainer, weights
+from tests.trainer.modules import Tiny, numbers, trainer, weights
 
 
 class Pair(LightningModule):
@@ -267,3 +267,43 @@ def test_declared_windows_of_a_loader_without_length_step_at_its_end(override: b
         found.append((run.global_step, run.fit_loop.progress.stepped, run.callback_metrics.keys(), weights(module)))
     assert found[0][:3] == found[1][:3]
     assert found[0][3] == pytest.approx(found[1][3], rel=0, abs=1e-14)
+
+
+class Bare:
+    """A scheduler that doesn't name its optimizer."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def step(self) -> None:
+        self.steps += 1
+
+    def state_dict(self) -> dict[str, int]:
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self.steps = state_dict["steps"]
+
+
+def test_a_scheduler_that_names_no_optimizer_follows_the_one_beside_it() -> None:
+    """Also where several optimizers step at paces of their own."""
+
+    class Two(Tiny):
+        def half(self, batch: Tensor, batch_idx: int) -> Tensor:
+            return self.loss(batch)
+
+        def configure_optimizers(self) -> Any:
+            self.bare = [Bare(), Bare()]
+            return [
+                {
+                    "optimizer": torch.optim.SGD(part.parameters(), lr=0.1),
+                    "step": self.half,
+                    "every_n_batches": every,
+                    "lr_scheduler": {"scheduler": bare, "interval": "step"},
+                }
+                for part, every, bare in zip((self.net[0], self.net[3]), (1, 2), self.bare, strict=True)
+            ]
+
+    module = Two()
+    trainer(limit_val_batches=0).fit(module, numbers(16))
+    assert [bare.steps for bare in module.bare] == [4, 2]

@@ -68,11 +68,7 @@ class LearningRateMonitor(Callback):
 
     def rates(self, trainer: Any, interval: str | None = None) -> dict[str, float]:
         """The present rates by name; with an interval those whose scheduler has it."""
-        # A scheduler that doesn't name its optimizer has the only one.
-        only = trainer.optimizers[0] if len(trainer.optimizers) == 1 else None
-        intervals = {
-            id(getattr(c.scheduler, "optimizer", only)): (c.interval, c.name) for c in trainer.lr_scheduler_configs
-        }
+        intervals = {id(c.optimizer): (c.interval, c.name) for c in trainer.lr_scheduler_configs}
         seen: dict[str, int] = {}
         row: dict[str, float] = {}
         for optimizer in trainer.optimizers:

@@ -59,7 +59,7 @@ def _compose(trainer: Any, index: int, declared: Declared, num_batches: float) -
     window = loop.windows.add(declared.step, make_window(trainer, count, optimizer)) if count > 1 else None
     weighs = None if window is None else weighing(trainer, None)
     configs = [config for config in trainer.lr_scheduler_configs if config.interval == "step"]
-    schedule = stepping(trainer, [c for c in configs if getattr(c.scheduler, "optimizer", None) is optimizer])
+    schedule = stepping(trainer, [c for c in configs if c.optimizer is optimizer])
 
     def stepped(count: int) -> None:
         progress.updates += count
