@@ -87,7 +87,9 @@ class DummyLogger(Logger):
 
 
 class _Run(Logger):
-    """A run that lies in save_dir/name/version_N."""
+    """A run that lies in save_dir/name/version_N; it stands before the class that writes."""
+
+    takes_tensors = True
 
     def _place(
         self, save_dir: str | os.PathLike[str], name: str | None, version: int | str | None, prefix: str
@@ -143,6 +145,10 @@ class _Run(Logger):
     def _prefixed(self, metrics: Mapping[str, Any]) -> Mapping[str, Any]:
         return {f"{self._prefix}{name}": value for name, value in metrics.items()} if self._prefix else metrics
 
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        if self._writes():
+            super().log_metrics(self._prefixed(metrics), step)  # type: ignore[safe-super]  # the writing class's
+
     def _write_hparams(self, params: Mapping[str, Any]) -> None:
         self.hparams.update(params)
         if "://" not in self._save_dir:
@@ -164,8 +170,6 @@ class CSVLogger(_Run, _CSV):  # type: ignore[misc]  # log_dir is text, as Lightn
         ConfigError: An argument is of another kind.
     """
 
-    takes_tensors = True
-
     def __init__(
         self,
         save_dir: str | os.PathLike[str],
@@ -183,10 +187,6 @@ class CSVLogger(_Run, _CSV):  # type: ignore[misc]  # log_dir is text, as Lightn
     @property
     def _has_written(self) -> bool:
         return bool(self._rows or self._columns)
-
-    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        if self._writes():
-            super().log_metrics(self._prefixed(metrics), step)
 
     def log_hyperparameters(self, params: Mapping[str, Any]) -> None:
         self._write_hparams(params)
@@ -208,8 +208,6 @@ class TensorBoardLogger(_Run, _TensorBoard):
     Raises:
         MissingExtraError: tensorboard is not installed.
     """
-
-    takes_tensors = True
 
     def __init__(
         self,
@@ -234,10 +232,6 @@ class TensorBoardLogger(_Run, _TensorBoard):
     @property
     def log_dir(self) -> str:
         return super().log_dir if self.sub_dir is None else os.path.join(super().log_dir, self.sub_dir)
-
-    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        if self._writes():
-            super().log_metrics(self._prefixed(metrics), step)
 
     def log_hyperparameters(self, params: Mapping[str, Any], metrics: Any = None, step: int | None = None) -> None:
         """Take the run's settings.

@@ -19,6 +19,11 @@ def may_still_come(trainer: Any) -> bool:
     return bool(trainer.enable_validation and not trainer.metrics.has_validated)
 
 
+def looks_at_epoch_ends(trainer: Any, asked: bool | None) -> bool:
+    """Whether who follows a metric looks at it as epochs end, not after validations; None: where one goes with each."""
+    return not trainer.enable_validation or trainer.fit_loop.schedule.is_once_per_epoch if asked is None else asked
+
+
 def nobody_logged(trainer: Any, who: str) -> str:
     """What there is to say of a metric that is missing: who follows it, and what there is."""
     found = ", ".join(map(repr, trainer.callback_metrics)) or "no metrics"

@@ -13,7 +13,7 @@ from torch import nn
 
 from lite.errors import ConfigError
 from lite.launchers import in_notebook
-from lite.trainer.callbacks.base import Callback
+from lite.trainer.callbacks.base import Callback, Checkpoint
 from lite.trainer.datamodule import LightningDataModule
 from lite.trainer.hooks import Hooks, overrides
 from lite.trainer.module import LightningModule
@@ -168,7 +168,6 @@ def in_order(callbacks: list[Any]) -> list[Any]:
     Raises:
         ConfigError: One is no callback, or two would be stored under the same name.
     """
-    from lite.trainer.callbacks.base import Checkpoint
 
     def rank(callback: Any) -> int:
         return 0 if getattr(callback, "tunes", False) else 2 if isinstance(callback, Checkpoint) else 1

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from lite import collectives
 from lite.errors import ConfigError, choose
 from lite.trainer.callbacks.base import Callback
-from lite.trainer.monitored import monitored, nobody_logged
+from lite.trainer.monitored import looks_at_epoch_ends, monitored, nobody_logged
 
 
 class EarlyStopping(Callback):
@@ -94,9 +94,7 @@ class EarlyStopping(Callback):
             self._check(trainer)
 
     def _goes_by_epochs(self, trainer: Any) -> bool:
-        if self._on_train_epoch_end is not None:
-            return self._on_train_epoch_end
-        return not trainer.enable_validation or trainer.fit_loop.schedule.is_once_per_epoch
+        return looks_at_epoch_ends(trainer, self._on_train_epoch_end)
 
     def _check(self, trainer: Any) -> None:
         if trainer.fast_dev_run:

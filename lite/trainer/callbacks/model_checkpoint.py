@@ -20,7 +20,7 @@ from lite.trainer.callbacks.naming import checkpoint_name, expanded, free_name, 
 from lite.trainer.callbacks.ranking import as_score, best_of, is_better, lost, may_go, worst_of
 from lite.trainer.callbacks.save_schedule import SaveSchedule
 from lite.trainer.loggers import checkpoint_folder
-from lite.trainer.monitored import may_still_come, monitored, nobody_logged
+from lite.trainer.monitored import looks_at_epoch_ends, may_still_come, monitored, nobody_logged
 
 
 class ModelCheckpoint(Checkpoint):
@@ -156,9 +156,7 @@ class ModelCheckpoint(Checkpoint):
 
     def goes_by_epochs(self, trainer: Any) -> bool:
         """Whether saves by epochs come at their ends, not after validation."""
-        if self._save_on_train_epoch_end is not None:
-            return self._save_on_train_epoch_end
-        return not trainer.enable_validation or trainer.fit_loop.schedule.is_once_per_epoch
+        return looks_at_epoch_ends(trainer, self._save_on_train_epoch_end)
 
     def _is_time(self, trainer: Any) -> bool:
         """Whether rank 0's clock has struck; ranks ask each other as often as they talk anyway."""
