@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lite.trainer.callbacks.base import Callback
-from lite.trainer.combined import CombinedLoader
+from lite.trainer.data.combined import CombinedLoader
 from lite.trainer.datamodule import LightningDataModule
 from lite.trainer.module import LightningModule
 from lite.trainer.seeding import seed_everything

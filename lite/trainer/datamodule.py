@@ -97,7 +97,7 @@ class LightningDataModule(DataHooks, HyperparametersMixin):
         **kwargs: Any,
     ) -> D:
         """Make the datamodule whose hyperparameters a checkpoint holds; `kwargs` outrank them."""
-        from lite.trainer.loading import load_datamodule_from_checkpoint
+        from lite.trainer.checkpoints.loading import load_datamodule_from_checkpoint
 
         made: D = load_datamodule_from_checkpoint(cls, checkpoint_path, hparams_file, weights_only, kwargs)
         return made

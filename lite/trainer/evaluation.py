@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from lite.errors import ConfigError
-from lite.trainer import checkpointing
-from lite.trainer.checkpoints import Checkpoints
+from lite.trainer.checkpoints import contents
+from lite.trainer.checkpoints.files import Checkpoints
+from lite.trainer.data.sources import or_datamodule
 from lite.trainer.loops import EvaluationLoop
 from lite.trainer.loops.evaluate import no_gradients
 from lite.trainer.preparing import Preparing
 from lite.trainer.run import check_module, running
-from lite.trainer.sources import or_datamodule
 from lite.trainer.state import RunningStage, TrainerFn
 
 
@@ -46,8 +46,8 @@ class Evaluating(Preparing, Checkpoints):
         with running(self, fn, model, datamodule, lambda: self._begin_from(ckpt_path, fitting=False)):
             checkpoint = self._read_checkpoint(weights_only)
             if checkpoint is not None:
-                checkpointing.restore_callbacks(self, checkpoint, fitting=False)
-                checkpointing.restore_weights(self, checkpoint, str(self.ckpt_path))
+                contents.restore_callbacks(self, checkpoint, fitting=False)
+                contents.restore_weights(self, checkpoint, str(self.ckpt_path))
             self._log_graph()
             self._set_up(train=False)
             self._log_hyperparameters()

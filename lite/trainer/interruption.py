@@ -12,7 +12,7 @@ from typing import Any
 
 from lite import collectives
 from lite.trainer.callbacks.naming import joined
-from lite.trainer.finding import next_hpc_checkpoint
+from lite.trainer.checkpoints.finding import next_hpc_checkpoint
 from lite.trainer.state import TrainerStatus
 from lite.trainer.view import View
 

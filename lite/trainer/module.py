@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from lite import collectives
 from lite.errors import UsageError
-from lite.trainer.entries import Options
 from lite.trainer.hooks import CALLBACKS_ALONE, MODULE_ALONE, SHARED
 from lite.trainer.hparams import HyperparametersMixin, of_the_class
-from lite.trainer.manual import Optimisation
+from lite.trainer.logging.entries import Options
 from lite.trainer.module_hooks import ModuleHooks
+from lite.trainer.optimization.manual import Optimisation
 
 M = TypeVar("M", bound="LightningModule")
 
@@ -286,7 +286,7 @@ class LightningModule(Optimisation, ModuleHooks, HyperparametersMixin, nn.Module
             weights_only: False lets the file run code.
             **kwargs: Arguments of `__init__`; they outrank the stored ones.
         """
-        from lite.trainer.loading import load_module_from_checkpoint
+        from lite.trainer.checkpoints.loading import load_module_from_checkpoint
 
         made: M = load_module_from_checkpoint(
             cls, checkpoint_path, map_location, hparams_file, strict, weights_only, kwargs

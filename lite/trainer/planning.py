@@ -15,12 +15,12 @@ from typing import Any
 from lite.errors import ConfigError, UsageError
 from lite.trainer.callbacks.accumulation import GradientAccumulationScheduler
 from lite.trainer.callbacks.model_checkpoint import ModelCheckpoint
-from lite.trainer.data import INFINITE
+from lite.trainer.data.counting import INFINITE
 from lite.trainer.hooks import overrides
+from lite.trainer.logging.monitored import may_still_come
 from lite.trainer.module import LightningModule
-from lite.trainer.monitored import may_still_come
-from lite.trainer.optimizers import SchedulerConfig
-from lite.trainer.schedules import monitored_metric
+from lite.trainer.optimization.optimizers import SchedulerConfig
+from lite.trainer.optimization.schedules import monitored_metric
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,13 @@ from torch import nn
 
 from lite.errors import ConfigError
 from lite.seed import RandomState
-from lite.trainer.declared import Declared, read_declared
+from lite.trainer.data.sources import Sources
 from lite.trainer.hooks import Hooks, overrides
 from lite.trainer.loops import EvaluationLoop
 from lite.trainer.loops.evaluate import no_gradients
 from lite.trainer.module import LightningModule
-from lite.trainer.optimizers import SchedulerConfig, as_lr_schedulers, as_plain, read_optimizers
-from lite.trainer.sources import Sources
+from lite.trainer.optimization.declared import Declared, read_declared
+from lite.trainer.optimization.optimizers import SchedulerConfig, as_lr_schedulers, as_plain, read_optimizers
 from lite.trainer.state import RunningStage
 
 

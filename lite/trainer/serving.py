@@ -9,10 +9,10 @@ from typing import Any
 from lite import collectives
 from lite.errors import ConfigError
 from lite.trainer.arguments import whole
+from lite.trainer.callbacks.merging import merge_callbacks
 from lite.trainer.hooks import Hooks
 from lite.trainer.loggers import agree_on_versions
 from lite.trainer.loops.manual_step import manual_backward, manual_optimizers
-from lite.trainer.run import merge_callbacks
 from lite.trainer.state import RunningStage, TrainerFn, TrainerStatus
 from lite.trainer.view import View
 

@@ -10,24 +10,26 @@ from typing import Any
 
 from lite.errors import ConfigError, choose, shown
 from lite.lite import Lite
-from lite.trainer import arguments, checkpointing
+from lite.trainer import arguments
 from lite.trainer.arguments import share, whole
-from lite.trainer.combined import MODES
-from lite.trainer.declared import Declared
+from lite.trainer.callbacks.merging import in_order
+from lite.trainer.checkpoints import contents
+from lite.trainer.data.combined import MODES
+from lite.trainer.data.sources import or_datamodule
 from lite.trainer.defaults import assemble_callbacks, assemble_loggers
 from lite.trainer.evaluation import Evaluating
 from lite.trainer.events import Event
 from lite.trainer.hooks import Hooks
 from lite.trainer.interruption import Interruption
+from lite.trainer.logging.metrics import Metrics
 from lite.trainer.loops import EvaluationLoop, FitLoop, PredictLoop
-from lite.trainer.manual import ManualOptimizer
-from lite.trainer.metrics import Metrics
-from lite.trainer.optimizers import SchedulerConfig
+from lite.trainer.optimization.declared import Declared
+from lite.trainer.optimization.manual import ManualOptimizer
+from lite.trainer.optimization.optimizers import SchedulerConfig
 from lite.trainer.planning import Planned, check_reachable, plan
 from lite.trainer.profilers import make_profiler
-from lite.trainer.run import check_module, in_order, running
+from lite.trainer.run import check_module, running
 from lite.trainer.serving import Serving
-from lite.trainer.sources import or_datamodule
 from lite.trainer.state import RunningStage, TrainerFn, TrainerState
 
 
@@ -337,7 +339,7 @@ class Trainer(Evaluating, Interruption, Serving):
         """
         train_dataloaders, datamodule = or_datamodule(train_dataloaders, datamodule)
         check_module(model, "fit")
-        parts = checkpointing.chosen_parts(restore, restore_except)
+        parts = contents.chosen_parts(restore, restore_except)
         self._launch()
         self._given = {"train": train_dataloaders, "val": val_dataloaders}
         left = self.fit_loop.begin()
@@ -354,9 +356,9 @@ class Trainer(Evaluating, Interruption, Serving):
             if checkpoint is None:
                 self._warn_of_epoch_begun_anew(left)
             else:
-                checkpointing.restore_callbacks(self, checkpoint, parts=parts, fitting=True)
+                contents.restore_callbacks(self, checkpoint, parts=parts, fitting=True)
                 if "state_dict" in parts:
-                    checkpointing.restore_weights(self, checkpoint, str(self.ckpt_path))
+                    contents.restore_weights(self, checkpoint, str(self.ckpt_path))
             self._log_graph()
             self._set_up(train=True)
             self.metrics.at(self.metrics.place("", "on_fit_start"))
@@ -366,7 +368,7 @@ class Trainer(Evaluating, Interruption, Serving):
             if checkpoint is not None:
                 self.load_data(self.fit_loop, "train")
                 self.load_data(self.fit_loop, "val")
-                checkpointing.restore_training(self, checkpoint, parts, str(self.ckpt_path))
+                contents.restore_training(self, checkpoint, parts, str(self.ckpt_path))
                 resumed = self.fit_loop.progress.batches > 0
             if not resumed:
                 self._check_sanity()

@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from lite.errors import ConfigError
-from lite.trainer.data import INFINITE
+from lite.trainer.data.counting import INFINITE
 from lite.trainer.progress import Progress
 
 

@@ -9,8 +9,8 @@ from typing import Any
 from lite.loggers import Logger
 from lite.trainer.callbacks.accumulation import GradientAccumulationScheduler
 from lite.trainer.callbacks.base import Callback, Checkpoint
-from lite.trainer.data import INFINITE
-from lite.trainer.metrics import Metrics
+from lite.trainer.data.counting import INFINITE
+from lite.trainer.logging.metrics import Metrics
 from lite.trainer.state import RunningStage, TrainerFn, TrainerState, TrainerStatus
 
 

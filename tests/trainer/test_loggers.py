@@ -17,7 +17,7 @@ import lite.loggers
 from lite.errors import ConfigError
 from lite.trainer import Trainer
 from lite.trainer.callbacks import LearningRateMonitor, ModelCheckpoint
-from lite.trainer.loading import read_hparams
+from lite.trainer.checkpoints.loading import read_hparams
 from lite.trainer.loggers import CSVLogger, DummyLogger, Logger, TensorBoardLogger, rank_zero_experiment
 from lite.trainer.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from tests.support.processes import run_distributed

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from lite import collectives
 from lite.errors import ConfigError, choose
 from lite.trainer.callbacks.base import Callback
-from lite.trainer.monitored import looks_at_epoch_ends, monitored, nobody_logged
+from lite.trainer.logging.monitored import looks_at_epoch_ends, monitored, nobody_logged
 
 
 class EarlyStopping(Callback):

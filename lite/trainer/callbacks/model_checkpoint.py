@@ -20,7 +20,7 @@ from lite.trainer.callbacks.naming import checkpoint_name, expanded, free_name, 
 from lite.trainer.callbacks.ranking import as_score, best_of, is_better, lost, may_go, worst_of
 from lite.trainer.callbacks.save_schedule import SaveSchedule
 from lite.trainer.loggers import checkpoint_folder
-from lite.trainer.monitored import looks_at_epoch_ends, may_still_come, monitored, nobody_logged
+from lite.trainer.logging.monitored import looks_at_epoch_ends, may_still_come, monitored, nobody_logged
 
 
 class ModelCheckpoint(Checkpoint):

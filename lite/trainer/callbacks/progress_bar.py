@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 from lite.trainer.callbacks.base import Callback
-from lite.trainer.data import INFINITE
+from lite.trainer.data.counting import INFINITE
 
 _EVERY_S = 0.1
 _LINE_EVERY_S = 10.0

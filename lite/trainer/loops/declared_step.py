@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from lite.trainer.declared import Declared
 from lite.trainer.loops.calling import Step, training_call
 from lite.trainer.loops.gradient import clipping
-from lite.trainer.loops.part import Part, compose_part
-from lite.trainer.manual import parameters_of_others
-from lite.trainer.schedules import stepping
-from lite.trainer.windows import make_window, weighing
+from lite.trainer.loops.optimizer_part import OptimizerPart, compose_part
+from lite.trainer.optimization.declared import Declared
+from lite.trainer.optimization.manual import parameters_of_others
+from lite.trainer.optimization.schedules import stepping
+from lite.trainer.optimization.windows import make_window, weighing
 
 
 def compose_declared(trainer: Any, num_batches: float) -> Step:
@@ -65,7 +65,7 @@ def _compose(trainer: Any, index: int, declared: Declared, num_batches: float) -
         progress.updates += count
         schedule(loop.count_step(index))
 
-    part = Part(
+    part = OptimizerPart(
         training_call(trainer, declared.step),
         optimizer,
         index,

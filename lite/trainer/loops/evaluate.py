@@ -15,11 +15,12 @@ from typing import Any
 import torch
 
 from lite.errors import ConfigError
-from lite.trainer.combined import CombinedLoader, where_to_go_on
-from lite.trainer.data import INFINITE, StageData, length
+from lite.trainer.data.combined import CombinedLoader, where_to_go_on
+from lite.trainer.data.counting import INFINITE, length
+from lite.trainer.data.stage import StageData
 from lite.trainer.hooks import overrides
+from lite.trainer.logging.metric_objects import unchanged_metrics
 from lite.trainer.loops.calling import signature_of
-from lite.trainer.metric_objects import unchanged_metrics
 from lite.trainer.module import LightningModule
 from lite.trainer.old import OldHooks, find_old_hooks
 

@@ -18,16 +18,16 @@ import torch
 
 from lite import collectives
 from lite.seed import RandomState
-from lite.trainer.data import INFINITE, StageData
+from lite.trainer.data.counting import INFINITE, sizes_of
+from lite.trainer.data.stage import StageData
 from lite.trainer.events import Event
+from lite.trainer.logging.metric_objects import torchmetrics_state
 from lite.trainer.loops.evaluate import EvaluationLoop
 from lite.trainer.loops.train_epoch import TrainEpochLoop, discard
-from lite.trainer.metric_objects import torchmetrics_state
+from lite.trainer.optimization.schedules import step_schedulers
 from lite.trainer.planning import check_monitored
 from lite.trainer.progress import Progress
-from lite.trainer.schedules import step_schedulers
 from lite.trainer.validation import ValidationSchedule
-from lite.trainer.windows import sizes_of
 
 
 class FitLoop:

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from lite.errors import ConfigError, UsageError
-from lite.trainer.declared import Declared
 from lite.trainer.hooks import indexed, overrides
-from lite.trainer.manual import clip_by
 from lite.trainer.module import LightningModule
+from lite.trainer.optimization.declared import Declared
+from lite.trainer.optimization.manual import clip_by
 
 NO_GRAPH = (
     "training_step returned a loss that needs no gradient, so there is nothing to train by; don't detach it or compute "

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from lite.trainer.hooks import indexed, overrides
 from lite.trainer.loops.calling import Step, training_call
 from lite.trainer.loops.gradient import before_step_hooks, hooked, run_backward
-from lite.trainer.manual import Optimisation, in_hands
+from lite.trainer.optimization.manual import Optimisation, in_hands
 
 
 def manual_step(trainer: Any) -> Step:

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, SequentialSampler
 
 from lite.data.shares import Shard, slice_evenly
 from lite.data.transfer import move_to_device
-from lite.trainer.data import StageData
+from lite.trainer.data.stage import StageData
 from lite.trainer.loops.evaluate import EvaluationLoop, evaluating
 
 _CPU = torch.device("cpu")

@@ -14,10 +14,10 @@ from lite.trainer.loops.calling import Step, training_call
 from lite.trainer.loops.declared_step import compose_declared
 from lite.trainer.loops.gradient import NO_GRAPH, before_step_hooks, clipping
 from lite.trainer.loops.manual_step import manual_step
-from lite.trainer.loops.part import Part, compose_part, differentiation, wants_closure
+from lite.trainer.loops.optimizer_part import OptimizerPart, compose_part, differentiation, wants_closure
 from lite.trainer.module import LightningModule
-from lite.trainer.schedules import stepping
-from lite.trainer.windows import weighing
+from lite.trainer.optimization.schedules import stepping
+from lite.trainer.optimization.windows import weighing
 
 
 def compose_step(trainer: Any, window: Any, num_batches: float) -> Step:
@@ -44,7 +44,9 @@ def _automatic_step(trainer: Any, window: Any, is_last: Callable[[int], bool]) -
             schedule(progress.stepped)
 
     weighs = None if window is None else weighing(trainer, window.steps)
-    part = Part(training_call(trainer), optimizer, 0, window, is_last, weighs, clip=clipping(trainer), stepped=stepped)
+    part = OptimizerPart(
+        training_call(trainer), optimizer, 0, window, is_last, weighs, clip=clipping(trainer), stepped=stepped
+    )
     step, flush = compose_part(trainer, part)
     trainer.fit_loop.epoch_loop.flushes = [flush]
     return step

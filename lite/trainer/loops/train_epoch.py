@@ -17,16 +17,17 @@ from torch import nn
 from lite import collectives
 from lite.errors import ConfigError
 from lite.trainer.callbacks.progress_bar import ProgressBar
-from lite.trainer.combined import CombinedLoader
-from lite.trainer.data import INFINITE, StageData, length
+from lite.trainer.data.combined import CombinedLoader
+from lite.trainer.data.counting import INFINITE, length
+from lite.trainer.data.stage import StageData
 from lite.trainer.events import Event
+from lite.trainer.logging.metric_objects import unchanged_metrics
+from lite.trainer.logging.metrics import Metrics
 from lite.trainer.loops.calling import Step, hook_outputs
 from lite.trainer.loops.step import compose_step
-from lite.trainer.metric_objects import unchanged_metrics
-from lite.trainer.metrics import Metrics
 from lite.trainer.old import OldHooks, find_old_hooks
-from lite.trainer.schedules import step_schedulers
-from lite.trainer.windows import Windows, make_window
+from lite.trainer.optimization.schedules import step_schedulers
+from lite.trainer.optimization.windows import Windows, make_window
 
 _VOTE_EVERY = 50
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from lite.errors import ConfigError
 from lite.trainer.hooks import indexed, overrides
+from lite.trainer.logging.monitored import monitored, nobody_logged
 from lite.trainer.module import LightningModule
-from lite.trainer.monitored import monitored, nobody_logged
-from lite.trainer.optimizers import SchedulerConfig
+from lite.trainer.optimization.optimizers import SchedulerConfig
 
 
 def step_schedulers(trainer: Any, configs: Sequence[SchedulerConfig], number: int) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lite.errors import ConfigError, UsageError
-from lite.trainer.entries import Entry, Options
+from lite.trainer.logging.entries import Entry, Options
 
 LOADER_SUFFIX = "/dataloader_idx_"
 

@@ -19,13 +19,13 @@ from lite.gradients import Accumulation
 from lite.trainer.hooks import indexed, overrides
 from lite.trainer.loops.calling import Step, Weights, alone_weight, pick_loss
 from lite.trainer.loops.gradient import NO_GRAPH, before_step_hooks, drop_gradients, old_settings, run_backward, skipper
-from lite.trainer.manual import in_hands
 from lite.trainer.module import LightningModule
-from lite.trainer.windows import weighing
+from lite.trainer.optimization.manual import in_hands
+from lite.trainer.optimization.windows import weighing
 
 
 @dataclass(frozen=True)
-class Part:
+class OptimizerPart:
     """What belongs to the steps of one optimizer.
 
     Args:
@@ -49,7 +49,7 @@ class Part:
     stepped: Callable[[int], None] = lambda count: None
 
 
-def compose_part(trainer: Any, part: Part) -> tuple[Step, Callable[[], None]]:
+def compose_part(trainer: Any, part: OptimizerPart) -> tuple[Step, Callable[[], None]]:
     """The part as a function of (batch, batch_idx), which returns what `call` returned; and what ends an open window.
 
     Raises:
@@ -141,7 +141,7 @@ def _own_backward(trainer: Any, optimizer: Optimizer | None, index: int) -> Call
 # ---- forward and backward
 
 
-def _compute(trainer: Any, part: Part) -> Step:
+def _compute(trainer: Any, part: OptimizerPart) -> Step:
     """forward, loss, backward of one batch, in its window where it has one."""
     call, window, optimizer = part.call, part.window, part.optimizer
     zero_grad = drop_gradients(trainer, optimizer, part.index) if optimizer is not None else lambda batch_idx: None
@@ -158,7 +158,7 @@ def _compute(trainer: Any, part: Part) -> Step:
     return compute
 
 
-def _compute_within(trainer: Any, part: Part, window: Accumulation, zero_grad: Callable[[int], None]) -> Step:
+def _compute_within(trainer: Any, part: OptimizerPart, window: Accumulation, zero_grad: Callable[[int], None]) -> Step:
     call, is_last, weighs, metrics = part.call, part.is_last, part.weighs, trainer.metrics
     own = _own_backward(trainer, part.optimizer, part.index)
     backward, skip = run_backward(trainer, trainer.lite.backward if own is None else own), skipper(trainer)
@@ -204,7 +204,9 @@ def wants_closure(module: Any, optimizer: Optimizer) -> bool:
     return not type(optimizer).__module__.startswith("torch.optim")
 
 
-def _closed_step(trainer: Any, part: Part, optimizer: Optimizer, compute: Step) -> tuple[Step, Callable[[], None]]:
+def _closed_step(
+    trainer: Any, part: OptimizerPart, optimizer: Optimizer, compute: Step
+) -> tuple[Step, Callable[[], None]]:
     """As `compose_part`, by `optimizer_step` with a closure, which may call it, leave it, or call it again."""
     window, progress, stepped = part.window, trainer.fit_loop.progress, part.stepped
     if window is not None and isinstance(optimizer, LBFGS):

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from lite import collectives
 from lite.errors import ConfigError
-from lite.trainer.batch_size import infer_batch_size
-from lite.trainer.data import StageData
-from lite.trainer.entries import Entry, MetricEntry, Options, is_torchmetric, make_entry, merge
-from lite.trainer.metric_objects import attribute_of, torchmetrics_of
-from lite.trainer.places import LOADER_SUFFIX, NOWHERE, Place, kept_of
+from lite.trainer.data.stage import StageData
+from lite.trainer.logging.batch_size import infer_batch_size
+from lite.trainer.logging.entries import Entry, MetricEntry, Options, is_torchmetric, make_entry, merge
+from lite.trainer.logging.metric_objects import attribute_of, torchmetrics_of
+from lite.trainer.logging.places import LOADER_SUFFIX, NOWHERE, Place, kept_of
 
 Row = dict[str, Any]
 

@@ -21,11 +21,11 @@ from lite.seed import Moment, RandomState
 from lite.sharded import is_sharded
 from lite.state import is_stateful, module_state
 from lite.trainer.callbacks.base import Checkpoint
-from lite.trainer.combined import where_to_go_on
-from lite.trainer.foreign import progress_of_foreign
+from lite.trainer.checkpoints.foreign import progress_of_foreign
+from lite.trainer.data.combined import where_to_go_on
 from lite.trainer.hparams import storable
+from lite.trainer.logging.metric_objects import restore_torchmetrics, torchmetrics_state
 from lite.trainer.loops.train_epoch import discard
-from lite.trainer.metric_objects import restore_torchmetrics, torchmetrics_state
 
 PARTS = {
     "model": "state_dict",

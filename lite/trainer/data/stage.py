@@ -12,12 +12,12 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sequent
 from lite import collectives
 from lite.data.loader import copied, in_order
 from lite.errors import ConfigError
-from lite.trainer.combined import CombinedLoader
+from lite.trainer.data.combined import CombinedLoader
+from lite.trainer.data.counting import INFINITE, length, limit_batches
 from lite.trainer.datamodule import LightningDataModule
 from lite.trainer.hooks import overrides
 from lite.trainer.module_hooks import DataHooks
 
-INFINITE = float("inf")
 _TRANSFERS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 Move = Callable[[Any, int], Any]
 
@@ -224,38 +224,6 @@ def _made_before(raw: Any, before: StageData | None, taken: list[tuple[Any, Any]
         if given is raw and not any(made is other for _, other in taken):
             return made
     return None
-
-
-def length(loader: Any) -> int | None:
-    """Number of batches, or None where it is unknown."""
-    try:
-        return len(loader)
-    except (TypeError, NotImplementedError):
-        return None
-
-
-def limit_batches(limit: int | float, count: int | None, name: str) -> float:
-    """How many batches count: a whole number of them, or a share of all.
-
-    Raises:
-        ConfigError: A share of an unknown number, or one that leaves nothing.
-
-    Example:
-        >>> limit_batches(0.5, 9, "limit_val_batches"), limit_batches(20, 9, "limit_val_batches")
-        (4, 9)
-    """
-    if isinstance(limit, int):
-        return min(limit, count) if count is not None else limit
-    if count is None:
-        if limit in (0.0, 1.0):
-            return INFINITE if limit else 0
-        raise ConfigError(f"{name}={limit!r} is a share of a loader without a length; give a whole number of batches.")
-    wanted = int(count * limit)
-    if wanted == 0 and limit > 0 and count > 0:
-        raise ConfigError(
-            f"{name}={limit!r} of {count} batches is none; give at least {1 / count:.3g}, or a whole number of batches."
-        )
-    return wanted
 
 
 def without_shuffling(loader: Any) -> Any:

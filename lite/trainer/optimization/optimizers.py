@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 from lite.errors import ConfigError, choose
-from lite.trainer.declared import KEYS
+from lite.trainer.optimization.declared import KEYS
 
 _FORMS = (
     "return an optimizer, a list of optimizers, two lists (optimizers, schedulers), a dict {'optimizer': ..., "

@@ -6,7 +6,7 @@ import warnings
 from typing import Any
 
 from lite.errors import CheckpointError, ConfigError
-from lite.trainer.data import StageData, eval_data, find_loaders, find_move, has_loaders, train_data
+from lite.trainer.data.stage import StageData, eval_data, find_loaders, find_move, has_loaders, train_data
 from lite.trainer.hooks import overrides
 from lite.trainer.loops.calling import step_caller
 from lite.trainer.loops.fit import FitLoop

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 from torch.optim import Optimizer
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset
+from torch.utils.data import IterableDataset
 
 from lite import collectives
-from lite.data.sampler import ShardedSampler
 from lite.gradients import Accumulation
-from lite.trainer.data import StageData
+from lite.trainer.data.counting import sizes_of
+from lite.trainer.data.stage import StageData
 
 
 def make_window(trainer: Any, steps: int, optimizer: Optimizer | None = None) -> Accumulation:
@@ -60,20 +60,6 @@ def _alike_of(loader: Any, num_batches: float) -> int:
     if count is None or isinstance(loader.dataset, IterableDataset):  # whose workers each have a last batch
         return _NOT
     return _ALL if count % size == 0 or num_batches * size <= count else _BUT_THE_LAST
-
-
-def sizes_of(loader: Any) -> tuple[int | None, int | None]:
-    """Samples of a full batch and of an epoch, as far as the loader's sampler reaches; None: nobody knows."""
-    if not isinstance(loader, DataLoader):
-        return None, None
-    sampler: Any = loader.batch_sampler
-    if type(sampler) not in (BatchSampler, ShardedSampler) or sampler.batch_size is None:
-        return None, None
-    try:
-        count = len(sampler.sampler)
-    except TypeError:
-        count = None
-    return getattr(sampler, "group_size", sampler.batch_size), count
 
 
 class Windows:

@@ -16,7 +16,7 @@ import torch
 from lite.checkpoint.storage import locate
 from lite.errors import CheckpointError, ConfigError, MissingExtraError
 from lite.loading import restore_object
-from lite.trainer.foreign import foreign_globals, read_checkpoint
+from lite.trainer.checkpoints.foreign import foreign_globals, read_checkpoint
 
 _OLD_NAMES = ("hyper_parameters", "hparams", "module_arguments")
 

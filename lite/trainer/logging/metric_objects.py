@@ -10,7 +10,7 @@ from torch import nn
 
 from lite.data.transfer import move_to_device
 from lite.errors import ConfigError
-from lite.trainer.entries import is_torchmetric
+from lite.trainer.logging.entries import is_torchmetric
 
 
 def torchmetrics_of(module: Any) -> dict[str, Any]:

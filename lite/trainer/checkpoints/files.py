@@ -9,9 +9,9 @@ import warnings
 from typing import Any
 
 from lite.errors import ConfigError, UsageError
-from lite.trainer import checkpointing
-from lite.trainer.finding import newest_checkpoint, sibling_versions
-from lite.trainer.foreign import foreign_globals
+from lite.trainer.checkpoints import contents
+from lite.trainer.checkpoints.finding import newest_checkpoint, sibling_versions
+from lite.trainer.checkpoints.foreign import foreign_globals
 from lite.trainer.loggers import agree_on_versions, checkpoint_folder
 from lite.trainer.view import View
 
@@ -42,7 +42,7 @@ class Checkpoints(View):
             )
         if self.module is None:
             raise UsageError("save_checkpoint: there is no model yet; call fit, validate, test or predict first.")
-        self.lite.save(path, checkpointing.dump(self, weights_only), rng=False)
+        self.lite.save(path, contents.dump(self, weights_only), rng=False)
 
     def _begin_from(self, given: Any, *, fitting: bool, goes_on: bool = False) -> None:
         """Set `ckpt_path`, for this run. One that goes on writes where the checkpoint's run has written."""

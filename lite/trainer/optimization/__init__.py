@@ -1,0 +1,1 @@
+"""Optimizers and schedulers as the module configures them, and when they step."""
