@@ -16,11 +16,11 @@ from typing import Any, Protocol
 from lite import collectives
 from lite.checkpoint.directory_format import INDEX
 from lite.checkpoint.reading import damage, remove
-from lite.checkpoint.storage import locate
 from lite.errors import CheckpointError, ConfigError
 from lite.guards.signals import StopSignals, exit_code
 from lite.guards.stop import StopAgreement
 from lite.seed import RandomState
+from lite.storage import locate
 
 KEY = "resumable"
 _LEFT = re.compile(r"^\.(step-\d{8,}(?:\.ckpt)?)\.[0-9a-f]{32}\.(?:tmp|lock)$")

@@ -14,7 +14,7 @@ LITE = Path(__file__).resolve().parents[1] / "lite"
 LAYERS = [
     {"errors", "disguise"},
     {"renewal"},
-    {"state", "seed", "nesting", "agreement", "first_rank"},
+    {"state", "seed", "nesting", "agreement", "first_rank", "storage"},
     {"sharded"},
     {"fitting"},
     {"loading"},

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from lite.checkpoint.storage import Storage
 from lite.errors import CheckpointError
+from lite.storage import Storage
 
 INDEX = ".metadata"
 FORMAT = 2

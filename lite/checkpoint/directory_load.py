@@ -21,9 +21,9 @@ from lite.checkpoint import directory_format as names
 from lite.checkpoint import manifest as about
 from lite.checkpoint import tree
 from lite.checkpoint.file import log_that_code_is_run, unpickle
-from lite.checkpoint.storage import Storage, locate
 from lite.checkpoint.stored import StoredTensor
 from lite.errors import CheckpointError
+from lite.storage import Storage, locate
 
 
 def load_directory(

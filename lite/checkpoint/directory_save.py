@@ -34,9 +34,9 @@ from lite.checkpoint import manifest as about
 from lite.checkpoint import tree
 from lite.checkpoint.checksum import ChecksummedWriter
 from lite.checkpoint.file import reason
-from lite.checkpoint.storage import Storage, locate
 from lite.errors import CheckpointError
 from lite.sharded import is_elsewhere
+from lite.storage import Storage, locate
 
 _MANIFEST_ENTRIES = ("lite", "torch", "world_size", "time")
 

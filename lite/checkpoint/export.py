@@ -17,8 +17,8 @@ from typing import Any
 from torch import Tensor
 
 from lite.checkpoint.file import reason
-from lite.checkpoint.storage import Storage, locate
 from lite.errors import CheckpointError, ConfigError, MissingExtraError
+from lite.storage import Storage, locate
 
 INDEX = "model.safetensors.index.json"
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

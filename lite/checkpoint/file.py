@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from lite.checkpoint.checksum import damage_in_zip
-from lite.checkpoint.storage import Storage, locate
 from lite.errors import CheckpointError
+from lite.storage import Storage, locate
 
 _log = logging.getLogger("lite")
 

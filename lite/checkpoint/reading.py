@@ -7,8 +7,8 @@ from typing import Any
 
 from lite.checkpoint import manifest as about
 from lite.checkpoint.file import code_in_file, damage_in_file, load_file
-from lite.checkpoint.storage import locate
 from lite.errors import CheckpointError
+from lite.storage import locate
 
 
 def read(

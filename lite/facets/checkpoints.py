@@ -283,7 +283,7 @@ class Checkpoints(Facet):
 
     def _prepare(self, path: Path, state: Mapping[str, Any], filter: Filter | None) -> tuple[bool, dict[str, Any]]:
         from lite.checkpoint.file import check_is_no_folder
-        from lite.checkpoint.storage import locate
+        from lite.storage import locate
 
         is_folder = locate(path)[2]
         if not is_folder:

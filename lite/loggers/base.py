@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 from lite import collectives
 from lite.errors import ConfigError, shown
+from lite.storage import is_url, locate
 
 
 class Logger(ABC):
@@ -146,7 +147,8 @@ def as_params(params: Any) -> dict[str, Any]:
 
 def next_version(folder: str | os.PathLike[str]) -> int:
     """The first number above those of the folder's version_0, version_1, ..."""
-    taken = [int(path.name[8:]) for path in Path(folder).glob("version_*") if path.name[8:].isdigit()]
+    storage, place, _ = locate(os.fspath(folder) or os.curdir)
+    taken = [int(match[1]) for name in storage.names(place) if (match := re.fullmatch(r"version_([0-9]+)", name))]
     return max(taken, default=-1) + 1
 
 
@@ -156,8 +158,10 @@ def is_version_in(log_dir: str, folder: str | os.PathLike[str]) -> bool:
     return re.fullmatch(r"version_\d+", name) is not None and parent == os.path.abspath(folder)
 
 
-def check_folder(argument: str, folder: Path) -> None:
+def check_folder(argument: str, folder: str | os.PathLike[str]) -> None:
     """Refuse a folder that can't be made or written to. A nameless file in what is there of its path tells.
+
+    Of a URL no more is known than that there is a package for its kind.
 
     Args:
         argument: What the user gave.
@@ -165,7 +169,12 @@ def check_folder(argument: str, folder: Path) -> None:
 
     Raises:
         ConfigError: It can't.
+        MissingExtraError: It is a URL, and fsspec or what it needs for this kind of URL is not installed.
     """
+    if is_url(folder):
+        locate(folder)
+        return
+    folder = Path(folder)
     there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     try:
         with tempfile.TemporaryFile(dir=there):

@@ -1,8 +1,9 @@
-"""Metrics as a CSV file, with nothing beyond the standard library."""
+"""Metrics as a CSV file, with nothing beyond the standard library; at a URL with fsspec."""
 
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 from collections.abc import Mapping
@@ -13,13 +14,14 @@ from torch import Tensor
 
 from lite.errors import ConfigError
 from lite.loggers.base import Ignored, Logger, as_params, check_folder, is_version_in, next_version
+from lite.storage import is_url, joined, locate
 
 
 class CSVLogger(Logger):
     """Writes `metrics.csv` into `root_dir/name/version_N`.
 
     Args:
-        root_dir: Where runs are kept.
+        root_dir: Where runs are kept: a folder, or a URL that fsspec knows.
         name: A folder for this kind of run; may be empty.
         version: The run's number or name; None takes the first number that is free.
         flush_every: Rows that are kept before they are written; tensors stay on their device until then.
@@ -35,7 +37,7 @@ class CSVLogger(Logger):
             raise ConfigError(f"flush_every={flush_every!r} must be a whole number of at least 1.")
         self._name = name
         self._root = os.fspath(root_dir)
-        self._folder = Path(root_dir) / name
+        self._folder = joined(self._root, name) if name else self._root
         self._version = version
         self._is_free = version is None
         self._flush_every = flush_every
@@ -52,7 +54,7 @@ class CSVLogger(Logger):
 
     @property
     def root_dir(self) -> str:
-        return os.fspath(self._folder)
+        return self._folder
 
     @property
     def version(self) -> int | str:
@@ -60,14 +62,14 @@ class CSVLogger(Logger):
         return self._folder_name()
 
     @property
-    def log_dir(self) -> Path:
-        """Where this run writes."""
-        return self._folder / self._folder_name()
+    def log_dir(self) -> Path | str:
+        """Where this run writes: a Path, or a URL."""
+        return _place(joined(self._folder, self._folder_name()))
 
     @property
-    def path(self) -> Path:
+    def path(self) -> Path | str:
         """The metrics file."""
-        return Path(self.log_dir) / "metrics.csv"
+        return _place(self._file("metrics.csv"))
 
     @property
     def experiment(self) -> Any:
@@ -82,6 +84,9 @@ class CSVLogger(Logger):
     def _folder_name(self) -> str:
         number = self._number()
         return f"version_{number}" if isinstance(number, int) else number
+
+    def _file(self, name: str) -> str:
+        return joined(os.fspath(self.log_dir), name)
 
     def go_on_in(self, log_dir: str) -> None:
         if self._is_free and not self._rows and not self._columns and is_version_in(log_dir, self._folder):
@@ -101,8 +106,8 @@ class CSVLogger(Logger):
             self.flush()
 
     def log_hyperparameters(self, params: Mapping[str, Any]) -> None:
-        self.log_dir.mkdir(parents=True, exist_ok=True)
-        (self.log_dir / "hyperparameters.json").write_text(json.dumps(dict(params), indent=2, default=str) + "\n")
+        storage, file, _ = locate(self._file("hyperparameters.json"))
+        storage.write(file, json.dumps(dict(params), indent=2, default=str) + "\n")
 
     def flush(self) -> None:
         """Append the buffered rows; columns that are new rewrite the file, which is whole at every moment."""
@@ -110,23 +115,29 @@ class CSVLogger(Logger):
             return
         rows = [{k: v.item() if isinstance(v, Tensor) else v for k, v in row.items()} for row in self._rows]
         new = [key for row in rows for key in row if key not in self._columns]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if not new:
-            with open(self.path, "a", newline="") as file:
-                csv.DictWriter(file, self._columns).writerows(rows)
-        else:
+        storage, file, _ = locate(self._file("metrics.csv"))
+        written = storage.kind(file) is not None
+        if new or not written:
             before: list[dict[str, Any]] = []
-            if self.path.exists():
-                with open(self.path, newline="") as file:
-                    before = list(csv.DictReader(file))
+            if written:
+                before = list(csv.DictReader(io.StringIO(storage.read(file).decode(), newline="")))
             self._columns = list(dict.fromkeys([*(before[0] if before else ()), *self._columns, *new]))
-            beside = self.path.with_suffix(".tmp")
-            with open(beside, "w", newline="") as file:
-                writer = csv.DictWriter(file, self._columns)
-                writer.writeheader()
-                writer.writerows(before + rows)
-            os.replace(beside, self.path)
+            storage.write(file, self._as_text(before + rows, header=True))
+        else:
+            storage.append(file, self._as_text(rows, header=False))
         self._rows.clear()
+
+    def _as_text(self, rows: list[dict[str, Any]], *, header: bool) -> str:
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self._columns)
+        if header:
+            writer.writeheader()
+        writer.writerows(rows)
+        return text.getvalue()
+
+
+def _place(path: str) -> Path | str:
+    return path if is_url(path) else Path(path)
 
 
 class CSVExperiment:

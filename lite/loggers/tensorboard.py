@@ -9,6 +9,7 @@ from typing import Any
 
 from lite.errors import MissingExtraError
 from lite.loggers.base import Ignored, Logger, check_folder
+from lite.storage import is_url
 
 
 class TensorBoardLogger(Logger):
@@ -56,7 +57,7 @@ class TensorBoardLogger(Logger):
         return self._open
 
     def check(self) -> None:
-        if "://" not in self.log_dir:  # TensorBoard writes to cloud storage too
+        if not is_url(self.log_dir):  # TensorBoard writes to cloud storage too
             check_folder(f"log_dir={self.log_dir!r}", Path(self.log_dir))
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from lite import collectives
-from lite.trainer.callbacks.naming import joined
+from lite.storage import joined
 from lite.trainer.checkpoints.finding import next_hpc_checkpoint
 from lite.trainer.state import TrainerStatus
 from lite.trainer.view import View

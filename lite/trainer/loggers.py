@@ -9,7 +9,6 @@ import functools
 import os
 import warnings
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +20,7 @@ from lite.errors import ConfigError
 from lite.loggers.base import Ignored, check_folder, ignore, is_version_in, next_version
 from lite.loggers.csv import CSVLogger as _CSV
 from lite.loggers.tensorboard import TensorBoardLogger as _TensorBoard
+from lite.storage import is_url, joined, locate
 from lite.trainer.hparams import as_yaml
 from lite.trainer.utilities.rank_zero import rank_zero_only
 
@@ -118,11 +118,11 @@ class _Run(Logger):
 
     @property
     def root_dir(self) -> str:
-        return os.path.join(os.path.expandvars(os.path.expanduser(self._save_dir)), self._name)
+        return joined(os.path.expandvars(os.path.expanduser(self._save_dir)), self._name)
 
     @property
     def log_dir(self) -> str:
-        return os.path.join(self.root_dir, _folder_of(self.version))
+        return joined(self.root_dir, _folder_of(self.version))
 
     def take_version(self, version: int | str) -> None:
         """Be the run that rank 0 takes this for."""
@@ -137,10 +137,8 @@ class _Run(Logger):
             self.take_version(int(os.path.basename(log_dir)[8:]))
 
     def check(self) -> None:
-        if "://" not in self._save_dir:
-            # A free version's folder is new.
-            folder = self.root_dir if self._version is None else self.log_dir
-            check_folder(f"save_dir={self._save_dir!r}", Path(folder))
+        # A free version's folder is new.
+        check_folder(f"save_dir={self._save_dir!r}", self.root_dir if self._version is None else self.log_dir)
 
     def _prefixed(self, metrics: Mapping[str, Any]) -> Mapping[str, Any]:
         return {f"{self._prefix}{name}": value for name, value in metrics.items()} if self._prefix else metrics
@@ -151,12 +149,11 @@ class _Run(Logger):
 
     def _write_hparams(self, params: Mapping[str, Any]) -> None:
         self.hparams.update(params)
-        if "://" not in self._save_dir:
-            Path(self.log_dir).mkdir(parents=True, exist_ok=True)
-            Path(self.log_dir, "hparams.yaml").write_text(as_yaml(self.hparams), encoding="utf-8")
+        storage, file, _ = locate(joined(self.log_dir, "hparams.yaml"))
+        storage.write(file, as_yaml(self.hparams))
 
 
-class CSVLogger(_Run, _CSV):  # type: ignore[misc]  # log_dir is text, as Lightning's is
+class CSVLogger(_Run, _CSV):
     """Writes `metrics.csv` and `hparams.yaml` into save_dir/name/version_N.
 
     Args:
@@ -231,7 +228,11 @@ class TensorBoardLogger(_Run, _TensorBoard):
 
     @property
     def log_dir(self) -> str:
-        return super().log_dir if self.sub_dir is None else os.path.join(super().log_dir, self.sub_dir)
+        return super().log_dir if self.sub_dir is None else joined(super().log_dir, self.sub_dir)
+
+    def check(self) -> None:
+        if not is_url(self._save_dir):  # TensorBoard has its own ways to cloud storage
+            super().check()
 
     def log_hyperparameters(self, params: Mapping[str, Any], metrics: Any = None, step: int | None = None) -> None:
         """Take the run's settings.

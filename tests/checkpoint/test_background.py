@@ -26,7 +26,7 @@ class Gate:
     """Holds every write up until it is opened."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from lite.checkpoint.storage import Storage
+        from lite.storage import Storage
 
         self.open = threading.Event()
         for method in ("replace", "create"):
@@ -100,7 +100,7 @@ def test_ranks_skip_together(tmp_path: Path, name: str) -> None:
 
 def _failure(path: str, call: str) -> str:
     lite = Lite(accelerator="cpu")
-    from lite.checkpoint.storage import Storage
+    from lite.storage import Storage
 
     def full(self: Storage, path: str) -> Any:
         raise OSError(28, "No space left on device")
@@ -150,7 +150,7 @@ def test_teardown_raises_a_failure(tmp_path: Path) -> None:
 EXIT = """
 import sys, time, torch
 from lite import Lite
-from lite.checkpoint.storage import Storage
+from lite.storage import Storage
 lite = Lite(accelerator="cpu")
 real = Storage.make_folder
 def slow(self, *args):
@@ -223,7 +223,7 @@ def test_every_kind_of_tensor_is_staged() -> None:
 
 
 def _train_meanwhile(path: str) -> float:
-    from lite.checkpoint.storage import Storage
+    from lite.storage import Storage
 
     lite = Lite(accelerator="cpu")
     real, opened = Storage.create, threading.Event()
@@ -286,7 +286,7 @@ def test_the_group_of_background_saves_goes_before_the_default_one(tmp_path: Pat
 UNFINISHED = """
 import sys, time, torch
 from lite import Lite
-from lite.checkpoint.storage import Storage
+from lite.storage import Storage
 
 def train(lite, path):
     real = Storage.create

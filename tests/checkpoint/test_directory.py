@@ -175,7 +175,7 @@ def test_a_later_format_is_refused(tmp_path: Path) -> None:
 def test_leftovers_of_a_killed_save_go_with_the_next_one(tmp_path: Path) -> None:
     """Of a first and of an overwriting one; not those of a save that still runs."""
     from lite.checkpoint import directory_format as names
-    from lite.checkpoint.storage import Storage
+    from lite.storage import Storage
 
     lite = Lite(accelerator="cpu")
     lite.save(tmp_path / "a", {"n": 1})
@@ -195,7 +195,7 @@ def test_leftovers_of_a_killed_save_go_with_the_next_one(tmp_path: Path) -> None
 def _failing_rank(path: str, bad: int) -> str:
     lite = Lite(accelerator="cpu")
     lite.save(path, {"model": MLP(), "n": 1})
-    from lite.checkpoint.storage import Storage
+    from lite.storage import Storage
 
     def full(self: Storage, path: str) -> Any:
         raise OSError(28, "No space left on device")

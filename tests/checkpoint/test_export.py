@@ -12,7 +12,7 @@ from torch import nn
 
 from lite import CheckpointError, ConfigError, Lite, MissingExtraError
 from lite.checkpoint.export import parse_size
-from lite.checkpoint.storage import Storage
+from lite.storage import Storage
 from tests.checkpoint.parts import equal
 from tests.support.models import MLP
 from tests.support.processes import run_distributed

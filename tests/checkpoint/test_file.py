@@ -159,7 +159,7 @@ def test_leftovers_of_a_killed_save_go_with_the_next_one(tmp_path: Path) -> None
     early = tmp_path / f".a.ckpt.{'1' * 32}.lock"
     for left in (dead, other, dead.with_suffix(".lock"), early):
         left.write_bytes(b"half")
-    from lite.checkpoint.storage import Storage
+    from lite.storage import Storage
 
     with Storage().replace(str(tmp_path / "a.ckpt")) as running:
         Path(running).write_bytes(b"half")

@@ -133,8 +133,8 @@ def stop_on_sigterm() -> None:
 
 def save_meanwhile(path: str) -> None:
     """Rank 1 fails while rank 0 writes in the background, in a loop that nothing ends."""
-    from lite.checkpoint.storage import Storage
     from lite.guards import failure
+    from lite.storage import Storage
 
     failure._GRACE_S = failure._CLEANUP_S = 0.2
     real = Storage.replace

@@ -74,6 +74,29 @@ def test_a_folder_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> N
         assert not list(tmp_path.iterdir())
 
 
+def test_a_run_may_lie_at_a_url() -> None:
+    """As in a folder: versions, columns that appear later, rows over several writes; nothing on this machine."""
+    fsspec = pytest.importorskip("fsspec")
+    files = fsspec.filesystem("memory")
+    here = set(Path.cwd().iterdir())
+    for version in range(2):
+        logger = CSVLogger("memory://runs-of-csv", "run", flush_every=1)
+        lite = Lite(accelerator="cpu", loggers=logger)
+        for step in range(2):
+            lite.log("loss", torch.tensor(1.0 + step), step)
+        lite.log_dict({"loss": 3, "accuracy": 0.5}, step=2)
+        lite.log_hyperparameters({"lr": 0.1})
+        lite.teardown()
+        assert logger.path == f"memory://runs-of-csv/run/version_{version}/metrics.csv"
+        text = files.cat_file(f"/runs-of-csv/run/version_{version}/metrics.csv").decode()
+        assert text.splitlines() == ["step,loss,accuracy", "0,1.0,", "1,2.0,", "2,3,0.5"]
+        assert '"lr": 0.1' in files.cat_file(f"/runs-of-csv/run/version_{version}/hyperparameters.json").decode()
+    files.rm("/runs-of-csv", recursive=True)
+    assert set(Path.cwd().iterdir()) == here
+    with pytest.raises(ConfigError, match="path='nope://runs' is no URL that fsspec knows"):
+        Lite(accelerator="cpu", loggers=CSVLogger("nope://runs"))
+
+
 def test_tensorboard_files_are_written(tmp_path: Path) -> None:
     """Where the extra is installed; a new Lite may go on with the same logger."""
     pytest.importorskip("tensorboard")

@@ -138,6 +138,31 @@ def test_behaviour_31_urls_are_searched_like_folders(tmp_path: Path, monkeypatch
         assert run.ckpt_path == (None if number == 1 else f"{root}/hpc_ckpt_1.ckpt")
 
 
+def test_a_run_whose_root_is_a_url_writes_nothing_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows and checkpoints; a resumed run goes on in its version."""
+    fsspec = pytest.importorskip("fsspec")
+    monkeypatch.chdir(tmp_path)
+    root = f"memory://{uuid.uuid4().hex}"
+    for epochs in (1, 2):
+        own = {"default_root_dir": root, "logger": CSVLogger(root), "log_every_n_steps": 1}
+        run = trainer(max_epochs=epochs, **own, **SAVES)
+        run.fit(Tiny(), numbers(), ckpt_path="auto")
+        assert run.global_step == 3 * epochs
+    files = fsspec.filesystem("memory")
+    folder = f"{root}/version_0"
+    names = [path.rsplit("/", 1)[-1] for path in files.find(folder)]
+    assert names == [
+        "epoch=0-step=3.ckpt",
+        "epoch=1-step=6.ckpt",
+        "hyperparameters.json",
+        "metrics.csv",
+    ]  # the first was resumed from
+    rows = files.cat_file(f"{folder}/metrics.csv").decode().splitlines()
+    assert len(rows) == 7
+    files.rm(root, recursive=True)
+    assert not list(tmp_path.iterdir())
+
+
 def test_behaviour_31_best_is_the_first_callbacks_that_has_one(tmp_path: Path) -> None:
     """And `ckpt_path` is that of the run, not of an earlier one."""
     last = ModelCheckpoint(tmp_path / "last", save_top_k=0, save_last=True)

@@ -15,8 +15,9 @@ from torch import Tensor
 from lite import collectives
 from lite.checkpoint.reading import remove
 from lite.errors import ConfigError, choose
+from lite.storage import is_url, joined
 from lite.trainer.callbacks.base import Checkpoint
-from lite.trainer.callbacks.naming import checkpoint_name, expanded, free_name, joined
+from lite.trainer.callbacks.naming import checkpoint_name, expanded, free_name
 from lite.trainer.callbacks.ranking import as_score, best_of, is_better, lost, may_go, worst_of
 from lite.trainer.callbacks.save_schedule import SaveSchedule
 from lite.trainer.loggers import checkpoint_folder
@@ -262,7 +263,7 @@ class ModelCheckpoint(Checkpoint):
             path = free_name(path, self.FILE_EXTENSION, self.STARTING_VERSION, self.last_model_path)
         path = collectives.broadcast(path)
         before, self.last_model_path = self.last_model_path, path
-        if self.save_last == "link" and self._last_saved and self.save_top_k and "://" not in path:
+        if self.save_last == "link" and self._last_saved and self.save_top_k and not is_url(path):
             if trainer.is_global_zero:
                 _link(self._last_saved, path)
             trainer.lite.barrier()

@@ -6,7 +6,7 @@ import os
 import re
 from typing import Any
 
-from lite.checkpoint.storage import locate
+from lite.storage import is_url, locate
 
 _FIELD = re.compile(r"\{([^:{}]+)(:[^{}]*)?\}")
 
@@ -49,11 +49,6 @@ def free_name(path: str, suffix: str, first: int, own: str) -> str:
         number += 1
 
 
-def joined(folder: str, name: str) -> str:
-    """A name in a folder or at a URL."""
-    return f"{folder.rstrip('/')}/{name}" if "://" in folder else os.path.join(folder, name)
-
-
 def expanded(folder: str | None) -> str | None:
     """The folder's full path; a URL as it is."""
-    return folder if folder is None or "://" in folder else os.path.abspath(os.path.expanduser(folder))
+    return folder if folder is None or is_url(folder) else os.path.abspath(os.path.expanduser(folder))

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lite.storage import is_url
+
 
 def as_score(value: Tensor, mode: str) -> Tensor:
     """The metric's value on the CPU, in its own precision; one that is no number loses against all others."""
@@ -42,9 +44,9 @@ def worst_of(scores: dict[str, Tensor], mode: str) -> str:
 def may_go(path: str, folder: str, resumed: str | None) -> bool:
     """Whether a checkpoint that is not kept any more may be removed: never what a run was resumed from, be it by a
     link, nor what lies elsewhere than in `folder`."""
-    if "://" in path:
+    if is_url(path):
         return path != resumed and path.startswith(f"{folder.rstrip('/')}/")
-    if resumed is not None and "://" not in resumed and _place(path) in (_place(resumed), os.path.realpath(resumed)):
+    if resumed is not None and not is_url(resumed) and _place(path) in (_place(resumed), os.path.realpath(resumed)):
         return False
     return Path(folder).resolve() in Path(path).resolve().parents
 

@@ -7,9 +7,8 @@ import warnings
 
 from lite import collectives
 from lite.checkpoint.reading import damage
-from lite.checkpoint.storage import locate
 from lite.errors import CheckpointError
-from lite.trainer.callbacks.naming import joined
+from lite.storage import joined, locate
 
 _SUFFIX = ".ckpt"
 _HPC = re.compile(r"^hpc_ckpt_(\d+)\.ckpt$")

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from lite.checkpoint.storage import locate
 from lite.errors import CheckpointError, ConfigError, MissingExtraError
 from lite.loading import restore_object
+from lite.storage import locate
 from lite.trainer.checkpoints.foreign import foreign_globals, read_checkpoint
 
 _OLD_NAMES = ("hyper_parameters", "hparams", "module_arguments")

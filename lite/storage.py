@@ -1,4 +1,4 @@
-"""Where checkpoints lie: local files, or a URL through fsspec; how a file is replaced whole, and whose leftovers go.
+"""Where files lie: on this machine, or at a URL through fsspec; how one is replaced whole, and whose leftovers go.
 
 It knows bytes and names, no format.
 """
@@ -94,6 +94,19 @@ class Storage:
     def read(self, path: str) -> bytes:
         with open(path, "rb") as file:
             return file.read()
+
+    def write(self, path: str, text: str) -> None:
+        """A small file of text, whole at every moment, in a folder that is made; on the disk when the system likes."""
+        self.make_folder(self.split(path)[0])
+        beside = f"{path}.tmp"
+        with open(beside, "w", encoding="utf-8", newline="") as file:
+            file.write(text)
+        os.replace(beside, path)
+
+    def append(self, path: str, text: str) -> None:
+        """Text at the end of a file that is there."""
+        with open(path, "a", encoding="utf-8", newline="") as file:
+            file.write(text)
 
     @contextmanager
     def view(self, path: str) -> Iterator[memoryview]:
@@ -267,6 +280,13 @@ class UrlStorage(Storage):
     def read(self, path: str) -> bytes:
         return bytes(self._fs.cat_file(path))
 
+    def write(self, path: str, text: str) -> None:
+        self.make_folder(self.split(path)[0])
+        self._fs.pipe_file(path, text.encode())
+
+    def append(self, path: str, text: str) -> None:
+        self.write(path, self.read(path).decode() + text)  # object stores can't append
+
     @contextmanager
     def view(self, path: str) -> Iterator[memoryview]:
         yield memoryview(self.read(path))
@@ -317,6 +337,16 @@ class UrlStorage(Storage):
         return written > 0 and time.time() - written > _DAY_S
 
 
+def is_url(path: str | os.PathLike[str]) -> bool:
+    """Whether it is a URL, such as "s3://bucket/runs"."""
+    return re.match(r"^[a-z][a-z0-9+.-]+://", str(path), flags=re.IGNORECASE) is not None
+
+
+def joined(folder: str, name: str) -> str:
+    """A name in a folder or at a URL."""
+    return f"{folder.rstrip('/')}/{name}" if is_url(folder) else os.path.join(folder, name)
+
+
 def locate(path: str | os.PathLike[str]) -> tuple[Storage, str, bool]:
     """Where a path lies, its name there, and whether it names a directory: it ends in "/" or has no suffix.
 
@@ -328,7 +358,7 @@ def locate(path: str | os.PathLike[str]) -> tuple[Storage, str, bool]:
         raise ConfigError(f"path={path!r} is no path; give the name of a file ('last.ckpt') or a directory ('last').")
     text = str(os.fspath(path))
     is_folder = text.endswith(("/", os.sep)) or not PurePath(text.rsplit("://", 1)[-1]).suffix
-    if not re.match(r"^[a-z][a-z0-9+.-]+://", text, flags=re.IGNORECASE):
+    if not is_url(text):
         return Storage(), text.rstrip("/" + os.sep) or text, is_folder
     try:
         from fsspec.core import url_to_fs  # type: ignore[import-untyped]

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lite import CheckpointError, ConfigError, Lite, MissingExtraError
-from lite.checkpoint.storage import locate
+from lite.storage import locate
 from tests.checkpoint.parts import equal, step, training
 
 fsspec = pytest.importorskip("fsspec")
