@@ -20,8 +20,10 @@ fsspec = pytest.importorskip("fsspec")
 
 @pytest.fixture(autouse=True)
 def _empty_memory() -> Iterator[None]:
-    yield
     memory = fsspec.filesystem("memory")
+    memory.store.clear()
+    memory.pseudo_dirs[:] = [""]
+    yield
     memory.store.clear()
     memory.pseudo_dirs[:] = [""]
 
