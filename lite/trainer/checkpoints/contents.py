@@ -281,7 +281,8 @@ def _restore_list(key: str, checkpoint: dict[str, Any], objects: list[Any], path
 
 def _restore_val_loaders(fit: Any, states: list[Any]) -> None:
     """Passes over validation's loaders are counted: random numbers in their workers follow from that."""
-    running = fit.val_loop.loader if fit.val_loop.restoring and fit.val_loop.batch else None
+    val = fit.val_loop
+    running = val.loader if val.restoring and val.batch and not val.through else None
     for index, (loader, state) in enumerate(zip(fit.val_data.loaders, states, strict=False)):
         if state is not None and is_stateful(loader) and index != running:
             try:

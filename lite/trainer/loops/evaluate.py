@@ -40,6 +40,8 @@ class EvaluationLoop:
         begun: By hook, whose methods have begun: those of the start and the end.
         opened: A loader has been begun.
         under_way: A batch has been given out whose step is not done.
+        settled: Of the newest batch all is done: its end hooks, its row.
+        through: All loaders are done, and the epoch's end is not.
         seen: By loader, the batches of evaluations that are over: where the values of single batches lie on the x axis.
     """
 
@@ -48,7 +50,8 @@ class EvaluationLoop:
         self.loader = self.batch = 0
         self.running = self.restoring = False
         self.begun: dict[str, list[str]] = {}
-        self.opened = self.under_way = False
+        self.opened = self.under_way = self.through = False
+        self.settled = True
         self.seen: dict[int, int] = {}
         self.loader_state: Any = None
         self._data: StageData | None = None
@@ -83,10 +86,11 @@ class EvaluationLoop:
         resumed, self.restoring = self.restoring, False
         self.under_way = False
         if not resumed:
-            self.loader, self.batch, self.begun, self.opened = 0, 0, {}, False
+            self.loader, self.batch, self.begun = 0, 0, {}
+            self.opened, self.settled, self.through = False, True, False
         end = f"on_{word}_end"
         with evaluating(trainer, word), no_grad():
-            if go_on is not None and resumed and (end in self.begun or not self.opened):
+            if go_on is not None and resumed and (end in self.begun or self.through or not self.opened):
                 go_on()
             results: list[dict[str, Any]] = []
             if end not in self.begun:
@@ -113,11 +117,12 @@ class EvaluationLoop:
         self._call(trainer, f"on_{word}_start")
         self._call(trainer, f"on_{word}_epoch_start")
         first = self.loader
-        for index in range(first, len(data.loaders)):
+        for index in range(first, 0 if self.through else len(data.loaders)):
             if index > first:
                 self.loader, self.batch = index, 0
             if self._run_loader(trainer, index, data, go_on if index == first else None, each_batch):
                 return []
+        self.through = True
         metrics.end_batches()
         if self._old is not None or getattr(trainer.hooks, f"on_{word}_epoch_end"):
             metrics.show(self.stage)
@@ -157,6 +162,9 @@ class EvaluationLoop:
         move, real = data.move, trainer.lite.real_samples if trainer.world_size > 1 else None
         writes_steps = trainer.logs_eval_steps(stage)
         done, seen = self.batch, self.seen.get(index, 0)
+        if writes_steps and not self.settled:
+            trainer.write_eval_step(stage, seen + done - 1)
+        self.settled = True
         for batch in self._open(data.loaders[index], data.limits[index], done, go_on):
             if move is not None:
                 batch = move(batch, index)
@@ -176,13 +184,14 @@ class EvaluationLoop:
                 outputs = step(batch, done)
             done += 1
             self.batch = done
-            self.under_way = False
+            self.under_way = self.settled = False
             if on_end:
                 metrics.at(in_end)
                 for hook in on_end:
                     hook(outputs, batch, done - 1, index)
             if writes_steps:
-                trainer.write_eval_step(self.stage, seen + done - 1)
+                trainer.write_eval_step(stage, seen + done - 1)
+            self.settled = True
             self.take(outputs, index, trainer)
             if old is not None and not metrics.filler:
                 old.keep(outputs, index)
@@ -216,8 +225,8 @@ class EvaluationLoop:
         """The cursor, and the position in the loader that is under way; plain values of this rank."""
         state: dict[str, Any] = {"running": self.running, "loader": self.loader, "batch": self.batch, "position": None}
         state["begun"] = {name: list(owners) for name, owners in self.begun.items()}
-        state.update(opened=self.opened, seen=dict(self.seen))
-        if self.running and self._data is not None and (self.batch or self.under_way):
+        state.update(opened=self.opened, seen=dict(self.seen), settled=self.settled, through=self.through)
+        if self.running and not self.through and self._data is not None and (self.batch or self.under_way):
             loader = self._data.loaders[self.loader]
             state["position"] = where_to_go_on(loader, self.under_way) if hasattr(loader, "state_dict") else None
         return state
@@ -225,6 +234,7 @@ class EvaluationLoop:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on there at the next `run`."""
         self.begun, self.opened, self.seen = state["begun"], state["opened"], dict(state["seen"])
+        self.settled, self.through = state.get("settled", True), state.get("through", False)
         self.restoring = state["running"] or bool(self.begun)
         if state["running"]:  # otherwise its loaders are through, and its end hooks alone are left
             self.loader, self.batch, self.loader_state = state["loader"], state["batch"], state["position"]
