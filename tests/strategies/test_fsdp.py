@@ -412,16 +412,17 @@ def precision(name: str) -> dict[str, Any]:
 
 
 class Mixture(nn.Module):
-    """What 16-bit weights don't fit by themselves: BatchNorm, a float32 buffer, a softmax in float32."""
+    """What 16-bit weights don't fit by themselves: norms, a float32 buffer, a softmax in float32."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first = nn.Sequential(nn.Conv1d(1, 4, 3), nn.BatchNorm1d(4), nn.ReLU(), nn.Flatten())
         self.register_buffer("position", torch.linspace(0, 1, 8))
+        self.norms = nn.Sequential(nn.LayerNorm(8), nn.Unflatten(-1, (4, 2)), nn.GroupNorm(2, 4), nn.Flatten())
         self.second, self.third = nn.Linear(8, 8), nn.Linear(8, 2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.third(self.second(self.first(x) + self.position).float().softmax(-1))
+        return self.third(self.second(self.norms(self.first(x) + self.position)).float().softmax(-1))
 
 
 def mixture(lite: Lite) -> tuple[float, float]:
