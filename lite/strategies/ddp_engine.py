@@ -145,8 +145,8 @@ class State:
 class DDPEngine(Engine):
     """DDP around one model, without a trace of it in the model's own attributes or keys.
 
-    Buffers follow rank 0's at each forward that trains, as DDP has it. A forward without gradients is the module's own
-    and communicates nothing, so one rank may evaluate alone.
+    Buffers follow rank 0's at each forward whose backward averages gradients. A forward without gradients is the
+    module's own and communicates nothing, so one rank may evaluate alone.
 
     Attributes:
         names: The model's parameters at setup, id to name.
@@ -197,7 +197,12 @@ class DDPEngine(Engine):
             return run(*args, **kwargs)
         ddp = self._averaged.current()
         inputs = list(provenance.tensors_with_grad((args, kwargs)))
-        outputs = run(*args, **kwargs) if ddp is None else self._through(ddp, run, *args, **kwargs)
+        if ddp is None:
+            outputs = run(*args, **kwargs)
+        else:
+            # DDP goes by the forward before, of which a resumed run that begins within a window knows nothing.
+            ddp.require_forward_param_sync = self.synchronise
+            outputs = self._through(ddp, run, *args, **kwargs)
         self._tag(outputs, inputs, ddp)
         return outputs
 

@@ -253,7 +253,7 @@ def _in_float32_on(device: torch.device) -> tuple[type[nn.Module], ...]:
     """The layers that no 16-bit policy can be for.
 
     A BatchNorm's statistics are float32. On the CPU the kernels of LayerNorm, GroupNorm and InstanceNorm take 16-bit
-    weights with inputs of the same type alone, and autocast doesn't bring them together as it does on GPUs (torch 2.13).
+    weights with inputs of the same type alone, and autocast doesn't convert them as it does on GPUs (torch 2.13).
     """
     return (_NormBase, nn.LayerNorm, nn.GroupNorm) if device.type == "cpu" else (_BatchNorm,)
 

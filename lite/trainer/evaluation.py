@@ -40,7 +40,7 @@ class Evaluating(Preparing, Checkpoints):
             model, datamodule = self.module, datamodule if datamodule is not None else self.datamodule
             if ckpt_path is None and any(c.best_model_path for c in self.checkpoint_callbacks):
                 ckpt_path = "best"
-        check_module(model, fn.value)
+        check_module(self, model, fn.value)
         self._launch()
         results: list[dict[str, Any]] = []  # of a run that Ctrl-C ends in a notebook
         with running(self, fn, model, datamodule, lambda: self._begin_from(ckpt_path, fitting=False)):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lite.errors import UsageError
 from lite.launchers import in_notebook
 from lite.trainer.callbacks.base import Callback
 from lite.trainer.datamodule import LightningDataModule
@@ -110,13 +111,22 @@ def _call_all(calls: Iterable[Callable[[], Any]]) -> None:
         raise errors[0]
 
 
-def check_module(module: Any, call: str) -> None:
-    """Refuse what is no LightningModule.
+def check_module(trainer: Any, module: Any, call: str) -> None:
+    """Refuse what is no LightningModule, and a run within another run, which it would take the model from.
 
     Raises:
         TypeError: It is something else.
+        UsageError: This Trainer, or the one that has the module, has not ended what it is doing.
     """
     if isinstance(module, LightningModule):
+        for one, whose in ((trainer, "this Trainer"), (module.__dict__.get("_trainer"), "the module's Trainer")):
+            if one is not None and one.state.status is TrainerStatus.RUNNING:
+                raise UsageError(
+                    f"trainer.{call}() was called while {whose} is in the middle of {one.state.fn.value}; wait for its "
+                    "end, or leave `trainer.steps` first. What a fit evaluates as it goes are its validation loaders "
+                    "(val_check_interval, check_val_every_n_epoch); for more, give copy.deepcopy(module) to another "
+                    "Trainer."
+                )
         return
     hint = ""
     if isinstance(module, type):

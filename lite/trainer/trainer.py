@@ -338,7 +338,7 @@ class Trainer(Evaluating, Interruption, Serving):
                     trainer.save_checkpoint("hundred.ckpt")
         """
         train_dataloaders, datamodule = or_datamodule(train_dataloaders, datamodule)
-        check_module(model, "fit")
+        check_module(self, model, "fit")
         parts = contents.chosen_parts(restore, restore_except)
         self._launch()
         self._given = {"train": train_dataloaders, "val": val_dataloaders}
@@ -364,13 +364,11 @@ class Trainer(Evaluating, Interruption, Serving):
             self.metrics.at(self.metrics.place("", "on_fit_start"))
             self.hooks.call("on_fit_start")
             self._log_hyperparameters()
-            resumed = False
             if checkpoint is not None:
                 self.load_data(self.fit_loop, "train")
                 self.load_data(self.fit_loop, "val")
                 contents.restore_training(self, checkpoint, parts, str(self.ckpt_path))
-                resumed = self.fit_loop.progress.batches > 0
-            if not resumed:
+            if checkpoint is None or "loops" not in parts:
                 self._check_sanity()
             self.load_data(self.fit_loop, "train")
             self.load_data(self.fit_loop, "val")
@@ -414,7 +412,7 @@ class Trainer(Evaluating, Interruption, Serving):
             UsageError: The module's optimizers step by its own hand.
         """
         train_dataloaders, datamodule = or_datamodule(train_dataloaders, datamodule)
-        check_module(model, "plan")
+        check_module(self, model, "plan")
         self._launch()
         self._given = {"train": train_dataloaders, "val": val_dataloaders}
         self._check_fit(model, datamodule)
@@ -523,7 +521,7 @@ class Trainer(Evaluating, Interruption, Serving):
         from lite.trainer.tuner import tune
 
         train_dataloaders, datamodule = or_datamodule(train_dataloaders, datamodule)
-        check_module(model, "tune")
+        check_module(self, model, "tune")
         self._launch()
         return tune(self, model, train_dataloaders, datamodule, scale_batch_size_kwargs or {}, lr_find_kwargs or {})
 

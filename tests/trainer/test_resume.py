@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lite.trainer import Callback, LightningModule, seed_everything
 from lite.trainer.callbacks import EarlyStopping, ModelCheckpoint
+from lite.trainer.loggers import Logger
 from tests.support.processes import run_distributed
 from tests.trainer.modules import Numbers, Tiny, numbers, trainer, weights
 
@@ -127,22 +128,25 @@ def test_behaviour_41_training_gone_on_with_after_max_steps_continues_its_epoch(
 
 
 class SavesAnywhere(Callback):
-    """Saves in hooks after which something is still to come, and keeps how many losses and epochs there were."""
+    """Saves in hooks after which something is still to come, and keeps how much there was of what a run leaves."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder, self.seen, self.points = folder, 0, []
 
     def save(self, trainer: Any, module: Any, *args: Any) -> None:
+        if trainer.sanity_checking:
+            return
         self.seen += 1
         if self.folder is not None:
-            self.points.append((self.seen, len(module.losses), len(module.epochs)))
+            self.points.append((self.seen, len(module.losses), len(module.epochs), len(trainer.logger.rows)))
             trainer.save_checkpoint(self.folder / f"{self.seen}.ckpt")
 
     def on_train_end(self, trainer: Any, module: Any) -> None:
         loader = trainer.val_dataloaders
         self.passes = loader and loader.progress()  # workers draw their random numbers by how many there were
 
-    on_train_batch_end = on_validation_start = on_validation_batch_end = on_validation_end = on_train_epoch_end = save
+    on_train_epoch_start = on_train_batch_end = on_train_epoch_end = save
+    on_validation_start = on_validation_batch_end = on_validation_epoch_end = on_validation_end = save
 
     def state_dict(self) -> dict[str, Any]:
         return {"seen": self.seen}
@@ -151,8 +155,18 @@ class SavesAnywhere(Callback):
         self.seen = state_dict["seen"]
 
 
+class Rows(Logger):
+    """Keeps what it is given but the time; on rank 0."""
+
+    def __init__(self) -> None:
+        self.rows: list[Any] = []
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        self.rows.append((step, {name: value for name, value in metrics.items() if name != "seconds"}))
+
+
 class Kept(Noisy):
-    """Keeps its losses."""
+    """Keeps its losses; logs values of single validation batches, too."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -162,6 +176,10 @@ class Kept(Noisy):
         loss = super().training_step(batch, batch_idx)
         self.losses.append(float(loss.detach()))
         return loss
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        super().validation_step(batch, batch_idx)
+        self.log("drawn", torch.rand(()), on_step=True)
 
 
 class Endless(IterableDataset[Tensor]):
@@ -179,14 +197,16 @@ def fit_and_look(folder: Path, options: dict[str, Any], saves: SavesAnywhere, pa
     module, stopping = Kept(), EarlyStopping("val", patience=patience, min_delta=9.0)
     keeping = ModelCheckpoint(folder / "kept", "{epoch}-{step}", "val", save_top_k=-1, save_on_train_epoch_end=False)
     callbacks = [saves, stopping, keeping]
-    run = trainer(**{"max_epochs": 2, "enable_checkpointing": True, "callbacks": callbacks, **settings})
+    always = {"max_epochs": 2, "enable_checkpointing": True, "callbacks": callbacks, "logger": Rows()}
+    run = trainer(**{**always, "log_every_n_steps": 2, **settings})
     data: Any = Endless() if unknown else Augmented()
     loader = DataLoader(data, batch_size=2, shuffle=None if unknown else True)
     run.fit(module, loader, DataLoader(Augmented(), batch_size=4), ckpt_path=path)
     counts = [saves.seen, run.global_step, run.current_epoch, stopping.wait_count, stopping.stopped_epoch]
     best = [keeping.best_model_score, len(keeping.best_k_models), saves.passes]
     metrics = {name: float(value) for name, value in run.callback_metrics.items()}
-    return module.losses, module.epochs, [*counts, *best, metrics, [p.tolist() for p in module.parameters()]]
+    end = [*counts, *best, metrics, [p.tolist() for p in module.parameters()]]
+    return module.losses, module.epochs, run.logger.rows, end
 
 
 def differing(root: str, options: dict[str, Any]) -> list[int]:
@@ -196,11 +216,11 @@ def differing(root: str, options: dict[str, Any]) -> list[int]:
         told = "Endless has no state_dict|nothing is left to train|log.*without sync_dist|differs between the ranks"
         warnings.filterwarnings("ignore", f".*({told})")
         saves = SavesAnywhere(folder)
-        losses, epochs, end = fit_and_look(folder, options, saves, None)
+        losses, epochs, rows, end = fit_and_look(folder, options, saves, None)
         found = [] if saves.seen == len(saves.points) > 8 else [-1]
-        for number, done, epochs_done in saves.points:
+        for number, done, epochs_done, rows_done in saves.points:
             again = fit_and_look(folder, options, SavesAnywhere(), folder / f"{number}.ckpt")
-            if again != (losses[done:], epochs[epochs_done:], end):
+            if again != (losses[done:], epochs[epochs_done:], rows[rows_done:], end):
                 found.append(number)
     return found
 
@@ -208,7 +228,7 @@ def differing(root: str, options: dict[str, Any]) -> list[int]:
 @pytest.mark.parametrize(
     "options",
     [
-        {"val_check_interval": 2},
+        {"val_check_interval": 2, "num_sanity_val_steps": 1},
         {"val_check_interval": 0.5, "accumulate_grad_batches": 4},
         {"val_check_interval": 2, "max_steps": 7},
         {"val_check_interval": 2, "patience": 1},
@@ -233,7 +253,7 @@ def test_behaviour_41_saves_within_hooks_on_two_processes(tmp_path: Path) -> Non
 def test_behaviour_41_a_save_at_the_end_of_a_cut_off_epoch_goes_on_within_it(tmp_path: Path) -> None:
     """Its hooks had begun, for a run that was over; with more steps to do they come again when the epoch ends."""
     saves, loader = SavesAnywhere(tmp_path), DataLoader(Augmented(), batch_size=2)
-    trainer(max_steps=2, limit_val_batches=0, callbacks=[saves]).fit(Kept(), loader)
+    trainer(max_steps=2, limit_val_batches=0, callbacks=[saves], logger=Rows()).fit(Kept(), loader)
     again = Kept()
     run = trainer(limit_val_batches=0, callbacks=[SavesAnywhere()])
     run.fit(again, loader, ckpt_path=tmp_path / f"{saves.seen}.ckpt")
@@ -354,6 +374,55 @@ def test_what_a_failed_step_has_logged_counts_once(moment: str, accumulate: int,
     assert any("begins the window anew" in str(one.message) for one in told) == mixed
     assert fit(again, tmp_path / "died.ckpt") == expected
     assert (weights(again) == weights(whole)) == (not mixed)
+
+
+class SavesInStep(Tiny):
+    """Saves as that hook begins for the second batch; by hand it steps two optimizers."""
+
+    def __init__(self, moment: str = "", path: Path | None = None, *, by_hand: bool = False) -> None:
+        super().__init__()
+        self.moment, self.path, self.automatic_optimization = moment, path, not by_hand
+
+    def save(self, moment: str) -> None:
+        if self.path is not None and moment == self.moment and self.trainer.fit_loop.progress.batch == 1:
+            self.trainer.save_checkpoint(self.path)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        self.log("largest", batch.max(), reduce_fx=torch.max, on_step=False, on_epoch=True)
+        if self.automatic_optimization:
+            return self.loss(batch)
+        for number, optimizer in enumerate(self.optimizers()):
+            self.save(f"step {number}")
+            optimizer.zero_grad()
+            self.manual_backward(self.loss(batch))
+            optimizer.step()
+        return None
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        self.save("backward")
+
+    def configure_optimizers(self) -> Any:
+        layers = [self.net[0], self.net[3]]
+        one = super().configure_optimizers()
+        return one if self.automatic_optimization else [torch.optim.SGD(n.parameters(), lr=0.1) for n in layers]
+
+
+@pytest.mark.parametrize(("moment", "told"), [("backward", ""), ("step 0", ""), ("step 1", "has stepped already")])
+def test_a_save_within_a_step_is_exact_or_tells_what_is_repeated(moment: str, told: str, tmp_path: Path) -> None:
+    """In a window before the batch has entered it, and between the steps of two optimizers."""
+    by_hand, path = moment.startswith("step"), tmp_path / "x.ckpt"
+    options = {} if by_hand else {"accumulate_grad_batches": 3}
+    whole, again = SavesInStep(moment, path, by_hand=by_hand), SavesInStep(by_hand=by_hand)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer(limit_val_batches=0, **options).fit(whole, numbers())
+    messages = [str(one.message) for one in caught if "saved" in str(one.message) or "lite.save" in str(one.message)]
+    assert len(messages) == bool(told)
+    assert all(told in message for message in messages)
+    run = trainer(limit_val_batches=0, **options)
+    run.fit(again, numbers(), ckpt_path=path)
+    assert (weights(again) == weights(whole)) == (not told)
+    assert float(run.callback_metrics["largest"]) == float(Numbers(12).rows.max())
 
 
 class DiesInValidation(Tiny):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import csv
 import re
 from datetime import timedelta
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lite import Lite
-from lite.errors import CheckpointError, ConfigError
+from lite.errors import CheckpointError, ConfigError, UsageError
 from lite.loggers import CSVLogger
 from lite.trainer import Callback, LightningModule, Trainer
 from lite.trainer.callbacks import (
@@ -55,6 +56,34 @@ def test_behaviour_36_what_is_no_module_or_lacks_a_method_is_named() -> None:
         trainer().fit(
             type("NoVal", (Tiny,), {"validation_step": LightningModule.validation_step})(), numbers(), numbers()
         )
+
+
+class Nested(Callback):
+    """Evaluates in the middle of a fit, by that Trainer and by another; and a copy, which may be."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+        self.found: Any = None
+
+    def on_train_epoch_end(self, pl_trainer: Any, pl_module: Any) -> None:
+        for run in (pl_trainer, trainer()):
+            with pytest.raises(UsageError) as caught:
+                run.test(pl_module, numbers(), verbose=False)
+            self.told.append(str(caught.value))
+        self.found = trainer().test(copy.deepcopy(pl_module), numbers(), verbose=False)
+
+
+def test_a_run_within_a_run_is_refused_and_leaves_the_outer_one_alone() -> None:
+    """By name; what a fit gives is what it gives without."""
+    plain, nested, module = Tiny(), Nested(), Tiny()
+    trainer(max_epochs=2).fit(plain, datamodule=TinyData())
+    trainer(max_epochs=2, callbacks=nested).fit(module, datamodule=TinyData())
+    assert weights(module) == weights(plain)
+    first, second = nested.told[:2]
+    assert "trainer.test() was called while this Trainer is in the middle of fit" in first
+    assert "while the module's Trainer is in the middle of fit" in second
+    assert "copy.deepcopy(module)" in second
+    assert nested.found == trainer().test(module, numbers(), verbose=False)
 
 
 def test_behaviour_38_a_trainer_is_used_again() -> None:

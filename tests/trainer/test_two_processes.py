@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import os
 import signal
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from lite import collectives
 from lite.errors import ConfigError, UsageError
+from lite.loggers import CSVLogger
 from lite.trainer import Callback, CombinedLoader, LightningModule
 from lite.trainer.callbacks import BasePredictionWriter, EarlyStopping, ModelCheckpoint
 from tests.support.processes import run_distributed
@@ -548,14 +550,22 @@ def some_weights_and_norms(folder: str) -> tuple[str, list[float], list[float]]:
         trainer(limit_val_batches=0, **STRATEGY).fit(OnlySome(), numbers(16, 2))
     except UsageError as error:
         told = str(error)
-    options = {"max_epochs": 2, "callbacks": [Recorder()], **STRATEGY}
-    whole = trainer(**options)
-    for event in whole.steps(Normed(), numbers(16, 2), numbers(8, 2)):
-        if event.kind == "batch" and event.global_step == 3:
-            whole.save_checkpoint(f"{folder}/x.ckpt")
-    again = trainer(**options)
-    again.fit(Normed(), numbers(16, 2), numbers(8, 2), ckpt_path=f"{folder}/x.ckpt")
-    return told, *([float(run.callback_metrics["val"])] for run in (whole, again))
+    found: list[Any] = [[], []]
+    for settings in ({}, {"accumulate_grad_batches": 4, "val_check_interval": 2}):  # validates within a window
+        options = {"max_epochs": 2, "callbacks": [Recorder()], **settings, **STRATEGY}
+        whole, again, batches = trainer(**options), trainer(**options), 0
+        for event in whole.steps(Normed(), numbers(16, 2), numbers(8, 2)):
+            batches += event.kind == "batch"
+            if event.kind == "batch" and batches == 5:
+                whole.save_checkpoint(f"{folder}/x.ckpt")
+            if event.kind == "batch" and batches == 6:
+                found[0].append(float(whole.module.net[1].running_mean[0]))
+        for number, _ in enumerate(again.steps(Normed(), numbers(16, 2), numbers(8, 2), ckpt_path=f"{folder}/x.ckpt")):
+            if number == 0:
+                found[1].append(float(again.module.net[1].running_mean[0]))
+        for values, run in zip(found, (whole, again), strict=True):
+            values.append(float(run.callback_metrics["val"]))
+    return told, *found
 
 
 def test_weights_come_from_all_ranks_and_buffers_of_ones_own_are_resumed(tmp_path: Path) -> None:
@@ -563,6 +573,40 @@ def test_weights_come_from_all_ranks_and_buffers_of_ones_own_are_resumed(tmp_pat
     for told, whole, again in run_distributed(some_weights_and_norms, str(tmp_path)):
         assert "on some ranks only" in told
         assert whole == again
+
+
+class OnlyThere(Tiny):
+    """Logs on rank 1 alone."""
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        if self.global_rank == 1:
+            self.log("most", batch_idx, on_epoch=True, reduce_fx=torch.max, sync_dist=True)
+        return self.loss(batch)
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        if self.global_rank == 1:
+            self.log("there", torch.tensor(5.0, dtype=torch.float64), sync_dist=True)
+
+
+def logs_on_one_rank(folder: str) -> list[Any]:
+    run = trainer(max_epochs=2, log_every_n_steps=2, logger=CSVLogger(folder, flush_every=1), **STRATEGY)
+    run.fit(OnlyThere(), numbers(16, 2), numbers(8, 2))
+    metrics = {name: (float(value), value.dtype) for name, value in run.callback_metrics.items()}
+    return [metrics, run.validate(OnlyThere(), numbers(8, 2), verbose=False)]
+
+
+def test_what_one_rank_alone_logs_with_sync_dist_is_everyones(tmp_path: Path) -> None:
+    """In rank 0's rows, in what callbacks see and in what validate returns."""
+    first, second = run_distributed(logs_on_one_rank, str(tmp_path))
+    assert first == second
+    metrics, validated = first
+    steps = {name: (3.0, torch.float32) for name in ("most", "most_step", "most_epoch")}
+    assert metrics == {**steps, "there": (5.0, torch.float64)}
+    assert validated == [{"there": 5.0}]
+    with open(tmp_path / "version_0" / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["most_step"] for row in rows if row["most_step"]] == ["1.0", "3.0"] * 2
+    assert [row["there"] for row in rows if row["there"]] == ["5.0"] * 3
 
 
 class PastLite(Tiny):

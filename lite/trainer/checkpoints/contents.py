@@ -88,6 +88,12 @@ def dump(trainer: Any, weights_only: bool = False) -> dict[str, Any]:
         checkpoint["lr_schedulers"] = [c.scheduler.state_dict() for c in trainer.lr_scheduler_configs]
         checkpoint["precision"] = trainer.lite.precision.state_dict()
         checkpoint["lite"] = _exact_state(trainer, checkpoint)
+        if fit.epoch_loop.has_stepped(fit.progress.updates):
+            warnings.warn(
+                "saved within a training batch in which an optimizer has stepped already: a resumed run begins with "
+                "that batch once more, and repeats the step. Save before it, or in on_train_batch_end.",
+                stacklevel=5,
+            )
         if fit.epoch_loop.has_mixed_gradients:
             warnings.warn(
                 "saved within the step of a batch whose gradients have entered a window of accumulation: they can't be "

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import warnings
+from contextlib import nullcontext
 from typing import Any
 
 from lite.errors import ConfigError, UsageError
@@ -42,7 +43,12 @@ class Checkpoints(View):
             )
         if self.module is None:
             raise UsageError("save_checkpoint: there is no model yet; call fit, validate, test or predict first.")
-        self.lite.save(path, contents.dump(self, weights_only), rng=False)
+        checkpoint = contents.dump(self, weights_only)
+        told = self.fit_loop.epoch_loop.has_mixed_gradients  # by `dump`, in the Trainer's words
+        with warnings.catch_warnings() if told else nullcontext():
+            if told:
+                warnings.filterwarnings("ignore", "lite.save came within an accumulation window")
+            self.lite.save(path, checkpoint, rng=False)
 
     def _begin_from(self, given: Any, *, fitting: bool, goes_on: bool = False) -> None:
         """Set `ckpt_path`, for this run. One that goes on writes where the checkpoint's run has written."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -71,7 +72,10 @@ def reduce_kind(reduce_fx: Any) -> str:
 
 
 def _same_function(one: Any, other: Any) -> bool:
-    """Whether two functions come from the same place in the source."""
+    """Whether two reductions are one by name, or two functions from the same place in the source."""
+    kinds = {reduce_kind(one), reduce_kind(other)}
+    if "custom" not in kinds:
+        return len(kinds) == 1
     if isinstance(one, partial) and isinstance(other, partial):
         return _same_function(one.func, other.func) and (one.args, one.keywords) == (other.args, other.keywords)
     code = getattr(one, "__code__", None)
@@ -170,6 +174,7 @@ class Entry:
     def take_step(self, value: Tensor) -> Tensor:
         """Take all ranks' newest value in the place of this one's own."""
         self.value = self._reduced = value
+        self.fresh = True
         return value
 
     def reduce(self, values: Tensor) -> Tensor:
@@ -264,23 +269,23 @@ class EpochEntry(Entry):
     def partial(self) -> Any:
         """What this rank has, to be put together with the others'."""
         if self.kind == "custom":
-            return self.kind, [float(v) for v in self._pending], 0.0
+            return self.kind, [float(v) for v in self._pending], 0.0, None
         self._fold()
-        return self.kind, float(self._total), self._weight
+        return self.kind, float(self._total), self._weight, self._dtype
 
     def compute(self, total: Any = None) -> Tensor | None:
         if self.kind == "custom":
             values = self._pending if total is None else total[1]
             return self.reduce(torch.stack([as_scalar(v) for v in values]))
         self._fold()
-        found, weight = self._total, self._weight
+        found, weight, dtype = self._total, self._weight, self._dtype
         if total is not None:
-            _, number, weight = total
+            _, number, weight, dtype = total
             found = torch.tensor(number, dtype=torch.float64)
         if found is None or (self._mean and weight == 0):
             return None
         value = found / weight if self._mean else found
-        return value.to(self._dtype or torch.get_default_dtype())  # type: ignore[no-any-return]
+        return value.to(dtype or torch.get_default_dtype())  # type: ignore[no-any-return]
 
     def reset(self) -> None:
         super().reset()
@@ -351,18 +356,16 @@ def as_scalar(value: Any) -> Tensor:
     return torch.tensor(float(value))
 
 
-def merge(everyone: list[dict[Any, Any]]) -> dict[Any, Any]:
-    """All ranks' partial sums put together."""
-    merged: dict[Any, Any] = {}
-    for partials in everyone:
-        for key, (kind, value, weight) in partials.items():
-            if key not in merged:
-                merged[key] = (kind, value, weight)
-                continue
-            _, total, weights = merged[key]
-            combine = {"min": min, "max": max}.get(kind)
-            merged[key] = (kind, combine(total, value) if combine else total + value, weights + weight)
-    return merged
+def merge(parts: list[Any]) -> Any:
+    """The ranks' partial sums of one key put together."""
+    kind, values = parts[0][0], [value for _, value, _, _ in parts]
+    total: Any
+    if kind == "custom":
+        total = list(chain.from_iterable(values))
+    else:
+        total = min(values) if kind == "min" else max(values) if kind == "max" else sum(values)
+    dtype = next((dtype for *_, dtype in parts if dtype is not None), None)
+    return kind, total, sum(weight for _, _, weight, _ in parts), dtype
 
 
 def _ignore(value: Any, batch_size: Any) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -231,19 +232,18 @@ class Metrics:
 
     def step_row(self, stage: str) -> Row:
         """What loggers get of the steps since the last row. Collective where a key has sync_dist=True."""
-        row, together = {}, {}
-        for _, entry in self._of(stage):
+        row, together = {}, []
+        for place, entry in self._of(stage):
             if entry.on_step and entry.unwritten and entry.logger:
-                row[entry.step_name] = entry.step_value()
+                value = row[entry.step_name] = entry.step_value()
                 entry.unwritten = False
                 if entry.is_own:
-                    together[entry.step_name] = entry
+                    together.append((place, entry, (float(value), value.dtype)))
         # In training a rank may lack a key; in evaluation it may even lack a batch, so there all ranks log it.
         if self._world_size > 1 and (collectives.any_rank(bool(together)) if stage == "train" else together):
-            everyone = collectives.all_gather_objects({name: float(row[name]) for name in together})
-            for name, entry in together.items():
-                values = torch.tensor([each[name] for each in everyone if name in each], dtype=torch.float64)
-                row[name] = entry.take_step(entry.reduce(values).to(row[name].dtype))
+            for _, entry, parts in self._gather(stage, together):
+                values = torch.tensor([value for value, _ in parts], dtype=torch.float64)
+                row[entry.step_name] = entry.take_step(entry.reduce(values).to(parts[0][1]))
         self.logged.update(row)
         return row
 
@@ -285,17 +285,40 @@ class Metrics:
         return values
 
     def _epoch_values(self, stage: str) -> list[tuple[Place, Entry, Tensor]]:
-        totals: dict[Any, Any] = {}
+        totals: dict[Entry, Any] = {}
         if self._world_size > 1 and self._any_shared(stage):
             mine = [(p, e) for p, e in self._of(stage) if e.on_epoch and e.touched and e.options.sync_dist and e.shares]
-            totals = merge(collectives.all_gather_objects({(p.hook, p.loader, e.key): e.partial() for p, e in mine}))
+            together = self._gather(stage, [(place, entry, entry.partial()) for place, entry in mine])
+            totals = {entry: merge(parts) for _, entry, parts in together}
         values: list[tuple[Place, Entry, Tensor]] = []
         for place, entry in self._of(stage):
-            total = totals.get((place.hook, place.loader, entry.key))
+            total = totals.get(entry)
             value = entry.compute(total) if entry.on_epoch and (entry.touched or total is not None) else None
             if value is not None:
                 values.append((place, entry, value))
         return values
+
+    def _gather(self, stage: str, mine: list[tuple[Place, Entry, Any]]) -> list[tuple[Place, Entry, list[Any]]]:
+        """What the ranks have of entries, whoever has logged them. Collective: call on all ranks."""
+        told = [((place.hook, place.loader, entry.key), entry.options.plain(), part) for place, entry, part in mine]
+        found: dict[tuple[Place, Entry], list[Any]] = {}
+        for where, plain, part in chain.from_iterable(collectives.all_gather_objects(told)):
+            place = self.place(stage, *where[:2])
+            entry = place.entries.get(where[2]) or self._learn(place, where[2], plain)
+            if entry is not None:
+                found.setdefault((place, entry), []).append(part)
+        return [(place, entry, parts) for (place, entry), parts in found.items()]
+
+    def _learn(self, place: Place, key: str, plain: dict[str, Any]) -> Entry | None:
+        """The entry for a key that other ranks alone have logged; None where this rank can't have one."""
+        options = Options.from_plain(plain)
+        if options is None or self._owners.get((place.stage, place.loader, key), place.hook) != place.hook:
+            self._warn(f"log({key!r}) in {place.hook}: ranks that don't log it with its own reduce_fx don't have it.")
+            return None
+        before, self.here = self.here, place
+        entry = self.register(key, 0.0, options, None, None)
+        self.here = before
+        return entry
 
     def _keep_steps(self, stage: str) -> None:
         """The newest steps' values stay where they are shown, when the epoch's sums are reset."""

@@ -77,6 +77,7 @@ class FitLoop:
         self.sums_before: dict[str, Any] | None = None  # an epoch that is cut off may be gone on with
         self._monitors_checked = self._cut_off = False
         self.begun: list[str] | None = None  # whose hooks at the epoch's end have begun, while these run
+        self._started: list[str] = []  # the same at its start
         self._ending: bool | None = None  # the epoch's end is being saved, of a complete epoch or one that was cut off
 
     def run(self, trainer: Any) -> Iterator[Event]:
@@ -124,7 +125,8 @@ class FitLoop:
             discard(self.data.loaders[0])
         self.restore_moment()
         metrics.at(metrics.place("train", "on_train_epoch_start"))
-        trainer.hooks.call("on_train_epoch_start")
+        trainer.hooks.call_rest("on_train_epoch_start", self._started)
+        self._started = []
         progress.within = True
 
     def _end_epoch(self, trainer: Any) -> None:
@@ -317,6 +319,7 @@ class FitLoop:
             "val_loop": {**self.val_loop.state_dict(), "position": None},
             "schedule": self.schedule.state_dict(),
             "begun": None if self.begun is None else list(self.begun),
+            "started": list(self._started),
             "stops": self.wants_stop and self.is_unsettled,
         }
 
@@ -326,11 +329,12 @@ class FitLoop:
         self.epoch_loop.load_state_dict(state["epoch_loop"])
         self.val_loop.load_state_dict(state["val_loop"])
         self.schedule.load_state_dict(state["schedule"])
-        self.begun, self.wants_stop = state.get("begun"), state.get("stops", False)
+        self.begun, self._started = state.get("begun"), state.get("started", [])
+        self.wants_stop = state.get("stops", False)
 
     def begin_epoch_anew(self) -> None:
         """Forget what the epoch that is under way has done, of which too little is known to go on."""
-        self.progress.batch, self.progress.within, self.begun = 0, False, None
+        self.progress.batch, self.progress.within, self.begun, self._started = 0, False, None, []
         self.val_loop.restoring = self.wants_stop = False
 
     def begin(self) -> int:
@@ -342,6 +346,7 @@ class FitLoop:
         self.wants_stop = self.stopped_by_signal = self.interrupted = self.empty = False
         self.wish = None
         self.moment = self.sums_before = self.begun = None
+        self._started = []
         self._monitors_checked = False
         if not self.val_loop.restoring:
             seen, self.val_loop = self.val_loop.seen, EvaluationLoop("validate")

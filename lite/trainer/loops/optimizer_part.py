@@ -161,10 +161,16 @@ def _compute(trainer: Any, part: OptimizerPart) -> Step:
 def _compute_within(trainer: Any, part: OptimizerPart, window: Accumulation, zero_grad: Callable[[int], None]) -> Step:
     call, is_last, weighs, metrics = part.call, part.is_last, part.weighs, trainer.metrics
     own = _own_backward(trainer, part.optimizer, part.index)
-    backward, skip = run_backward(trainer, trainer.lite.backward if own is None else own), skipper(trainer)
+    inner, skip = trainer.lite.backward if own is None else own, skipper(trainer)
     reference = trainer.accumulation == "reference"
     by_size = window.weighted  # the window that is open
     weights, loop = Weights(), trainer.fit_loop.epoch_loop
+
+    def enter(loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        loop.entered = True
+        inner(loss, *args, **kwargs)
+
+    backward = run_backward(trainer, enter)
 
     def compute_within(batch: Any, batch_idx: int) -> Any:
         nonlocal by_size
@@ -186,7 +192,6 @@ def _compute_within(trainer: Any, part: OptimizerPart, window: Accumulation, zer
                 return output
             if not loss.requires_grad:
                 raise UsageError(NO_GRAPH)
-            loop.entered = True
             # What comes next may go past Lite, or expects the divided loss as in Lightning.
             backward(loss if own is None and not reference else window.scaled(loss))
         return output

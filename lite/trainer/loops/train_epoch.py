@@ -58,7 +58,7 @@ class TrainEpochLoop:
         self._look_at: float = 0
         self._show_at: float = 0
         self._validated_at_s = time.monotonic()
-        self._stepped = 0
+        self._stepped = self._updates = 0
         self._bars: list[ProgressBar] = []
         self._iterator: Iterator[Any] | None = None
 
@@ -97,7 +97,7 @@ class TrainEpochLoop:
         for batch in () if over else batches:
             if move is not None:
                 batch = move(batch, 0)
-            self.under_way, self.entered = True, False
+            self.under_way, self.entered, self._updates = True, False, progress.updates
             begin_batch(batch, training)
             if real is not None:
                 metrics.filler = real() == 0
@@ -206,6 +206,10 @@ class TrainEpochLoop:
     def has_mixed_gradients(self) -> bool:
         """Whether the batch that is under way has added its gradients to those of others that wait for a step."""
         return self.under_way and self.entered and any(window.count for window in self.windows.windows)
+
+    def has_stepped(self, updates: int) -> bool:
+        """Whether an optimizer has stepped in the batch that is under way, by the count of all steps."""
+        return self.under_way and updates > self._updates
 
     @property
     def window_is_open(self) -> bool:
