@@ -66,7 +66,7 @@ class Lite(Resuming, Pipelines):
     argument outranks the environment, which outranks the default. LITE_DEBUG=1 compares each collective over the ranks
     before it runs, so that one that doesn't match on all of them is named instead of hanging; it is slow. DDP's own
     averaging is not compared: ranks that wait for it, or in it, for two minutes (or the strategy's timeout) end with
-    where each of them is.
+    where each of them is. It also compares every batch of ranks that share a model.
 
     Raises:
         ConfigError: A setting is wrong, unavailable, or contradicts another one or the job.
@@ -266,7 +266,7 @@ class Lite(Resuming, Pipelines):
         which is what one process with `batch_size * world_size` would draw from the user's own sampler. A last global
         batch that doesn't fill up is split as evenly as it goes, and `backward` weighs the loss accordingly.
         `gather_for_metrics` counts each sample once. Ranks that share a model (pipelines, tensor parallelism) get the
-        same batches, which is checked at an epoch's first one.
+        same batches, which is checked at an epoch's first one, or at every one with LITE_DEBUG=1.
 
         What comes back has `state_dict` and `load_state_dict`, for `save` and `load`: how many batches the loop was
         given, and from which random states their order was drawn. The next iteration after a load goes on from there,

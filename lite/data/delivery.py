@@ -9,8 +9,8 @@ from itertools import chain, islice
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves
 
+from lite import collectives
 from lite.data.checksum import checksum
 from lite.data.iterable import check_same_stream, check_unsplit, warn_if_same
 from lite.data.position import Pass
@@ -220,17 +220,20 @@ class Delivery:
             yield from batches
 
     def _compare_together(self, batches: Iterator[Any], same: Callable[[Any], bool]) -> Iterator[Any]:
-        """Refuse a pass whose first batch differs between ranks that work on one model together."""
-        first = list(islice(batches, 1))
-        # Tensors alone: what else a batch holds may be equal and pickle differently.
-        if not same(checksum([leaf for leaf in tree_leaves(first) if isinstance(leaf, torch.Tensor)])):
-            raise UsageError(
-                "the ranks that share a model got different batches, so its parts would work on different samples: the "
-                "dataset draws or reads otherwise on each rank. Give the loader workers (num_workers=1), whose random "
-                "numbers are the same on these ranks, or let the dataset depend on the index alone; an IterableDataset "
-                "must give all of them the same samples."
-            )
-        yield from first
+        """Refuse a first batch, or any under LITE_DEBUG, that differs between ranks that work on one model together."""
+        every = collectives.are_compared()
+        while True:
+            upcoming = list(islice(batches, 1))
+            if not same(checksum(upcoming)):
+                raise UsageError(
+                    "the ranks that share a model got different batches, so its parts would work on different samples: "
+                    "the dataset draws or reads otherwise on each rank. Give the loader workers (num_workers=1), whose "
+                    "random numbers are the same on these ranks, or let the dataset depend on the index alone; an "
+                    "IterableDataset must give all of them the same samples."
+                )
+            yield from upcoming
+            if not every or not upcoming:
+                break
         yield from batches
 
     def _move(self, batches: Iterator[Any], device: torch.device) -> Iterator[Any]:
