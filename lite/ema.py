@@ -33,8 +33,12 @@ class EMA:
         buffers: Whether floating-point buffers (BatchNorm's statistics) are averaged as well. If not, evaluation within
             `swap` takes the model's present ones, as torch's AveragedModel does unless it is told otherwise.
         skipped: Says whether the last optimizer step was left out.
+        in_sync: Says whether all ranks have the same weights (`Strategy.in_sync`).
         partition: What reads and writes this rank's parts of parameters that are no tensors of their own
             (`Strategy.partition`); with it, `state_dict` puts averages together, and is collective.
+
+    Raises:
+        UsageError: The ranks train apart (LocalSGDStrategy), and have stepped since they came together.
 
     Attributes:
         num_updates: How many updates were made.
@@ -49,14 +53,17 @@ class EMA:
         decay: float,
         buffers: bool = False,
         skipped: Callable[[], bool] = lambda: False,
+        in_sync: Callable[[], bool] = lambda: True,
         partition: Any = None,
     ) -> None:
         if isinstance(decay, bool) or not isinstance(decay, (int, float)) or not 0 <= decay < 1:
             raise ConfigError(f"decay={decay!r} must be a number from 0 to below 1, e.g. 0.999.")
+        _check_in_sync("lite.ema()", in_sync)
         self.decay = float(decay)
         self.num_updates = 0
         self._model = model
         self._skipped = skipped
+        self._in_sync = in_sync
         self._partition = partition
         self._is_swapped = False
         self._with_buffers = buffers
@@ -81,14 +88,16 @@ class EMA:
     def update(self) -> None:
         """Take the present weights in; call it after each optimizer step.
 
-        Nothing happens after a step that a loss scale left out. Under LocalSGDStrategy ranks' averages differ where it
-        is called between two syncs; call it when `lite.strategy.in_sync`.
+        Nothing happens after a step that a loss scale left out. Under LocalSGDStrategy it is for when all ranks have
+        the same weights, `lite.strategy.in_sync`.
 
         Raises:
-            UsageError: The averages stand in the model's place (`swap`), or the model's parameters were replaced.
+            UsageError: The averages stand in the model's place (`swap`), the model's parameters were replaced, or the
+                ranks train apart and have stepped since they came together.
         """
         if self._is_swapped:
             raise UsageError("ema.update() within ema.swap() would average the averages; call it outside of the block.")
+        _check_in_sync("ema.update()", self._in_sync)
         if self._skipped():
             return
         self._check_same()
@@ -218,6 +227,15 @@ class EMA:
         for module in self._sharded:
             if hasattr(module, "reshard"):  # not after teardown
                 module.reshard()
+
+
+def _check_in_sync(call: str, in_sync: Callable[[], bool]) -> None:
+    if not in_sync():
+        raise UsageError(
+            f"{call} between two syncs of ranks that train apart would average other weights on each of them; do it "
+            "when all have the same ones, `if lite.strategy.in_sync: ema.update()`, or call lite.strategy.end_period() "
+            "before it, on all ranks."
+        )
 
 
 def _sharded_modules(model: nn.Module) -> list[Any]:

@@ -270,7 +270,8 @@ class Steps(Facet):
 
         Raises:
             ConfigError: `decay` is not from 0 to below 1.
-            UsageError: The model is not set up.
+            UsageError: The model is not set up, or the ranks train apart (LocalSGDStrategy) and have stepped since they
+                came together, here as in `update`.
 
         Example:
             >>> import lite, torch
@@ -296,8 +297,17 @@ class Steps(Facet):
             theirs = [o for o in held if any(id(p) in mine for g in o.param_groups for p in g["params"])]
             return bool(theirs) and all(map(precision.step_was_skipped, theirs))
 
-        told = skipped if precision.changes_step else _never
-        return EMA(model, decay=decay, buffers=buffers, skipped=told, partition=self.strategy.partition(model))
+        strategy = self.strategy
+        # Where ranks train apart, what one of them has left out is not left out by the sync after it.
+        told = skipped if precision.changes_step and not strategy.trains_apart else _never
+        return EMA(
+            model,
+            decay=decay,
+            buffers=buffers,
+            skipped=told,
+            in_sync=lambda: strategy.in_sync,
+            partition=strategy.partition(model),
+        )
 
     @contextmanager
     def _scaled(self, scale: gradients.Scale) -> Iterator[None]:

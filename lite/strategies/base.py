@@ -190,6 +190,16 @@ class Strategy:
         """A context in which ranks may run out of batches at different steps; see `Lite.join`."""
         return nullcontext()
 
+    @property
+    def trains_apart(self) -> bool:
+        """Whether each rank steps by itself, until the strategy brings them together."""
+        return False
+
+    @property
+    def in_sync(self) -> bool:
+        """Whether the ranks' weights are the same now; where they train apart, so from a sync to the next step."""
+        return True
+
     def end_period(self) -> None:
         """Bring ranks together that train apart for some steps, before the last of them. Collective: on all ranks."""
 

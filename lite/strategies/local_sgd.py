@@ -36,10 +36,10 @@ class LocalSGDStrategy(DDPStrategy):
     Floating-point buffers (BatchNorm's statistics) become their mean as well. With `sync_every=1`, no outer optimizer
     and plain SGD the weights are those of DDP.
 
-    Between two syncs the ranks' weights differ on purpose: evaluate and compare (`check_sync`) right after one,
-    when `in_sync` is true, or end the period early by `end_period()`. The Trainer ends one before each validation in
-    a fit and as training ends, `lite.teardown` before it gives models back; the next period begins there. Hooks after
-    an optimizer's step run before the sync.
+    Between two syncs the ranks' weights differ on purpose: evaluate, compare (`check_sync`) and average (`lite.ema`)
+    right after one, when `in_sync` is true, or end the period early by `end_period()`. The Trainer ends one before each
+    validation in a fit and as training ends, `lite.teardown` before it gives models back; the next period begins there.
+    Hooks after an optimizer's step run before the sync.
 
     A checkpoint can be saved at any step. As seen by other strategies, the model in it is the one that the ranks last
     agreed on, or without an outer optimizer their present mean, and the optimizer state is rank 0's. It also holds each
@@ -87,6 +87,10 @@ class LocalSGDStrategy(DDPStrategy):
         self._outer = outer_optimizer
         self._rounds: list[Round] = []
         self._modules: list[weakref.ref[nn.Module]] = []
+
+    @property
+    def trains_apart(self) -> bool:
+        return self._world_size > 1 or self._outer is not None
 
     @property
     def in_sync(self) -> bool:

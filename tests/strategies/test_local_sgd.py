@@ -201,6 +201,39 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(outer: str | None, tmp_p
             assert model == [t.tolist() for t in stored.values()]
 
 
+def averaging(outer: str | None) -> Any:
+    lite, model, optimizer, scheduler = build(LocalSGDStrategy(sync_every=2, outer_optimizer=outer))
+    ema = lite.ema(model, decay=0.5)
+    ema.update()  # nobody has trained yet
+    refused = []
+    for step in range(3):
+        train(lite, model, optimizer, scheduler, step, step + 1)
+        if lite.strategy.in_sync:
+            ema.update()
+            continue
+        for call in (ema.update, lambda: lite.ema(model)):
+            with pytest.raises(UsageError) as told:
+                call()
+            refused.append(str(told.value))
+    with ema.swap():
+        averaged = [p.tolist() for p in model.parameters()]
+    lite.strategy.end_period()
+    ema.update()
+    return averaged, [t.tolist() for t in ema.state_dict()["averages"].values()], ema.num_updates, refused
+
+
+@pytest.mark.parametrize("outer", [None, "diloco"])
+def test_an_average_of_weights_takes_in_those_that_all_ranks_have(outer: str | None) -> None:
+    """Between two syncs it is refused, with the way out; so all ranks keep the same one."""
+    first, second = run_distributed(averaging, outer)
+    assert first == second
+    assert first[2] == 3
+    updates = [text for text in first[3] if text.startswith("ema.update()")]
+    made = [text for text in first[3] if text.startswith("lite.ema()")]
+    assert len(updates) == len(made) == 2
+    assert all("if lite.strategy.in_sync" in text and "lite.strategy.end_period()" in text for text in first[3])
+
+
 def skipping() -> Any:
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     strategy = LocalSGDStrategy(sync_every=2)
@@ -209,6 +242,7 @@ def skipping() -> Any:
     model = MLP()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
     lite.setup(model, optimizer)
+    ema = lite.ema(model, decay=0.5)
     skipped = []
     for step in range(4):
         optimizer.zero_grad()
@@ -216,17 +250,21 @@ def skipping() -> Any:
         lite.backward(loss * float("inf") if step == 1 and lite.global_rank == 1 else loss)
         optimizer.step()
         skipped.append(lite.step_was_skipped(optimizer))
+        if lite.strategy.in_sync:
+            ema.update()
     with pytest.raises(UsageError, match=r"lite.join is for DDP"):
         lite.join(model)
     with pytest.raises(ConfigError, match="LBFGS"):
         lite.setup(other := nn.Linear(2, 2), torch.optim.LBFGS(other.parameters()))
-    return [tolists(model), skipped, lite.explain()]
+    averages = [t.tolist() for t in ema.state_dict()["averages"].values()]
+    return [tolists(model), averages, ema.num_updates], skipped, lite.explain()
 
 
 def test_a_step_that_one_rank_leaves_out_counts() -> None:
-    """An inf on one rank: rounds stay in step."""
+    """An inf on one rank: rounds stay in step, and averages of the weights are the same."""
     (first, skipped, text), (second, others, _) = run_distributed(skipping)
     assert first == second
+    assert first[-1] == 2
     assert (skipped, others) == ([False] * 4, [False, True, False, False])
     assert "2 ranks train apart, and parameters are averaged every 2 steps" in text
 
