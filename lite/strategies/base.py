@@ -248,7 +248,9 @@ class Strategy:
 
     def clip_value(self, parameters: Iterable[nn.Parameter], clip_value: float) -> None:
         """Clamp each gradient element to [-clip_value, clip_value]."""
-        nn.utils.clip_grad_value_(parameters, clip_value)
+        parameters = [p for p in parameters if p.grad is not None]
+        if parameters:  # torch 2.13 fails where there are none
+            nn.utils.clip_grad_value_(parameters, clip_value)
 
     def multiply_gradients(self, parameters: Iterable[nn.Parameter], factor: Tensor | float) -> None:
         """Scale gradients in place."""
