@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from datetime import timedelta
+from glob import escape
 from typing import Any
 
 import torch
@@ -29,8 +30,9 @@ class ModelParallelStrategy(ShardedStrategy):
 
     Args:
         parallelize: What is split how: a dict of layer names (with `*`) and styles of
-            `torch.distributed.tensor.parallel`, as `parallelize_module` takes it; or a function of (model, mesh) that
-            splits the model in place, where `mesh["tensor"]` is what it splits over.
+            `torch.distributed.tensor.parallel`, as `parallelize_module` takes it, but that of several keys for one
+            layer the last one counts; or a function of (model, mesh) that splits the model in place, where
+            `mesh["tensor"]` is what it splits over.
         tensor_parallel: Over how many ranks layers are split; None is all that `data_parallel` leaves.
         data_parallel: How many such groups there are; None is all that `tensor_parallel` leaves.
         sharded: Whether the groups hold parts of the weights, as FSDP does; False gives each a whole model, as DDP
@@ -176,7 +178,9 @@ class ModelParallelStrategy(ShardedStrategy):
         tied = parallel_plan.shared_names(module)
         named = uncompiled(module)
         if self._plan is not None:
-            parallelize_module(named, self._mesh["tensor"], self._plan)
+            # A style for each layer by its name, which is no pattern: torch would split twice what two keys match.
+            styles = parallel_plan.matches(named, self._plan)
+            parallelize_module(named, self._mesh["tensor"], {escape(name): style for name, style in styles.items()})
         else:
             assert self._function is not None
             if self._function(named, self._mesh) not in (None, named):

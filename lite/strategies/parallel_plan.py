@@ -48,7 +48,7 @@ def check_plan(plan: Mapping[str, Any]) -> None:
 
 
 def matches(module: nn.Module, plan: Mapping[str, Any]) -> dict[str, Any]:
-    """The layers that a plan splits, by name, with the style of each.
+    """The layers that a plan splits, by name, with the style of each: of several keys that match it, the last one's.
 
     Raises:
         ConfigError: A key matches no layer; torch would only warn.

@@ -170,6 +170,24 @@ def nothing(model: nn.Module, mesh: Any) -> None:
     """Splits none of it."""
 
 
+def overlapping() -> list[Any]:
+    whole = Replicate()
+    plan = {"*": ColwiseParallel(output_layouts=whole), "1": RowwiseParallel(input_layouts=whole)}
+    lite = start(parallelize=plan)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
+    x = torch.ones(2, 4)
+    wanted = model(x)
+    lite.setup(model)
+    split = [model[0].weight.placements[0].dim, model[1].weight.placements[0].dim]
+    torch.testing.assert_close(model(x), wanted)
+    return split
+
+
+def test_of_several_keys_that_match_a_layer_the_last_one_counts() -> None:
+    """It is split once, as that one says."""
+    assert run_distributed(overlapping) == [[0, 1]] * 2
+
+
 def misuse() -> dict[str, Any]:
     facts: dict[str, Any] = {}
     lite = start()
