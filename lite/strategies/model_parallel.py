@@ -38,7 +38,8 @@ class ModelParallelStrategy(ShardedStrategy):
         sharded: Whether the groups hold parts of the weights, as FSDP does; False gives each a whole model, as DDP
             does.
         loss_parallel: Whether a loss may be computed from logits that stay split over the classes
-            (`ColwiseParallel(use_local_output=False)`), as in torch's `loss_parallel`; until the job ends.
+            (`ColwiseParallel(use_local_output=False)`), as in torch's `loss_parallel`; until the job ends. Evaluate it
+            under `torch.no_grad()`: torch 2.13 can't within `torch.inference_mode()`.
         auto_wrap: What is sharded over data by itself, as for FSDPStrategy.
         reshard_after_forward: As for FSDPStrategy.
         mixed_precision: As for FSDPStrategy.
@@ -158,9 +159,16 @@ class ModelParallelStrategy(ShardedStrategy):
             parallel_plan.check_division(named, self._plan, self._tensor)
 
     def explain_forward_error(self, module: nn.Module, error: RuntimeError) -> str | None:
+        named = uncompiled(module)
+        of_loss = "cross_entropy" in str(error) or "nll_loss" in str(error)
+        if self._loss_parallel and of_loss and torch.is_inference_mode_enabled():
+            return (
+                f"{type(named).__name__.removeprefix('FSDP')} computed a loss within torch.inference_mode(), which "
+                f"does not go with loss_parallel=True in torch 2.13 ({error}); use torch.no_grad(), or "
+                "Trainer(inference_mode=False)."
+            )
         if self._tensor == 1:
             return None
-        named = uncompiled(module)
         columns = parallel_plan.column_layers(named, self._plan)
         return parallel_plan.explain_forward_error(named, error, columns, self._tensor)
 

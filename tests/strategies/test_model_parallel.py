@@ -14,7 +14,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.utils.data import DataLoader, TensorDataset
 
 from lite import ConfigError, Lite, ModelParallelStrategy, UsageError
-from lite.sharded import is_sharded
+from lite.sharded import is_sharded, whole
 from lite.strategies.parallel_plan import matches
 from lite.trainer import LightningModule, Trainer
 from tests.contracts.test_numbers import PLAN, SEQUENCE_PLAN
@@ -90,6 +90,24 @@ def test_sharded_losses_and_logits_are_put_together_for_logging() -> None:
         assert was_sharded
         assert not is_still
         assert (loss, norm) == (first[0], first[4])
+
+
+def evaluated() -> str:
+    lite = start(parallelize=SEQUENCE_PLAN, loss_parallel=True)
+    model = TinyGPT()
+    wanted = model.loss(sentences(2)[:][0])
+    lite.setup(model)
+    with torch.no_grad():
+        torch.testing.assert_close(whole(model.loss(sentences(2)[:][0])), wanted)
+    with torch.inference_mode():
+        return told(lambda: model.loss(sentences(2)[:][0]))
+
+
+def test_a_loss_of_split_logits_says_what_to_evaluate_it_under() -> None:
+    """torch 2.13 computes it under no_grad alone."""
+    for text in run_distributed(evaluated):
+        assert text.startswith("TinyGPT computed a loss within torch.inference_mode()")
+        assert "use torch.no_grad(), or Trainer(inference_mode=False)" in text
 
 
 # ---- again
