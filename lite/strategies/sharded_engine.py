@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lite import collectives
@@ -31,6 +32,11 @@ from lite.strategies.repointing import loading_into_shards, repoint
 from lite.strategies.restoring import Original
 
 _MIXED = "got mixed torch.Tensor and DTensor"
+_BY_ITSELF = (
+    "differentiated by itself, after lite.backward(loss) and before the step: "
+    "sum(p.full_tensor().pow(2).sum() for p in model.parameters()).mul(0.01).backward(), say; what that adds up to is "
+    "also the optimizer's weight_decay."
+)
 
 
 class ShardedEngine(Engine):
@@ -175,6 +181,8 @@ class ShardedEngine(Engine):
             self._take_buffers()
         outputs = self._unsharded(state, run, args, kwargs) if state is not None else run(*args, **kwargs)
         if torch.is_grad_enabled():
+            if any(is_sharded(leaf) and leaf.grad_fn is not None for leaf in tree_leaves(outputs)):
+                raise UsageError(_of_weights_alone(self.module))
             provenance.tag(outputs, self._mark, [])
         else:
             self._reshard()
@@ -304,7 +312,15 @@ def _past_hooks(module: nn.Module) -> str:
     return (
         f"a method of {type(module).__name__} used sharded parameters past the module that holds them: a layer's own "
         "weight, or a method of a wrapped layer other than its forward. Call layers by their forward, give the method "
-        "the tensors that it works on, or keep that layer's class out of auto_wrap."
+        "the tensors that it works on, or keep that layer's class out of auto_wrap. A penalty on weights is "
+        f"{_BY_ITSELF}"
+    )
+
+
+def _of_weights_alone(module: nn.Module) -> str:
+    return (
+        f"a method of {type(module).__name__} returned what it has computed from sharded weights, of which each rank "
+        f"has a part, so that it doesn't go with the loss. A penalty on weights is {_BY_ITSELF}"
     )
 
 

@@ -502,3 +502,44 @@ def test_norms_of_parameters_with_fewer_rows_than_ranks() -> None:
     """A rank has nothing of them."""
     for largest, norm, *wanted in run_distributed(smallest_and_largest):
         assert [largest, norm] == pytest.approx(wanted, rel=1e-12)
+
+
+class Penalised(nn.Module):
+    """Has a method that computes from weights alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*[nn.Linear(4, 4) for _ in range(2)])
+        self.head = nn.Linear(4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.blocks(x))
+
+    def penalty(self) -> Any:
+        return sum(p.pow(2).sum() for p in self.parameters())
+
+
+def penalised(strategy: str) -> dict[str, Any]:
+    lite = start(strategy, "64-true")
+    model, x = Penalised(), torch.arange(32.0, dtype=torch.float64).view(8, 4) / 32
+    model, optimizer = lite.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    refused, share = "", x.chunk(lite.world_size)[lite.global_rank]
+    if lite.world_size > 1:
+        refused = told(model.penalty)
+    for _ in range(3):
+        optimizer.zero_grad()
+        lite.backward(model(share).pow(2).mean())
+        together = [p.full_tensor() if is_sharded(p) else p for p in model.parameters()]
+        sum(p.pow(2).sum() for p in together).mul(0.01).backward()
+        optimizer.step()
+    return {"refused": refused, "weights": [whole(p).tolist() for p in model.parameters()]}
+
+
+def test_a_penalty_on_sharded_weights_is_told_how_to_be_computed() -> None:
+    """And the remedy gives one process's weights, to float64's rounding."""
+    one = penalised("auto")
+    for rank in run_distributed(penalised, "fsdp"):
+        assert "computed from sharded weights" in rank["refused"]
+        assert "p.full_tensor().pow(2).sum() for p in model.parameters()).mul(0.01).backward()" in rank["refused"]
+        for mine, wanted in zip(rank["weights"], one["weights"], strict=True):
+            torch.testing.assert_close(torch.tensor(mine), torch.tensor(wanted), rtol=0, atol=1e-12)
