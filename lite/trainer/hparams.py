@@ -129,6 +129,8 @@ class HyperparametersMixin:
         if self._hparams is None or not isinstance(self._hparams, MutableMapping):
             self._hparams = kept
         elif isinstance(kept, AttributeDict):
+            for ignored in left_out:  # which a base class's call may have collected
+                self._hparams.pop(ignored, None)
             self._hparams.update(kept)
         else:
             self._hparams = kept

@@ -141,7 +141,7 @@ class Preparing(Sources):
         if fit.data.num_batches == 0:
             warnings.warn("there are no training batches; nothing is trained.", stacklevel=4)
             fit.empty = True
-        elif fit.is_over(self) and not fit.is_unsettled and (fit.progress.epoch or fit.progress.updates):
+        elif fit.is_over(self) and not fit.is_unfinished and (fit.progress.epoch or fit.progress.updates):
             warnings.warn(
                 f"nothing is left to train: {fit.progress.epoch} epochs and {fit.progress.updates} steps are done, and "
                 f"max_epochs={fit.max_epochs}, max_steps={fit.max_steps}; raise trainer.fit_loop.max_epochs.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import shutil
 import signal
 import uuid
 from pathlib import Path
@@ -136,6 +137,45 @@ def test_behaviour_31_urls_are_searched_like_folders(tmp_path: Path, monkeypatch
             run.fit(Killed(), numbers())
         assert files.exists(f"{root}/hpc_ckpt_{number}.ckpt")
         assert run.ckpt_path == (None if number == 1 else f"{root}/hpc_ckpt_1.ckpt")
+
+
+@pytest.mark.filterwarnings("ignore:nothing is left to train")
+@pytest.mark.parametrize("at_ends", [True, False])
+def test_saves_that_come_after_the_one_a_run_goes_on_from_are_made(at_ends: bool, tmp_path: Path) -> None:
+    """Of several ModelCheckpoints that save at one moment: those after the one whose file is gone on with, with what it
+    had; and training goes on as if nothing had happened."""
+
+    def run(path: Path | None = None) -> tuple[list[float], list[float], set[tuple[int, int]]]:
+        settings: list[dict[str, Any]] = [{"every_n_train_steps": 2}, {"monitor": "val"}, {"every_n_train_steps": 3}]
+        settings.append({"monitor": "val", "mode": "max"})
+        saves = [
+            ModelCheckpoint(tmp_path / str(n), "{step}", save_top_k=-1, save_on_train_epoch_end=at_ends, **one)
+            for n, one in enumerate(settings)
+        ]
+        torch.manual_seed(1)
+        module = Tiny(dropout=0.5)
+        torch.randn(0 if path is None else 3)
+        trainer(max_epochs=2, callbacks=saves, enable_checkpointing=True).fit(
+            module, numbers(shuffle=True), numbers(), ckpt_path=path
+        )
+        files = {(n, int(f.stem.split("=")[1])) for n in range(4) for f in (tmp_path / str(n)).glob("step=*.ckpt")}
+        scores = [float(one.best_model_score) for one in saves[1::2]]
+        return weights(module), scores, files
+
+    trained, scores, files = run()
+    assert files == {*((0, s) for s in (2, 4, 6)), *((2, s) for s in (3, 6)), *((n, s) for n in (1, 3) for s in (3, 6))}
+    kept = {one: (tmp_path / str(one[0]) / f"step={one[1]}.ckpt").read_bytes() for one in files}
+    # By steps they save after the batch, by epochs at the epoch's end, which comes later, or with the others.
+    turn = {one: (one[1], at_ends and one[0] in (1, 3), one[0]) for one in files}
+    for one, content in kept.items():
+        for number in range(4):
+            shutil.rmtree(tmp_path / str(number), ignore_errors=True)
+        path = tmp_path / str(one[0]) / f"step={one[1]}.ckpt"
+        path.parent.mkdir()
+        path.write_bytes(content)
+        again = run(path)
+        assert again[:2] == (trained, scores), one
+        assert again[2] == {other for other in files if turn[other] >= turn[one]}, one
 
 
 def test_a_run_whose_root_is_a_url_writes_nothing_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

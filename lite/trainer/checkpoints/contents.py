@@ -209,6 +209,8 @@ def restore_training(trainer: Any, checkpoint: dict[str, Any], parts: frozenset[
         trainer.lite.precision.load_state_dict(checkpoint["precision"])
     exact = checkpoint.get("lite")
     begun_anew = "loops" in parts and _restore_loops(fit, checkpoint, exact is not None and "data" in parts)
+    if not {"callbacks", "metrics"} <= parts:  # they say what was still to be saved, and under which name
+        fit.forget_saves()
     if exact is None:
         return
     if "state_dict" in parts:

@@ -65,8 +65,8 @@ class CombinedLoader:
         over = [done and self.mode == "max_size" for done in self._done]  # another pass would be the next epoch's
         iterators = [iter(()) if end else iter(one) for one, end in zip(self.flattened, over, strict=True)]
         self.batches_done, self._skipped = self._skipped, 0
-        number = 0
-        while iterators:
+        number, shortest = 0, self._shortest()
+        while iterators and self.batches_done < shortest:
             parts: list[Any] = []
             for i, iterator in enumerate(iterators):
                 try:
@@ -91,6 +91,15 @@ class CombinedLoader:
             self.batches_done += 1
             yield tree_unflatten(parts, self._spec), number, 0
             number += 1
+
+    def _shortest(self) -> float:
+        """Batches of mode "min_size" where all lengths are known: a longer loader draws none that nobody gets."""
+        if self.mode != "min_size":
+            return float("inf")
+        try:
+            return min((len(loader) for loader in self.flattened), default=0)
+        except TypeError:
+            return float("inf")
 
     def __len__(self) -> int:
         """Batches.

@@ -174,7 +174,16 @@ class Metrics:
                 found[entry.name] = value
                 if entry.on_epoch:
                     found[entry.step_name] = value
+        found.update({entry.name: value for entry, value in self._at_epoch_end()})
         return found
+
+    def _at_epoch_end(self) -> Iterable[tuple[Entry, Tensor]]:
+        """What this rank has logged in the end hooks of the epoch that is ending, which is computed after them."""
+        for place, entry in self._of(self.here.stage):
+            if place.hook.endswith("_epoch_end") and entry.on_epoch and entry.touched:
+                value = entry.compute()
+                if value is not None:
+                    yield entry, value
 
     def agreed(self, name: str, *, own: bool = False) -> Any:
         """A name's newest value, the same on all ranks; None where nobody has logged it. Collective.
@@ -224,6 +233,7 @@ class Metrics:
         for _, entry in self._of("train"):
             if entry.logger and entry.on_step and entry.fresh:
                 found[entry.step_name] = entry.step_value()
+        found.update({entry.epoch_name: value for entry, value in self._at_epoch_end() if entry.logger})
         return found
 
     def has_step_values(self, stage: str) -> bool:

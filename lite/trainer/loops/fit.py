@@ -79,6 +79,7 @@ class FitLoop:
         self.begun: list[str] | None = None  # whose hooks at the epoch's end have begun, while these run
         self._started: list[str] = []  # the same at its start
         self._ending: bool | None = None  # the epoch's end is being saved, of a complete epoch or one that was cut off
+        self._saves: dict[str, Any] | None = None  # those still to come after that one, and where the run stood
 
     def run(self, trainer: Any) -> Iterator[Event]:
         """Train; gives an event after each batch and each epoch."""
@@ -88,6 +89,7 @@ class FitLoop:
         progress.start_clock()
         epoch_done = Event("epoch", trainer)
         try:
+            self._finish_saves(trainer)
             while not self.is_over(trainer) or self.is_unsettled:
                 if not progress.within:
                     self._begin_epoch(trainer)
@@ -155,14 +157,40 @@ class FitLoop:
             step_schedulers(trainer, configs, progress.epoch + 1)
         if trainer.world_size > 1:
             self.vote()
+        self._save(trainer, complete, [callback.state_key for callback in trainer.checkpoint_callbacks])
+        if complete:
+            self._advance(progress)
+
+    def _save(self, trainer: Any, complete: bool, left: list[str]) -> None:
+        """Let those callbacks save. A file knows which ones come after it, for a run that goes on from it."""
         self._ending = complete
         try:
             for callback in trainer.checkpoint_callbacks:
-                callback.after_epoch(trainer)
+                if callback.state_key in left:
+                    left = [key for key in left if key != callback.state_key]
+                    # An epoch that was cut off ends once more when it is gone on with.
+                    due = complete and bool(left)
+                    self._saves = {"left": left, "progress": self.progress.state_dict()} if due else None
+                    callback.after_epoch(trainer)
         finally:
-            self._ending = None
-        if complete:
-            self._advance(progress)
+            self._ending = self._saves = None
+
+    def _finish_saves(self, trainer: Any) -> None:
+        """What was still to be saved of the epoch at whose end the run was saved."""
+        due, self._saves = self._saves, None
+        if due is None:
+            return
+        self.progress.load_state_dict(due["progress"])
+        if self.moment is not None:
+            self.moment.restore()
+            self.moment = RandomState.capture(cuda=True)  # the next epoch begins under it, too
+        self._save(trainer, True, due["left"])
+        self._advance(self.progress)
+
+    def forget_saves(self) -> None:
+        """Of the saves at a moment when the run was saved none is to come any more."""
+        self._saves = None
+        self.epoch_loop.forget_saves()
 
     def _advance(self, progress: Progress) -> None:
         progress.samples += self.epoch_samples()
@@ -196,7 +224,13 @@ class FitLoop:
     @property
     def is_unsettled(self) -> bool:
         """Whether something is still due after a batch or at an epoch's end, as in a resumed run that is over."""
-        return self.progress.within and (not self.epoch_loop.settled or self.begun is not None)
+        within = not self.epoch_loop.settled or self.epoch_loop.has_saves_to_come or self.begun is not None
+        return self.progress.within and within
+
+    @property
+    def is_unfinished(self) -> bool:
+        """The same, or some saves of an epoch that is over are still to come."""
+        return self.is_unsettled or self._saves is not None
 
     def may_stop_early(self) -> bool:
         """Whether a wish to stop counts by now."""
@@ -321,6 +355,7 @@ class FitLoop:
             "begun": None if self.begun is None else list(self.begun),
             "started": list(self._started),
             "stops": self.wants_stop and self.is_unsettled,
+            "saves": self._saves,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -330,7 +365,7 @@ class FitLoop:
         self.val_loop.load_state_dict(state["val_loop"])
         self.schedule.load_state_dict(state["schedule"])
         self.begun, self._started = state.get("begun"), state.get("started", [])
-        self.wants_stop = state.get("stops", False)
+        self.wants_stop, self._saves = state.get("stops", False), state.get("saves")
 
     def begin_epoch_anew(self) -> None:
         """Forget what the epoch that is under way has done, of which too little is known to go on."""
@@ -347,6 +382,7 @@ class FitLoop:
         self.wish = None
         self.moment = self.sums_before = self.begun = None
         self._started = []
+        self.forget_saves()
         self._monitors_checked = False
         if not self.val_loop.restoring:
             seen, self.val_loop = self.val_loop.seen, EvaluationLoop("validate")

@@ -59,6 +59,7 @@ class TrainEpochLoop:
         self._show_at: float = 0
         self._validated_at_s = time.monotonic()
         self._stepped = self._updates = 0
+        self._saves: dict[str, Any] | None = None  # those still to come after the one that is being made
         self._bars: list[ProgressBar] = []
         self._iterator: Iterator[Any] | None = None
 
@@ -92,6 +93,10 @@ class TrainEpochLoop:
         if not over and count < num_batches and not self.complete:
             fit.begun = None  # the run is to go on further than when it was saved
         over = over or (not self.settled and self._settle(trainer, count))
+        if self._saves is not None:
+            fit.restore_moment()
+            self._save(trainer, **self._saves)
+            over = over or fit.is_over(trainer)
         fit.restore_moment()
         self._look_at, self._show_at = self._next_look(trainer, count), 0
         for batch in () if over else batches:
@@ -253,11 +258,19 @@ class TrainEpochLoop:
             return True
         self.settled = True
         ends: bool = fit.is_over(trainer)
-        for callback in trainer.checkpoint_callbacks:
-            callback.after_batch(trainer, validated=validated)
+        self._save(trainer, validated, [callback.state_key for callback in trainer.checkpoint_callbacks])
         self._show(trainer, count)
         self._look_at = self._next_look(trainer, count)
         return ends
+
+    def _save(self, trainer: Any, validated: bool, left: list[str]) -> None:
+        """Let those callbacks save. A file knows which ones come after it, for a run that goes on from it."""
+        for callback in trainer.checkpoint_callbacks:
+            if callback.state_key in left:
+                left = [key for key in left if key != callback.state_key]
+                self._saves = {"validated": validated, "left": left} if left else None
+                callback.after_batch(trainer, validated=validated)
+        self._saves = None
 
     def _show(self, trainer: Any, count: int) -> None:
         """Let progress bars look, which is a rank's own affair."""
@@ -303,19 +316,30 @@ class TrainEpochLoop:
     def state_dict(self) -> dict[str, Any]:
         """Counts, and what is still due; the cursor is the fit loop's, and open windows are an entry of their own."""
         due = None if self.settled else {"stepped": self._stepped}
-        return {"steps": dict(self._steps), "due": due, "ended": self.complete}
+        return {"steps": dict(self._steps), "due": due, "ended": self.complete, "saves": self._saves}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on counting, and do what is still due."""
         self._steps = dict(state.get("steps", {}))
         due = state.get("due")
         self.settled, self.complete = due is None, state.get("ended", False)
+        self._saves = state.get("saves")
         if due is not None:
             self._stepped = due["stepped"]
 
     def begin(self) -> None:
         """An epoch begins."""
         self.settled, self.complete, self.under_way = True, False, False
+        self.forget_saves()
+
+    @property
+    def has_saves_to_come(self) -> bool:
+        """Whether callbacks were still to save after the newest batch when the run was saved."""
+        return self._saves is not None
+
+    def forget_saves(self) -> None:
+        """Of the saves after the newest batch none is to come any more."""
+        self._saves = None
 
 
 def discard(loader: Any) -> None:
