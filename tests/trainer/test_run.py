@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import csv
+import importlib.util
 import re
 from datetime import timedelta
 from pathlib import Path
@@ -24,6 +25,7 @@ from lite.trainer.callbacks import (
     LearningRateMonitor,
     ModelCheckpoint,
     ModelSummary,
+    ProgressBar,
     Timer,
     TQDMProgressBar,
 )
@@ -56,6 +58,13 @@ def test_behaviour_36_what_is_no_module_or_lacks_a_method_is_named() -> None:
         trainer().fit(
             type("NoVal", (Tiny,), {"validation_step": LightningModule.validation_step})(), numbers(), numbers()
         )
+
+
+class SeveralVals(Tiny):
+    """Validates on several loaders."""
+
+    def validation_step(self, batch: Tensor, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.log("val", self.loss(batch))
 
 
 class Nested(Callback):
@@ -120,6 +129,59 @@ def test_behaviour_40_the_progress_bar_shows_the_run(capsys: Any) -> None:
     assert capsys.readouterr().out == ""
     with pytest.raises(ConfigError, match="two progress bars"):
         trainer(**{**options, "callbacks": [TQDMProgressBar(), TQDMProgressBar()]})
+
+
+class Percent(ProgressBar):
+    """Keeps what it would show, in the form that people know from Lightning: `enable` is a value of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enable = True
+        self.shown: list[str] = []
+
+    def disable(self) -> None:
+        self.enable = False
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        self.shown.append(f"{100 * batch_idx / self.total_train_batches:.0f}")
+
+    def on_validation_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, *number: int) -> None:
+        self.shown.append(f"{number[0] + 1}/{self.total_val_batches_current_dataloader} of {self.total_val_batches}")
+
+
+class Coloured(TQDMProgressBar):
+    """Changes its bars as they are made."""
+
+    def init_validation_tqdm(self) -> Any:
+        bar = super().init_validation_tqdm()
+        bar.set_description("running validation")
+        return bar
+
+
+def test_progress_bars_of_ones_own(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the attributes and methods that Lightning's have; with tqdm and in plain lines."""
+    bar = Percent()
+    with pytest.raises(UsageError, match=r"Percent\.trainer is known from setup on"):
+        _ = bar.total_train_batches
+    loaders = [numbers(8), numbers()]
+    options = {"enable_progress_bar": True, "num_sanity_val_steps": 1}
+    trainer(callbacks=bar, **options).fit(SeveralVals(), numbers(), loaders)
+    assert bar.shown == ["1/1 of 2"] * 2 + ["0", "33", "67"] + [f"{n}/2 of 5" for n in (1, 2)] + [
+        f"{n}/3 of 5" for n in (1, 2, 3)
+    ]
+    for name in ("tqdm", "plain"):
+        if name == "plain":
+            monkeypatch.setattr("lite.trainer.callbacks.bars.importlib.util.find_spec", lambda name: None)
+        elif importlib.util.find_spec("tqdm") is None:
+            continue
+        run = trainer(callbacks=Coloured(), **options)
+        for event in run.steps(SeveralVals(), numbers(), loaders):
+            if event.kind == "batch" and event.batch_idx == 0:
+                assert run.progress_bar_callback.train_progress_bar.total == 3
+        shown = capsys.readouterr()
+        text = shown.out + shown.err
+        assert all(part in text for part in ("running validation: ", "Epoch 0: ", "Sanity check: ")), text
 
 
 def test_arguments_have_names_and_defaults_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

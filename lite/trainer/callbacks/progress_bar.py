@@ -1,22 +1,81 @@
-"""The progress bar: tqdm where it is installed, plain lines otherwise. It looks at values some times a second only."""
+"""Progress bars: a base for one's own, and the Trainer's, which looks at values some times a second only."""
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 import time
 from typing import Any
 
+from lite.errors import UsageError
+from lite.trainer.callbacks.bars import make_bar, show
 from lite.trainer.callbacks.base import Callback
 from lite.trainer.data.counting import INFINITE
 
 _EVERY_S = 0.1
-_LINE_EVERY_S = 10.0
 _LONGEST_STRIDE = 64
 
 
 class ProgressBar(Callback):
-    """Base of progress bars."""
+    """Base of progress bars: derive one of your own, and override the hooks after which it shows something.
+
+    On other ranks than 0 it is disabled in `setup`.
+    """
+
+    sanity_check_description = "Sanity check"
+    train_description = "Training"
+    validation_description = "Validation"
+    test_description = "Test"
+    predict_description = "Predict"
+    _trainer: Any = None
+
+    @property
+    def trainer(self) -> Any:
+        """The Trainer whose run is shown.
+
+        Raises:
+            UsageError: There is none yet.
+        """
+        if self._trainer is None:
+            raise UsageError(
+                f"{type(self).__name__}.trainer is known from setup on; a setup of your own calls super().setup(...)."
+            )
+        return self._trainer
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        self._trainer = trainer
+        if not trainer.is_global_zero:
+            self.disable()
+
+    @property
+    def total_train_batches(self) -> Any:
+        """Training batches of an epoch; infinite where nobody knows."""
+        return self.trainer.num_training_batches
+
+    @property
+    def total_val_batches(self) -> Any:
+        """Validation batches of all loaders, or those of the sanity check; 0 where none comes in this epoch."""
+        trainer = self.trainer
+        return sum(trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches)
+
+    @property
+    def total_val_batches_current_dataloader(self) -> Any:
+        """Those of the loader that runs."""
+        trainer = self.trainer
+        counts = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
+        return counts[trainer.fit_loop.val_loop.loader if trainer.fitting else trainer.validate_loop.loader]
+
+    @property
+    def total_test_batches_current_dataloader(self) -> Any:
+        """Those of the loader that runs."""
+        return self.trainer.num_test_batches[self.trainer.test_loop.loader]
+
+    @property
+    def total_predict_batches_current_dataloader(self) -> Any:
+        """Those of the loader that runs."""
+        return self.trainer.num_predict_batches[self.trainer.predict_loop.loader]
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Print beside the bar."""
+        print(*args, **kwargs)
 
     def disable(self) -> None:
         """Show nothing."""
@@ -41,7 +100,10 @@ class ProgressBar(Callback):
 
 
 class TQDMProgressBar(ProgressBar):
-    """Shows epoch, batches, rate and metrics on rank 0.
+    """Shows epoch, batches, rate and metrics on rank 0, by tqdm where it is installed, else in plain lines.
+
+    Override `init_train_tqdm` and the like to change a bar, or make your own, which is asked for n, total,
+    set_description, set_postfix, refresh and close.
 
     Args:
         refresh_rate: Batches between two looks; 0 switches off. It is refreshed ten times a second at most.
@@ -52,6 +114,7 @@ class TQDMProgressBar(ProgressBar):
         self.refresh_rate, self.leave = refresh_rate, leave
         self._enabled = refresh_rate > 0
         self._bars: dict[str, Any] = {}
+        self._next: tuple[str, int | None, bool] = ("", None, leave)
         self._due_s = 0.0
         self._done = 0
         self._stride = 1  # batches between two looks, which follows their rate
@@ -62,14 +125,59 @@ class TQDMProgressBar(ProgressBar):
     def enable(self) -> None:
         self._enabled = self.refresh_rate > 0
 
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        if not trainer.is_global_zero:
-            self.disable()
+    # ---- the bars
+
+    def init_sanity_tqdm(self) -> Any:
+        """The bar of the sanity check."""
+        return self._made()
+
+    def init_train_tqdm(self) -> Any:
+        """The bar of a training epoch."""
+        return self._made()
+
+    def init_validation_tqdm(self) -> Any:
+        """The bar of a validation."""
+        return self._made()
+
+    def init_test_tqdm(self) -> Any:
+        """The bar of a test."""
+        return self._made()
+
+    def init_predict_tqdm(self) -> Any:
+        """The bar of a prediction."""
+        return self._made()
+
+    def _made(self) -> Any:
+        text, total, leave = self._next
+        return make_bar(text, total, leave=leave)
+
+    @property
+    def train_progress_bar(self) -> Any:
+        """The bar of the training epoch that runs, None where none does."""
+        return self._bars.get("train")
+
+    @property
+    def val_progress_bar(self) -> Any:
+        """The same of validation, or of the sanity check."""
+        return self._bars.get("validation") or self._bars.get("sanity")
+
+    @property
+    def test_progress_bar(self) -> Any:
+        """The same of a test."""
+        return self._bars.get("test")
+
+    @property
+    def predict_progress_bar(self) -> Any:
+        """The same of a prediction."""
+        return self._bars.get("predict")
 
     # ---- training
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        self._begin(trainer, "train", f"Epoch {trainer.current_epoch}", trainer.num_training_batches)
+        self._begin_epoch(trainer)
+
+    def _begin_epoch(self, trainer: Any) -> None:
+        self._begin("train", f"Epoch {trainer.current_epoch}", trainer.num_training_batches)
 
     def next_look(self) -> float:
         return self._stride if self._enabled else INFINITE
@@ -79,7 +187,7 @@ class TQDMProgressBar(ProgressBar):
         if not self._enabled:
             return
         if "train" not in self._bars:  # a run that goes on in the middle of an epoch
-            self._begin(trainer, "train", f"Epoch {trainer.current_epoch}", trainer.num_training_batches)
+            self._begin_epoch(trainer)
         if now < self._due_s:
             self._stride = min(2 * self._stride, _LONGEST_STRIDE)
             return
@@ -94,18 +202,18 @@ class TQDMProgressBar(ProgressBar):
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         if trainer.sanity_checking:
-            self._begin(trainer, "validation", "Sanity check", sum(trainer.num_sanity_val_batches))
+            self._begin("sanity", self.sanity_check_description, sum(trainer.num_sanity_val_batches))
         else:
-            self._begin(trainer, "validation", "Validation", sum(trainer.num_val_batches))
+            self._begin("validation", self.validation_description, sum(trainer.num_val_batches))
 
     def on_validation_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
-        self._count(trainer, "validation")
+        self._count(trainer, "sanity" if trainer.sanity_checking else "validation")
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        self._end(trainer, "validation", self._done)
+        self._end(trainer, "sanity" if trainer.sanity_checking else "validation", self._done)
 
     def on_test_start(self, trainer: Any, pl_module: Any) -> None:
-        self._begin(trainer, "test", "Test", sum(trainer.num_test_batches))
+        self._begin("test", self.test_description, sum(trainer.num_test_batches))
 
     def on_test_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
         self._count(trainer, "test")
@@ -114,7 +222,7 @@ class TQDMProgressBar(ProgressBar):
         self._end(trainer, "test", self._done)
 
     def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
-        self._begin(trainer, "predict", "Predict", sum(trainer.num_predict_batches))
+        self._begin("predict", self.predict_description, sum(trainer.num_predict_batches))
 
     def on_predict_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
         self._count(trainer, "predict")
@@ -127,16 +235,17 @@ class TQDMProgressBar(ProgressBar):
             bar.close()
         self._bars.clear()
 
-    # ---- the bars
+    # ---- drawing
 
-    def _begin(self, trainer: Any, name: str, text: str, total: float) -> None:
+    def _begin(self, name: str, text: str, total: float) -> None:
         if not self._enabled:
             return
         if name in self._bars:
             self._bars.pop(name).close()
         self._done = 0
-        known = None if total == INFINITE else int(total)
-        self._bars[name] = make_bar(text, known, leave=self.leave or name == "train")
+        self._next = text, None if total == INFINITE else int(total), self.leave or name == "train"
+        bar = self._bars[name] = getattr(self, f"init_{name}_tqdm")()
+        bar.total = self._next[1]
         self._due_s = time.monotonic() + _EVERY_S
 
     def _count(self, trainer: Any, name: str) -> None:
@@ -149,12 +258,12 @@ class TQDMProgressBar(ProgressBar):
         self._due_s = time.monotonic() + _EVERY_S
         if bar is not None:
             metrics = self.get_metrics(trainer, trainer.module) if name == "train" and _cheap(trainer) else {}
-            bar.show(done, metrics)
+            show(bar, done, metrics)
 
     def _end(self, trainer: Any, name: str, done: int) -> None:
         bar = self._bars.get(name)
         if bar is not None:
-            bar.show(done, self.get_metrics(trainer, trainer.module) if name == "train" else {})
+            show(bar, done, self.get_metrics(trainer, trainer.module) if name == "train" else {})
             bar.close()
             del self._bars[name]
 
@@ -162,62 +271,3 @@ class TQDMProgressBar(ProgressBar):
 def _cheap(trainer: Any) -> bool:
     """Whether values can be looked at without waiting for a device; else they are shown at the epoch's end."""
     return bool(trainer.lite.device.type == "cpu")
-
-
-def make_bar(text: str, total: int | None, *, leave: bool) -> Any:
-    """A bar of tqdm's, or plain lines."""
-    if importlib.util.find_spec("tqdm") is not None:
-        return _TQDMBar(text, total, leave)
-    return PlainLines(text, total)
-
-
-class _TQDMBar:
-    def __init__(self, text: str, total: int | None, leave: bool) -> None:
-        from tqdm.auto import tqdm  # type: ignore[import-untyped, unused-ignore]
-
-        self._bar = tqdm(desc=text, total=total, leave=leave, dynamic_ncols=True, file=sys.stdout)
-
-    def show(self, done: int, metrics: dict[str, Any]) -> None:
-        self._bar.n = done
-        self._bar.set_postfix({k: _short(v) for k, v in metrics.items()}, refresh=False)
-        self._bar.refresh()
-
-    def close(self) -> None:
-        self._bar.close()
-
-
-class PlainLines:
-    """Progress in lines of their own, one in some seconds, and one at the end.
-
-    Args:
-        text: What they begin with.
-        total: Batches, or None.
-    """
-
-    def __init__(self, text: str, total: int | None) -> None:
-        self._text, self._total = text, total
-        self._begun_s = self._shown_s = time.monotonic()
-        self._line = ""
-
-    def show(self, done: int, metrics: dict[str, Any]) -> None:
-        """Print the line, if the last one is old enough."""
-        now = time.monotonic()
-        rate = done / max(now - self._begun_s, 1e-9)
-        of = f"/{self._total}" if self._total is not None else ""
-        shown = "".join(f", {name}={_short(value)}" for name, value in metrics.items())
-        self._line = f"{self._text}: {done}{of} batches, {rate:.1f} batches/s{shown}"
-        if now - self._shown_s >= _LINE_EVERY_S:
-            self._print()
-
-    def _print(self) -> None:
-        print(self._line, flush=True)
-        self._shown_s, self._line = time.monotonic(), ""
-
-    def close(self) -> None:
-        """Print what has not been."""
-        if self._line:
-            self._print()
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
