@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from lite import collectives
-from lite.errors import ConfigError
 from lite.trainer.arguments import whole
 from lite.trainer.callbacks.merging import merge_callbacks
 from lite.trainer.hooks import Hooks
@@ -35,8 +34,6 @@ class Serving(View):
 
     def begin(self, fn: TrainerFn, module: Any, datamodule: Any) -> None:
         """A run of this module begins."""
-        if datamodule is not None and not hasattr(datamodule, "attach"):
-            raise ConfigError(f"datamodule={type(datamodule).__name__} is no LightningDataModule of lite.trainer.")
         self.state.fn, self.state.status = fn, TrainerStatus.RUNNING
         self.module, self.datamodule = module, datamodule
         self.metrics.begin_run()

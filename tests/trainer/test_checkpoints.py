@@ -251,6 +251,18 @@ def test_behaviour_34_hyperparameters_of_every_kind(tmp_path: Path) -> None:
     assert child.hparams_initial.width == 6
     assert repr(child.hparams_initial).splitlines()[0].split() == ["width", "6"]
 
+    class Open(LightningModule):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.save_hyperparameters()
+
+    class Hides(Open):
+        def __init__(self, width: int, token: str) -> None:
+            super().__init__(width)
+            self.save_hyperparameters(ignore=["token"])
+
+    assert Hides(3, "secret").hparams == {"width": 3}  # the base class's call has taken all
+
     class Named(LightningModule):
         def __init__(self, a: int, b: int) -> None:
             super().__init__()
@@ -413,3 +425,12 @@ def test_a_second_fit_may_save_before_its_first_validation(tmp_path: Path) -> No
         run.fit_loop.max_epochs = epochs
         run.fit(Tiny(), numbers(16), numbers())
     assert saves.best_model_path
+
+
+def test_a_name_with_a_metric_that_nobody_logs_is_told_once(tmp_path: Path) -> None:
+    """It counts 0 there."""
+    saves = ModelCheckpoint(tmp_path, "{step}-{val_acc:.1f}", save_top_k=-1)
+    with pytest.warns(UserWarning, match="nobody has logged 'val_acc', which counts 0 in names") as told:
+        trainer(callbacks=saves, max_epochs=2, limit_val_batches=0, enable_checkpointing=True).fit(Tiny(), numbers())
+    assert len([one for one in told if "val_acc" in str(one.message)]) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step=3-val_acc=0.0.ckpt", "step=6-val_acc=0.0.ckpt"]

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from lite.errors import ConfigError
 from lite.trainer import CombinedLoader, LightningDataModule
@@ -165,6 +166,37 @@ def test_combined_loaders_draw_as_their_mode_says(mode: str, expected: list[Any]
     loader = CombinedLoader((range(1, 4), range(4, 5)), mode)
     assert [batch for batch, _, _ in loader] == expected
     assert len(loader) == len(expected)
+
+
+def test_the_shortest_loader_ends_a_combined_one_before_others_draw() -> None:
+    """What nobody gets is not drawn, so an epoch's end leaves the same random state, resumed or not."""
+    drawn: list[int] = []
+
+    class Draws(Numbers):
+        def __getitem__(self, index: int) -> Tensor:
+            drawn.append(index)
+            return super().__getitem__(index)
+
+    longer = DataLoader(Draws(8), batch_size=2)
+    assert len(list(CombinedLoader([longer, numbers(4, 2)], "min_size"))) == 2
+    assert drawn == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"train_dataloaders": Numbers(4)}, r"of type Numbers was given as a loader.*wrap it: DataLoader\(dataset"),
+        (
+            {"datamodule": TinyData},
+            r"datamodule=the class TinyData is no LightningDataModule.*pass an instance, TinyDa",
+        ),
+        ({"datamodule": numbers(4)}, r"datamodule=a DataLoader is no LightningDataModule.*or loaders as loaders"),
+    ],
+)
+def test_what_is_no_data_is_told_what_would_be(arguments: dict[str, Any], message: str) -> None:
+    """By its kind."""
+    with pytest.raises(ConfigError, match=message):
+        trainer(limit_val_batches=0).fit(Tiny(), **arguments)
 
 
 @pytest.mark.filterwarnings("ignore:nothing is left to train")

@@ -423,6 +423,43 @@ def test_callbacks_see_an_epochs_values_as_it_ends(tmp_path: Path) -> None:
     assert again.callback_metrics == run.callback_metrics
 
 
+class AtEnds(LightningModule):
+    """Logs in its end hooks, and keeps what it then sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.nn.Linear(4, 1).double()
+        self.seen: list[Any] = []
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self.net(batch).mean()
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None: ...
+
+    def _log(self, name: str) -> None:
+        self.log(name, self.current_epoch)
+        self.log(name, self.current_epoch + 2.0)
+        self.seen.append((name, self.trainer.callback_metrics[name].item(), self.trainer.logged_metrics[name].item()))
+
+    def on_validation_epoch_end(self) -> None:
+        self._log("score")
+
+    def on_train_epoch_end(self) -> None:
+        self._log("gap")
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_what_is_logged_as_an_epoch_ends_is_seen_there() -> None:
+    """This epoch's mean, not the one before's."""
+    module = AtEnds()
+    run = trainer(max_epochs=2)
+    run.fit(module, numbers(), numbers())
+    assert module.seen == [("score", 1.0, 1.0), ("gap", 1.0, 1.0), ("score", 2.0, 2.0), ("gap", 2.0, 2.0)]
+    assert {name: float(value) for name, value in run.callback_metrics.items()} == {"score": 2.0, "gap": 2.0}
+
+
 def test_what_a_callback_writes_into_the_metrics_counts(tmp_path: Path) -> None:
     """ModelCheckpoint can follow it, beside what was logged."""
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim import Adam
 
 from lite.errors import ConfigError, UsageError
 from lite.trainer import hooks
@@ -507,6 +508,9 @@ def test_configure_optimizers_refuses_what_it_does_not_know() -> None:
     for wrong, message in (
         ("adam", "returned a str"),
         ({"lr": 1}, "without an 'optimizer'"),
+        ({"optimiser": "an Adam"}, r"returned {'optimiser': 'an Adam'} without an 'optimizer'; return"),
+        ((Adam([nn.Parameter(torch.ones(1))]), None), r"returned \(Adam, NoneType\); return"),
+        ({"optimizer": Adam([nn.Parameter(torch.ones(1))]), "lr_schedular": 1}, "did you mean 'lr_scheduler'"),
         ([1, 2], "list of optimizers"),
     ):
 

@@ -385,6 +385,15 @@ def test_callbacks_keep_their_order_and_a_modules_own_replace_them() -> None:
         LambdaCallback(on_train_ending=print)
 
 
+class TwoPaces(Tiny):
+    """One optimizer with two schedulers."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        one, two = (torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5) for _ in range(2))
+        return [optimizer], [one, {"scheduler": two, "name": "decay"}]
+
+
 def test_learning_rates_are_monitored(tmp_path: Path) -> None:
     """Names by optimizer and group; it needs a logger."""
 
@@ -420,6 +429,9 @@ def test_learning_rates_are_monitored(tmp_path: Path) -> None:
         ("3", "0.05"),
         ("5", "0.05"),
     ]
+    twice = LearningRateMonitor()
+    trainer(callbacks=twice, logger=CSVLogger(tmp_path, "twice"), limit_val_batches=0).fit(TwoPaces(), numbers())
+    assert twice.lrs == {"lr-SGD": [0.1], "decay": [0.1]}
     with pytest.raises(ConfigError, match="needs a logger"):
         trainer(callbacks=LearningRateMonitor()).fit(Tiny(), datamodule=TinyData())
 

@@ -13,6 +13,8 @@ from lite.trainer.callbacks.base import Callback
 class LearningRateMonitor(Callback):
     """Logs learning rates under names such as lr-Adam, lr-Adam-1 (a second one), lr-Adam/pg1 (parameter groups).
 
+    An optimizer with several schedulers has a name for each, which is the scheduler's own where it was given one.
+
     Args:
         logging_interval: "step" (with the loggers' interval), "epoch", or None for both schedulers' own pace.
         log_momentum: Whether momenta are logged too.
@@ -68,11 +70,13 @@ class LearningRateMonitor(Callback):
 
     def rates(self, trainer: Any, interval: str | None = None) -> dict[str, float]:
         """The present rates by name; with an interval those whose scheduler has it."""
-        intervals = {id(c.optimizer): (c.interval, c.name) for c in trainer.lr_scheduler_configs}
         seen: dict[str, int] = {}
         row: dict[str, float] = {}
+        paces: list[tuple[Any, str | None, str | None]] = []
         for optimizer in trainer.optimizers:
-            paced, name = intervals.get(id(optimizer), (None, None))
+            configs = [c for c in trainer.lr_scheduler_configs if c.optimizer is optimizer]
+            paces += [(optimizer, c.interval, c.name) for c in configs] or [(optimizer, None, None)]
+        for optimizer, paced, name in paces:
             kind = type(optimizer).__name__
             count = seen[kind] = seen.get(kind, 0) + 1
             name = name or (f"lr-{kind}" if count == 1 else f"lr-{kind}-{count - 1}")

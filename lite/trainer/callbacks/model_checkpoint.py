@@ -17,7 +17,7 @@ from lite.checkpoint.reading import remove
 from lite.errors import ConfigError, choose
 from lite.storage import is_url, joined
 from lite.trainer.callbacks.base import Checkpoint
-from lite.trainer.callbacks.naming import checkpoint_name, expanded, free_name
+from lite.trainer.callbacks.naming import checkpoint_name, expanded, fields_of, free_name
 from lite.trainer.callbacks.ranking import as_score, best_of, is_better, lost, may_go, worst_of
 from lite.trainer.callbacks.save_schedule import SaveSchedule
 from lite.trainer.loggers import checkpoint_folder
@@ -103,6 +103,7 @@ class ModelCheckpoint(Checkpoint):
         self.kth_value = torch.tensor(lost(mode))
         self._asked_at = 0
         self._last_saved = ""
+        self._told: set[str] = set()  # fields of names that nobody has logged
 
     @property
     def state_key(self) -> str:
@@ -220,7 +221,8 @@ class ModelCheckpoint(Checkpoint):
             return counters[self.monitor]
         value = monitored(trainer, self.monitor)
         if value is None and not may_still_come(trainer):
-            raise ConfigError(nobody_logged(trainer, f"ModelCheckpoint(monitor={self.monitor!r})"))
+            text = nobody_logged(trainer, f"ModelCheckpoint(monitor={self.monitor!r})")
+            raise ConfigError(f"{text} Log it by self.log({self.monitor!r}, ...), or monitor another.")
         return value
 
     def _save_if_among_best(self, trainer: Any, metrics: dict[str, Any], value: Tensor) -> None:
@@ -305,6 +307,14 @@ class ModelCheckpoint(Checkpoint):
         return name if self.dirpath is None else joined(self.dirpath, name)
 
     def _path(self, trainer: Any, metrics: dict[str, Any], but: str | None = None) -> str:
+        missing = sorted(fields_of(self.filename or "") - metrics.keys() - self._told)
+        if missing:
+            self._told.update(missing)
+            warnings.warn(
+                f"ModelCheckpoint(filename={self.filename!r}): nobody has logged {missing[0]!r}, which counts 0 in "
+                f"names; there are {', '.join(map(repr, metrics))}.",
+                stacklevel=2,
+            )
         path = self.format_checkpoint_name(metrics)
         if self.enable_version_counter:
             path = free_name(path, self.FILE_EXTENSION, self.STARTING_VERSION, but or "")

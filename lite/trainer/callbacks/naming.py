@@ -35,6 +35,16 @@ def checkpoint_name(template: str, metrics: dict[str, Any], equals: str | None) 
     return _FIELD.sub(put_in, template)
 
 
+def fields_of(template: str) -> set[str]:
+    """The metrics that a template names.
+
+    Example:
+        >>> sorted(fields_of("x-{epoch}-{val/loss:.2f}"))
+        ['epoch', 'val/loss']
+    """
+    return {found[1] for found in _FIELD.finditer(template)}
+
+
 def free_name(path: str, suffix: str, first: int, own: str) -> str:
     """The path, with "-v1", "-v2", ... where something else than `own` is there already."""
     storage, target, _ = locate(path)

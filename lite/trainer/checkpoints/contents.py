@@ -158,7 +158,10 @@ def _trained(trainer: Any, checkpoint: dict[str, Any]) -> tuple[dict[str, Any], 
 def restore_weights(trainer: Any, checkpoint: dict[str, Any], path: str) -> None:
     """Give the weights to the module."""
     if "state_dict" not in checkpoint:
-        raise CheckpointError(f"ckpt_path={path!r} has no 'state_dict'; it has {', '.join(map(repr, checkpoint))}.")
+        raise CheckpointError(
+            f"ckpt_path={path!r} has no 'state_dict'; it has {', '.join(map(repr, checkpoint)):.200}. Weights alone "
+            "are loaded by module.load_state_dict(torch.load(path, weights_only=True))."
+        )
     strict = trainer.module.strict_loading
     report = restore_object(trainer.module, checkpoint["state_dict"], "state_dict", strict=strict)
     if report.missing or report.unexpected:

@@ -33,7 +33,10 @@ def load_module_from_checkpoint(
     """See `LightningModule.load_from_checkpoint`."""
     checkpoint = read_checkpoint(path, weights_only=weights_only)
     if "state_dict" not in checkpoint:
-        raise CheckpointError(f"checkpoint_path={str(path)!r} has no 'state_dict'; it has {list(checkpoint)!r:.200}.")
+        raise CheckpointError(
+            f"checkpoint_path={str(path)!r} has no 'state_dict'; it has {list(checkpoint)!r:.200}. Weights alone are "
+            "loaded by load_state_dict(torch.load(path, weights_only=True)) of a module that is made."
+        )
     if hparams_file is not None:
         checkpoint["hyper_parameters"] = read_hparams(hparams_file)
     module = _make(cls, checkpoint, overrides)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from lite.errors import CheckpointError, ConfigError
+from lite.errors import CheckpointError, ConfigError, shown
 from lite.trainer.data.stage import StageData, eval_data, find_loaders, find_move, has_loaders, train_data
 from lite.trainer.hooks import overrides
 from lite.trainer.loops.calling import step_caller
@@ -142,7 +142,15 @@ class Sources(View):
 
 
 def or_datamodule(loaders: Any, datamodule: Any) -> tuple[Any, Any]:
-    """A datamodule that was passed in the loaders' place."""
+    """A datamodule that was passed in the loaders' place.
+
+    Raises:
+        ConfigError: Both were passed, or `datamodule` is something else.
+    """
+    if datamodule is not None and (isinstance(datamodule, type) or not hasattr(datamodule, "attach")):
+        kind = getattr(datamodule, "__name__", "")
+        remedy = f"an instance, {kind}(...)" if isinstance(datamodule, type) else "one, or loaders as loaders"
+        raise ConfigError(f"datamodule={shown(datamodule)} is no LightningDataModule of lite.trainer; pass {remedy}.")
     if hasattr(loaders, "prepare_data") and hasattr(loaders, "setup"):
         if datamodule is not None:
             raise ConfigError("two datamodules were passed; pass one.")

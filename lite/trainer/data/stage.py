@@ -116,7 +116,10 @@ def make_ready(lite: Any, loader: Any, *, use_distributed_sampler: Any, moves: b
     """
     if not isinstance(loader, DataLoader):
         if not hasattr(loader, "__iter__"):
-            raise ConfigError(f"{loader!r:.80} was given as a loader, but can't be iterated over.")
+            remedy = "; wrap it: DataLoader(dataset, batch_size=...)" if hasattr(loader, "__getitem__") else ""
+            raise ConfigError(
+                f"an object of type {type(loader).__name__} was given as a loader, but can't be iterated over{remedy}."
+            )
         return loader
     if hasattr(loader, "go_on_under"):  # from lite.setup_dataloaders
         return loader

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from typing import Any
 
 from torch.optim import Optimizer
@@ -48,6 +49,7 @@ class SchedulerConfig:
 
 
 _KEYS = [one.name for one in fields(SchedulerConfig) if one.init]
+_BESIDE = {"optimizer", "lr_scheduler", "monitor", *KEYS}
 
 
 def as_plain(returned: Any) -> Any:
@@ -95,28 +97,46 @@ def _read_sequence(returned: Sequence[Any]) -> tuple[list[Optimizer], list[Sched
     if len(returned) == 2 and all(isinstance(side, (list, tuple)) for side in returned):
         given, paced = returned
         if not all(isinstance(optimizer, Optimizer) for optimizer in given):
-            raise ConfigError(f"configure_optimizers returned {given!r} as its optimizers; {_FORMS}.")
+            raise ConfigError(f"configure_optimizers returned {_kinds(given)} as its optimizers; {_FORMS}.")
         return list(given), [_read_scheduler(one, None) for one in paced]
     if returned and all(isinstance(one, Optimizer) for one in returned):
         return list(returned), []
     if returned and all(isinstance(one, Mapping) for one in returned):
         return _read_dicts(returned)
-    raise ConfigError(f"configure_optimizers returned {returned!r:.120}; {_FORMS}.")
+    raise ConfigError(f"configure_optimizers returned {_kinds(returned)}; {_FORMS}.")
+
+
+def _kinds(returned: Any) -> str:
+    """What it is made of: objects by their class, as their own texts have several lines."""
+    if isinstance(returned, Mapping):
+        return "{" + ", ".join(f"{key!r}: {_kinds(value)}" for key, value in returned.items()) + "}"
+    if isinstance(returned, (list, tuple)):
+        parts = ", ".join(map(_kinds, returned))
+        return f"[{parts}]" if isinstance(returned, list) else f"({parts})"
+    return repr(returned) if isinstance(returned, (str, int, float)) else type(returned).__name__
+
+
+def _refuse_misspelt(unknown: Iterable[str], known: Iterable[str]) -> None:
+    for key in unknown:
+        near = get_close_matches(str(key), list(known), n=1, cutoff=0.75)
+        if near:
+            raise ConfigError(f"configure_optimizers returned a dict with the key {key!r}; did you mean {near[0]!r}?")
 
 
 def _read_dicts(given: Sequence[Mapping[str, Any]]) -> tuple[list[Optimizer], list[SchedulerConfig]]:
     optimizers, schedulers = [], []
     for one in given:
         if not isinstance(one.get("optimizer"), Optimizer):
-            raise ConfigError(f"configure_optimizers returned the dict {dict(one)!r:.120} without an 'optimizer'.")
+            raise ConfigError(f"configure_optimizers returned {_kinds(one)} without an 'optimizer'; {_FORMS}.")
         if "frequency" in one:
             raise ConfigError(
                 "configure_optimizers returned a 'frequency' beside an optimizer, which switched between optimizers "
                 "in older versions; give each a step function of its own, {'optimizer': ..., 'step': self.critic_step, "
                 "'every_n_batches': 1}, or set self.automatic_optimization = False and step them in training_step."
             )
-        unknown = set(one) - {"optimizer", "lr_scheduler", "monitor"} - KEYS
+        unknown = set(one) - _BESIDE
         if unknown:
+            _refuse_misspelt(unknown, _BESIDE)
             warnings.warn(f"configure_optimizers: {sorted(unknown)} in the dict means nothing there.", stacklevel=6)
         optimizers.append(one["optimizer"])
         if one.get("lr_scheduler") is not None:
@@ -129,10 +149,11 @@ def _read_scheduler(given: Any, monitor: str | None) -> SchedulerConfig:
     settings = dict(given) if isinstance(given, Mapping) else {"scheduler": given}
     if "scheduler" not in settings:
         raise ConfigError(
-            f"configure_optimizers returned the scheduler settings {settings!r:.120} without 'scheduler'."
+            f"configure_optimizers returned the scheduler settings {_kinds(settings)} without 'scheduler'."
         )
     unknown = [key for key in settings if key not in _KEYS]
     if unknown:
+        _refuse_misspelt(unknown, _KEYS)
         warnings.warn(
             f"configure_optimizers: {unknown!r} means nothing beside a scheduler; what does is {_KEYS}.", stacklevel=7
         )
