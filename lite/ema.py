@@ -33,7 +33,7 @@ class EMA:
         buffers: Whether floating-point buffers (BatchNorm's statistics) are averaged as well. If not, evaluation within
             `swap` takes the model's present ones, as torch's AveragedModel does unless it is told otherwise.
         skipped: Says whether the last optimizer step was left out.
-        in_sync: Says whether all ranks have the same weights (`Strategy.in_sync`).
+        in_sync: Says whether all ranks have the same weights of it (`Strategy.is_in_sync`).
         partition: What reads and writes this rank's parts of parameters that are no tensors of their own
             (`Strategy.partition`); with it, `state_dict` puts averages together, and is collective.
 
@@ -89,7 +89,7 @@ class EMA:
         """Take the present weights in; call it after each optimizer step.
 
         Nothing happens after a step that a loss scale left out. Under LocalSGDStrategy it is for when all ranks have
-        the same weights, `lite.strategy.in_sync`.
+        the same weights, `lite.strategy.is_in_sync(model)`.
 
         Raises:
             UsageError: The averages stand in the model's place (`swap`), the model's parameters were replaced, or the
@@ -233,8 +233,8 @@ def _check_in_sync(call: str, in_sync: Callable[[], bool]) -> None:
     if not in_sync():
         raise UsageError(
             f"{call} between two syncs of ranks that train apart would average other weights on each of them; do it "
-            "when all have the same ones, `if lite.strategy.in_sync: ema.update()`, or call lite.strategy.end_period() "
-            "before it, on all ranks."
+            "when all have the same ones, `if lite.strategy.is_in_sync(model): ema.update()`, or call "
+            "lite.strategy.end_period() before it, on all ranks."
         )
 
 

@@ -281,8 +281,8 @@ class UrlStorage(Storage):
         return bytes(self._fs.cat_file(path))
 
     def write(self, path: str, text: str) -> None:
-        self.make_folder(self.split(path)[0])
-        self._fs.pipe_file(path, text.encode())
+        with self.replace(path) as file:
+            file.write(text.encode())
 
     def append(self, path: str, text: str) -> None:
         self.write(path, self.read(path).decode() + text)  # object stores can't append

@@ -20,6 +20,7 @@ from torch import Tensor
 
 # What says itself whole, and alike in every process, in words.
 _IN_WORDS = (range, PurePath, datetime.date, datetime.time, datetime.timedelta, Decimal, Fraction, UUID)
+_ARRAYS = (Tensor, np.ndarray, np.generic)
 _TORCH_WORDS = (torch.dtype, torch.device)
 _ROWS = ("crow_indices", "col_indices", "values")
 _COLUMNS = ("ccol_indices", "row_indices", "values")
@@ -33,32 +34,36 @@ _MAX_DEPTH = 64
 _Memo = dict[int, tuple[Any, int]]
 
 
-def checksum(data: Any) -> int:
+def checksum(data: Any, *, arrays_alone: bool = False) -> int:
     """A checksum of the values in nested data; equal values have equal ones, in every process.
 
     It sees tensors, numpy arrays, numbers, strings, bytes, paths and dates, within mappings of any class (whose order
     doesn't count), lists, tuples, dataclasses and the attributes of other objects. Sets, which have an order of their
     own in each process, and what it can't read count by their type alone.
 
+    Args:
+        data: What is summed.
+        arrays_alone: Whether numbers and words outside of tensors and arrays count by their type, too.
+
     Example:
         >>> checksum({"x": torch.ones(2), "name": "a"}) == checksum({"name": "a", "x": torch.ones(2)})
         True
     """
-    return _sum(data, {}, 0)
+    return _sum(data, {}, 0, arrays_alone)
 
 
-def _sum(value: Any, memo: _Memo, depth: int) -> int:
+def _sum(value: Any, memo: _Memo, depth: int, arrays_alone: bool) -> int:
     kind = zlib.crc32(type(value).__qualname__.encode())
     content = _content(value)
     if content is not None:
-        return zlib.crc32(content, kind)
+        return kind if arrays_alone and not isinstance(value, _ARRAYS) else zlib.crc32(content, kind)
     if id(value) in memo:
         return memo[id(value)][1]
     parts = _parts(value) if depth < _MAX_DEPTH else None
     if parts is None:
         return kind
     memo[id(value)] = (value, kind)  # where it holds itself
-    sums = [_sum(part, memo, depth + 1) for part in parts]
+    sums = [_sum(part, memo, depth + 1, arrays_alone) for part in parts]
     if isinstance(value, Mapping):
         sums.sort()
     total = zlib.crc32(b"".join(one.to_bytes(4, "little") for one in sums), kind)
@@ -118,7 +123,7 @@ def _parts(value: Any) -> Iterable[Any] | None:
     if isinstance(value, (type, ModuleType)):
         return None
     if dataclasses.is_dataclass(value):
-        return [getattr(value, field.name, None) for field in dataclasses.fields(value)]
+        return [getattr(value, field.name, None) for field in dataclasses.fields(value) if field.compare]
     attributes = getattr(value, "__dict__", None)
     return None if attributes is None else [attributes]
 

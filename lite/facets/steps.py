@@ -305,7 +305,7 @@ class Steps(Facet):
             decay=decay,
             buffers=buffers,
             skipped=told,
-            in_sync=lambda: strategy.in_sync,
+            in_sync=lambda: strategy.is_in_sync(model),
             partition=strategy.partition(model),
         )
 

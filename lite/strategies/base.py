@@ -200,6 +200,10 @@ class Strategy:
         """Whether the ranks' weights are the same now; where they train apart, so from a sync to the next step."""
         return True
 
+    def is_in_sync(self, module: nn.Module) -> bool:
+        """The same of one model, where several go at their own paces."""
+        return True
+
     def end_period(self) -> None:
         """Bring ranks together that train apart for some steps, before the last of them. Collective: on all ranks."""
 

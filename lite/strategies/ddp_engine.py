@@ -1,8 +1,8 @@
 """What stands around one model under DDP: whose gradients are averaged, by which backward, and who is told when not.
 
 Relies on parts of torch that it doesn't document, as they are in torch 2.13: `AccumulateGrad.variable`,
-`DistributedDataParallel.require_forward_param_sync` and `require_backward_grad_sync`, the texts of DDP's errors, and
-`torch._C._current_graph_task_id`.
+`DistributedDataParallel.require_forward_param_sync`, `require_backward_grad_sync` and `_join_config`,
+the texts of DDP's errors, and `torch._C._current_graph_task_id`.
 """
 
 from __future__ import annotations
@@ -200,8 +200,9 @@ class DDPEngine(Engine):
         if ddp is None:
             outputs = run(*args, **kwargs)
         else:
-            # DDP goes by the forward before, of which a resumed run that begins within a window knows nothing.
-            ddp.require_forward_param_sync = self.synchronise
+            if not ddp._join_config.enable:  # whose ranks that have ended go by DDP's own rule
+                # DDP goes by the forward before, of which a resumed run that begins within a window knows nothing.
+                ddp.require_forward_param_sync = self.synchronise
             outputs = self._through(ddp, run, *args, **kwargs)
         self._tag(outputs, inputs, ddp)
         return outputs

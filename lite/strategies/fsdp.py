@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lite.errors import ConfigError, choose
 from lite.precision.base import Precision
@@ -234,12 +234,11 @@ def shard_over_data(
     offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if cpu_offload else OffloadPolicy()
     described = describe_blocks(blocks)
     name = type(module).__name__
-    in_float32 = _in_float32(module, policy, blocks, device)
-    for part in [*in_float32, *reversed(blocks.values()), module]:
+    for part in [*_normalising(module, policy, blocks), *reversed(blocks.values()), module]:
         if not placed:
             place(part, device)
         chosen = policy(part is module)
-        if isinstance(part, _in_float32_on(device)) and part is not module:
+        if isinstance(part, _BatchNorm) and part is not module:  # whose statistics stay float32
             chosen = replace(chosen, param_dtype=None, output_dtype=None, cast_forward_inputs=False)
         options: dict[str, Any] = {"mesh": mesh, "mp_policy": chosen, "offload_policy": offload}
         if replicated:
@@ -249,24 +248,12 @@ def shard_over_data(
     return f"{described} and {name} itself" if blocks else f"{name} as a whole, in which no layers repeat"
 
 
-def _in_float32_on(device: torch.device) -> tuple[type[nn.Module], ...]:
-    """The layers that no 16-bit policy can be for.
-
-    A BatchNorm's statistics are float32. On the CPU the kernels of LayerNorm, GroupNorm and InstanceNorm take 16-bit
-    weights with inputs of the same type alone, and autocast doesn't convert them as it does on GPUs (torch 2.13).
-    """
-    return (_NormBase, nn.LayerNorm, nn.GroupNorm) if device.type == "cpu" else (_BatchNorm,)
-
-
-def _in_float32(
-    module: nn.Module, policy: Policies, blocks: dict[str, nn.Module], device: torch.device
-) -> list[nn.Module]:
-    """Such layers with weights within the model, where the policy is a 16-bit one."""
+def _normalising(module: nn.Module, policy: Policies, blocks: dict[str, nn.Module]) -> list[nn.Module]:
+    """The BatchNorms with weights, which no 16-bit policy can be for: their statistics are float32."""
     if policy(False).param_dtype is None:
         return []
     given = {id(block) for block in (module, *blocks.values())}
-    kinds = _in_float32_on(device)
-    found = [part for part in module.modules() if isinstance(part, kinds) and id(part) not in given]
+    found = [part for part in module.modules() if isinstance(part, _BatchNorm) and id(part) not in given]
     return [part for part in found if any(True for _ in part.parameters())]
 
 

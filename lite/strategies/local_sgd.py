@@ -97,6 +97,9 @@ class LocalSGDStrategy(DDPStrategy):
         """Whether no optimizer has stepped since the ranks came together: all have the same weights."""
         return all(part.count == 0 for part in self._rounds)
 
+    def is_in_sync(self, module: nn.Module) -> bool:
+        return all(part.count == 0 or not part.holds(module) for part in self._rounds)
+
     def wrap(self, module: nn.Module, device: torch.device) -> Engine | None:
         self._modules = [ref for ref in self._modules if ref() is not None]
         self._modules.append(weakref.ref(module))

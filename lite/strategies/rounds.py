@@ -74,6 +74,10 @@ class Round:
         step = self._step(self._patched or self._raw.step.__get__(optimizer))
         disguise(optimizer, {"step": step, "state_is_local": True})
 
+    def holds(self, module: nn.Module) -> bool:
+        """Whether the model's parameters are among those that it is for."""
+        return any(ref() is module for ref in self._modules)
+
     def release(self) -> None:
         optimizer = self._optimizer()
         if optimizer is not None:

@@ -23,6 +23,7 @@ from lite.strategies import provenance
 from lite.strategies.activations import prepare_blocks
 from lite.strategies.base import Engine, Strategy, refuse_foreign, refuse_sync_batch_norm
 from lite.strategies.blocks import choose_blocks
+from lite.strategies.norms import give_norms_their_dtype
 from lite.strategies.process_group import ProcessGroup
 
 if TYPE_CHECKING:
@@ -189,6 +190,8 @@ class ShardedStrategy(Strategy):
         # is lost by writing into it.
         returned = f"FSDP2-wrapped module .*{type(module).__name__}.* returned a view"
         warnings.filterwarnings("ignore", returned, UserWarning)
+        casts = self._mixed_precision is not None or self._precision.compute_dtype is not None
+        norms = give_norms_their_dtype(module, device) if casts and self.shards_over_data else []
         engine = ShardedEngine(
             module,
             original,
@@ -196,7 +199,7 @@ class ShardedStrategy(Strategy):
             buffers=self._broadcast_buffers and self.shards_over_data,
             full_state=self._full_state,
             explain=self.explain_forward_error,
-            undo=undo + self._compile(module),
+            undo=undo + norms + self._compile(module),
         )
         self._all = [ref for ref in self._all if ref() is not None]
         self._all.append(weakref.ref(engine))

@@ -93,6 +93,10 @@ class ShardedEngine(Engine):
             if buffer is not None and name not in part._non_persistent_buffers_set and not is_sharded(buffer)
         ]
         self.syncs_buffers = buffers and bool(self._buffers)
+        states = [part._get_fsdp_state() for part in module.modules() if isinstance(part, FSDPModule)]
+        groups: list[Any] = [group for state in states for group in state._fsdp_param_groups]
+        sharded: list[Any] = [p.sharded_param for group in groups for p in group.fsdp_params]
+        self._over_data = {p.device_mesh for p in sharded}
         self._mark = provenance.Mark(frozenset({weakref.ref(self)}), ())
         self.body = dict.fromkeys(("__reduce_ex__", "__deepcopy__"), _refuse_copy)
         self._ran: list[str] = []  # where collectives are compared
@@ -181,7 +185,8 @@ class ShardedEngine(Engine):
             self._take_buffers()
         outputs = self._unsharded(state, run, args, kwargs) if state is not None else run(*args, **kwargs)
         if torch.is_grad_enabled():
-            if any(is_sharded(leaf) and leaf.grad_fn is not None for leaf in tree_leaves(outputs)):
+            computed = (leaf for leaf in tree_leaves(outputs) if is_sharded(leaf) and leaf.grad_fn is not None)
+            if any(leaf.device_mesh in self._over_data for leaf in computed):  # others are split logits, say
                 raise UsageError(_of_weights_alone(self.module))
             provenance.tag(outputs, self._mark, [])
         else:

@@ -20,7 +20,7 @@ from lite.errors import ConfigError
 from lite.loggers.base import Ignored, check_folder, ignore, is_version_in, next_version
 from lite.loggers.csv import CSVLogger as _CSV
 from lite.loggers.tensorboard import TensorBoardLogger as _TensorBoard
-from lite.storage import is_url, joined, locate
+from lite.storage import joined, locate
 from lite.trainer.hparams import as_yaml
 from lite.trainer.utilities.rank_zero import rank_zero_only
 
@@ -229,10 +229,6 @@ class TensorBoardLogger(_Run, _TensorBoard):
     @property
     def log_dir(self) -> str:
         return super().log_dir if self.sub_dir is None else joined(super().log_dir, self.sub_dir)
-
-    def check(self) -> None:
-        if not is_url(self._save_dir):  # TensorBoard has its own ways to cloud storage
-            super().check()
 
     def log_hyperparameters(self, params: Mapping[str, Any], metrics: Any = None, step: int | None = None) -> None:
         """Take the run's settings.

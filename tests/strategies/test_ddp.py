@@ -404,3 +404,25 @@ def test_gradients_that_are_this_ranks_alone_are_not_stepped() -> None:
     assert "some parameters (second.weight, second.bias) got no gradient" in unused
     assert "after 1 of 3 micro-batches" in early and "window(last=True)" in early
     assert "torch.autograd.grad(create_graph=True)" in graph
+
+
+def joined_windows() -> list[float]:
+    lite = Lite(accelerator="cpu", strategy="ddp")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    model, optimizer = lite.setup(model, torch.optim.SGD(model.parameters(), lr=0.01))
+    with lite.join(model):
+        for number in range(2 + 2 * (lite.global_rank == 0)):
+            last = number % 2 == 1
+            with lite.no_backward_sync(model, enabled=not last):
+                lite.backward(model(torch.randn(5, 3)).pow(2).mean())
+            if last:
+                optimizer.step()
+                optimizer.zero_grad()
+    return [value for tensor in model.state_dict().values() for value in tensor.double().flatten().tolist()]
+
+
+def test_ranks_that_have_ended_answer_those_in_a_window() -> None:
+    """Also where buffers are sent: uneven inputs, accumulation and BatchNorm together."""
+    first, second = run_distributed(joined_windows)
+    assert first == second

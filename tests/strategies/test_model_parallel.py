@@ -97,6 +97,9 @@ def evaluated() -> str:
     model = TinyGPT()
     wanted = model.loss(sentences(2)[:][0])
     lite.setup(model)
+    trained = model.loss(sentences(2)[:][0])  # of split logits, by a method
+    lite.backward(trained)
+    torch.testing.assert_close(whole(trained.detach()), wanted.detach())
     with torch.no_grad():
         torch.testing.assert_close(whole(model.loss(sentences(2)[:][0])), wanted)
     with torch.inference_mode():

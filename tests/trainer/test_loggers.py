@@ -116,10 +116,10 @@ def test_a_logger_of_ones_own_is_told_everything_in_order(tmp_path: Path) -> Non
     after = torch.rand(1)
     name = "epoch=0-step=3.ckpt"
     told = [("graph", "Tiny"), ("hyperparams", {"lr": 0.05, "dropout": 0.0}), "save", ("metrics", 2)]
-    assert own.calls == [*told, ("saved", name), ("saved", name), "success"]
+    assert own.calls == [*told, "save", ("saved", name), "save", ("saved", name), "success"]
     assert old.calls == ["hyperparams", "metrics", "success"]
     run.test(plain, datamodule=TinyData(), verbose=False)
-    assert own.calls[7:] == [("metrics", 3), "success"]
+    assert own.calls[9:] == [("metrics", 3), "success"]
     plain = Tiny()
     torch.manual_seed(1)
     trainer(limit_val_batches=0).fit(plain, datamodule=TinyData())
@@ -422,6 +422,7 @@ def test_rank_zero_alone_writes(tmp_path: Path) -> None:
         ("hyperparams", {"lr": 0.05, "dropout": 0.0}),
         "save",
         "by hand",
+        "save",
         ("saved", "epoch=0-step=3.ckpt"),
         "success",
     ]

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from lite.loggers import CSVLogger
 from lite.trainer import Callback, LightningModule, seed_everything
-from lite.trainer.callbacks import EarlyStopping, ModelCheckpoint
+from lite.trainer.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
 from lite.trainer.loggers import Logger
 from tests.support.processes import run_distributed
 from tests.trainer.modules import Numbers, Tiny, numbers, trainer, weights
@@ -423,6 +424,112 @@ def test_a_save_within_a_step_is_exact_or_tells_what_is_repeated(moment: str, to
     run.fit(again, numbers(), ckpt_path=path)
     assert (weights(again) == weights(whole)) == (not told)
     assert float(run.callback_metrics["largest"]) == float(Numbers(12).rows.max())
+
+
+def saving(folder: Path) -> list[ModelCheckpoint]:
+    """After each step, and at epochs' ends with "last"."""
+    by_epoch = ModelCheckpoint(folder / "epochs", "{epoch}", save_last=True, save_top_k=-1)
+    return [ModelCheckpoint(folder / "steps", "{step}", every_n_train_steps=1, save_top_k=-1), by_epoch]
+
+
+def test_a_run_that_max_steps_ended_at_an_epochs_end_ends_that_epoch(tmp_path: Path) -> None:
+    """Resumed from the file that was saved before the epoch's end hooks."""
+    ends: list[int] = []
+
+    class Ends(Callback):
+        def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+            ends.append(trainer.current_epoch)
+
+    def fit(path: Path | None = None) -> tuple[int, list[str]]:
+        run = trainer(
+            max_steps=3,
+            max_epochs=-1,
+            callbacks=[Ends(), *saving(tmp_path)],
+            enable_checkpointing=True,
+            limit_val_batches=0,
+        )
+        run.fit(Tiny(), numbers(), ckpt_path=path)
+        return run.current_epoch, sorted(file.name for file in (tmp_path / "epochs").iterdir())
+
+    whole = fit()
+    assert (whole, ends) == ((1, ["epoch=0.ckpt", "last.ckpt"]), [0])
+    for file in (tmp_path / "epochs").iterdir():
+        file.unlink()
+    assert (fit(tmp_path / "steps" / "step=3.ckpt"), ends) == (whole, [0, 0])
+
+
+def test_last_is_written_by_the_run_that_goes_on(tmp_path: Path) -> None:
+    """Where a kill came between a file and its "last"; and that run has the rows before the file."""
+    options: dict[str, Any] = {"enable_checkpointing": True, "limit_val_batches": 0, "log_every_n_steps": 1}
+    run = trainer(callbacks=saving(tmp_path), logger=CSVLogger(tmp_path), **options)
+    for event in run.steps(Tiny(), numbers()):
+        if event.kind == "batch" and event.batch_idx == 1:
+            rows = (tmp_path / "version_0" / "metrics.csv").read_text().splitlines()
+            assert len(rows) == 3  # written with the checkpoint of that step
+    (tmp_path / "epochs" / "last.ckpt").unlink()
+    with pytest.warns(UserWarning, match="nothing is left to train"):
+        trainer(callbacks=saving(tmp_path), **options).fit(
+            Tiny(), numbers(), ckpt_path=tmp_path / "epochs/epoch=0.ckpt"
+        )
+    assert (tmp_path / "epochs" / "last.ckpt").exists()
+
+
+class Worse(Tiny):
+    """Its metric gets worse from the second epoch on."""
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        self.log("score", float(self.current_epoch), on_step=False, on_epoch=True)
+        return self.loss(batch)
+
+
+def test_early_stopping_stops_a_run_that_goes_on_from_its_last_file(tmp_path: Path) -> None:
+    """As it had decided; with more patience training goes on."""
+
+    def fit(patience: int, path: Path | None = None, **parts: Any) -> int:
+        stops = EarlyStopping("score", patience=patience)
+        options = {"callbacks": [stops, *saving(tmp_path)], "enable_checkpointing": True, "limit_val_batches": 0}
+        run = trainer(max_epochs=5, **options)
+        run.fit(Worse(), numbers(), ckpt_path=path, **parts)
+        return run.current_epoch
+
+    assert fit(2) == 3
+    last = tmp_path / "epochs" / "epoch=2.ckpt"
+    assert fit(2, last) == 3
+
+
+class Counts(Checkpoint):
+    """A saving callback of one's own, which keeps no state."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def after_batch(self, trainer: Any, *, validated: bool) -> None:
+        self.calls.append("batch")
+
+    def after_epoch(self, trainer: Any) -> None:
+        self.calls.append("epoch")
+
+
+def test_saving_callbacks_without_a_state_all_have_their_turn() -> None:
+    """Though they have one key."""
+    one, two = Counts(), Counts()
+    trainer(callbacks=[one, two], enable_checkpointing=True, limit_val_batches=0).fit(Tiny(), numbers(4))
+    assert one.calls == two.calls == ["batch", "epoch"]
+
+
+def test_a_resume_after_a_failed_fit_of_the_same_trainer_is_within_no_batch(tmp_path: Path) -> None:
+    """The other callback's file, which is made up for, has the open window of accumulation."""
+    options: dict[str, Any] = {"save_top_k": -1, "every_n_train_steps": 1, "monitor": "loss"}
+    saves = [ModelCheckpoint(tmp_path / mode, "{step}", mode=mode, **options) for mode in ("min", "max")]
+    run = trainer(callbacks=saves, enable_checkpointing=True, limit_val_batches=0)
+    run.fit(Tiny(), numbers())
+    with pytest.raises(RuntimeError, match="died"):
+        run.fit_loop.max_epochs = 2
+        run.fit(DiesInStep("forward", 0), numbers())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run.fit(Tiny(), numbers(), ckpt_path=tmp_path / "min" / "step=2.ckpt")
+    assert run.global_step == 6
 
 
 class DiesInValidation(Tiny):

@@ -609,6 +609,40 @@ def test_what_one_rank_alone_logs_with_sync_dist_is_everyones(tmp_path: Path) ->
     assert [row["there"] for row in rows if row["there"]] == ["5.0"] * 3
 
 
+class Sums(Tiny):
+    """A step's value that is the sum over the ranks; and one of the epoch's end, which decides there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.agreed: list[float] = []
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        self.log("sum", batch_idx + 1.0, reduce_fx="sum", sync_dist=True)
+        return self.loss(batch)
+
+    def on_train_epoch_end(self) -> None:
+        self.log("end", 1.0 + self.global_rank, sync_dist=True)
+        self.agreed.append(float(self.trainer.metrics.agreed("end")))
+
+
+def sums_saved_at_once(folder: str) -> list[Any]:
+    found = []
+    for path in (None, f"{folder}/min/step=4.ckpt"):
+        options = {"every_n_train_steps": 2, "monitor": "sum", "save_top_k": -1}
+        saves = [ModelCheckpoint(f"{folder}/{mode}", "{step}", mode=mode, **options) for mode in ("min", "max")]
+        module = Sums()
+        run = trainer(callbacks=saves, enable_checkpointing=True, limit_val_batches=0, log_every_n_steps=2, **STRATEGY)
+        run.fit(module, numbers(16, 2), ckpt_path=path)
+        found.append([*(float(one.best_model_score) for one in saves), module.agreed])
+    return found
+
+
+def test_a_resumed_run_does_not_reduce_a_steps_value_twice(tmp_path: Path) -> None:
+    """And what decides in an epoch's end hooks is what all ranks have logged there."""
+    for whole, again in run_distributed(sums_saved_at_once, str(tmp_path)):
+        assert whole == again == [4.0, 8.0, [1.5]]
+
+
 class PastLite(Tiny):
     """Its backward does not go through Lite's."""
 

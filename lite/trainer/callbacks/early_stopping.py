@@ -85,6 +85,11 @@ class EarlyStopping(Callback):
         self.wait_count, self.stopped_epoch = state_dict["wait_count"], state_dict["stopped_epoch"]
         self.best_score, self.patience = float(state_dict["best_score"]), state_dict["patience"]
 
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        if self.stopped_epoch and self.wait_count >= self.patience and not trainer.fit_loop.is_unsettled:
+            # Saved when that had been decided; with more patience the run goes on.
+            trainer.fit_loop.ask_to_stop(alone=True)
+
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         if self._goes_by_epochs(trainer) and not trainer.fit_loop.is_cut_off(trainer):
             self._check(trainer)

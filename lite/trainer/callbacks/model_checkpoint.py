@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lite import collectives
 from lite.checkpoint.reading import remove
-from lite.errors import ConfigError, choose
+from lite.errors import ConfigError, choose, some
 from lite.storage import is_url, joined
 from lite.trainer.callbacks.base import Checkpoint
 from lite.trainer.callbacks.naming import checkpoint_name, expanded, fields_of, free_name
@@ -103,6 +103,7 @@ class ModelCheckpoint(Checkpoint):
         self.kth_value = torch.tensor(lost(mode))
         self._asked_at = 0
         self._last_saved = ""
+        self._last_is_due = False  # the file that is being written comes before "last"
         self._told: set[str] = set()  # fields of names that nobody has logged
 
     @property
@@ -146,12 +147,16 @@ class ModelCheckpoint(Checkpoint):
         due = self.schedule.after_batch(trainer.global_step, trainer.current_epoch, validated=by_validation)
         if due or self._is_time(trainer):
             self._save(trainer)
+        elif self._last_is_due:
+            self._finish_last(trainer)
 
     def after_epoch(self, trainer: Any) -> None:
         if self._is_off(trainer) or not self.goes_by_epochs(trainer):
             return
         if self.schedule.after_epoch(trainer.global_step, trainer.current_epoch):
             self._save(trainer)
+        elif self._last_is_due:
+            self._finish_last(trainer)
 
     def next_look(self, global_step: int) -> float:
         return self.schedule.next_look(global_step)
@@ -199,6 +204,7 @@ class ModelCheckpoint(Checkpoint):
             value = None
         before = self.schedule.saved
         self.schedule.done(trainer.global_step)  # so the file itself says so, too
+        self._last_is_due = bool(self.save_last)
         try:
             if value is not None:
                 self._save_if_among_best(trainer, metrics, as_score(torch.as_tensor(value), self.mode))
@@ -258,7 +264,13 @@ class ModelCheckpoint(Checkpoint):
         if self.save_top_k == 1 and before and before != path:
             self._remove(trainer, before)
 
+    def _finish_last(self, trainer: Any) -> None:
+        """The run that is gone on with had saved, and not yet its "last"."""
+        self._last_saved = self._last_saved or trainer.ckpt_path or ""
+        self._save_last(trainer, {**trainer.callback_metrics, **_counters(trainer)})
+
     def _save_last(self, trainer: Any, metrics: dict[str, Any]) -> None:
+        self._last_is_due = False
         template = self.CHECKPOINT_NAME_LAST
         path = self.format_checkpoint_name(metrics, template)
         if self.enable_version_counter:
@@ -311,8 +323,8 @@ class ModelCheckpoint(Checkpoint):
         if missing:
             self._told.update(missing)
             warnings.warn(
-                f"ModelCheckpoint(filename={self.filename!r}): nobody has logged {missing[0]!r}, which counts 0 in "
-                f"names; there are {', '.join(map(repr, metrics))}.",
+                f"ModelCheckpoint(filename={self.filename!r}): nobody has logged {some(missing)}, which counts "
+                f"0 in names; there are {', '.join(map(repr, metrics))}.",
                 stacklevel=2,
             )
         path = self.format_checkpoint_name(metrics)
@@ -347,11 +359,13 @@ class ModelCheckpoint(Checkpoint):
             "last_model_path": self.last_model_path,
             "seen_step": self.schedule.seen,
             "saved_step": self.schedule.saved,
+            "last_is_due": self._last_is_due,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.schedule.seen = state_dict.get("seen_step")
         self.schedule.saved = state_dict.get("saved_step", -1)
+        self._last_is_due = state_dict.get("last_is_due", False)
         self.best_model_path = str(state_dict["best_model_path"])
         if state_dict.get("dirpath", self.dirpath) != self.dirpath:
             warnings.warn(

@@ -6,11 +6,13 @@ import time
 from typing import Any
 
 from lite.errors import UsageError
+from lite.loggers.base import Ignored
 from lite.trainer.callbacks.bars import make_bar, show
 from lite.trainer.callbacks.base import Callback
 from lite.trainer.data.counting import INFINITE
 
 _EVERY_S = 0.1
+_NOTHING = Ignored()
 _LONGEST_STRIDE = 64
 
 
@@ -52,7 +54,7 @@ class ProgressBar(Callback):
 
     @property
     def total_val_batches(self) -> Any:
-        """Validation batches of all loaders, or those of the sanity check; 0 where none comes in this epoch."""
+        """Validation batches of all loaders, or those of the sanity check."""
         trainer = self.trainer
         return sum(trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches)
 
@@ -153,23 +155,23 @@ class TQDMProgressBar(ProgressBar):
 
     @property
     def train_progress_bar(self) -> Any:
-        """The bar of the training epoch that runs, None where none does."""
-        return self._bars.get("train")
+        """The bar of the training epoch that runs; what takes any call where none is shown."""
+        return self._bars.get("train", _NOTHING)
 
     @property
     def val_progress_bar(self) -> Any:
         """The same of validation, or of the sanity check."""
-        return self._bars.get("validation") or self._bars.get("sanity")
+        return self._bars.get("validation", self._bars.get("sanity", _NOTHING))
 
     @property
     def test_progress_bar(self) -> Any:
         """The same of a test."""
-        return self._bars.get("test")
+        return self._bars.get("test", _NOTHING)
 
     @property
     def predict_progress_bar(self) -> Any:
         """The same of a prediction."""
-        return self._bars.get("predict")
+        return self._bars.get("predict", _NOTHING)
 
     # ---- training
 

@@ -212,7 +212,7 @@ def restore_training(trainer: Any, checkpoint: dict[str, Any], parts: frozenset[
         trainer.lite.precision.load_state_dict(checkpoint["precision"])
     exact = checkpoint.get("lite")
     begun_anew = "loops" in parts and _restore_loops(fit, checkpoint, exact is not None and "data" in parts)
-    if not {"callbacks", "metrics"} <= parts:  # they say what was still to be saved, and under which name
+    if parts != EVERYTHING:  # another run's files are not to be made up for
         fit.forget_saves()
     if exact is None:
         return

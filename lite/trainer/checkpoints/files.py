@@ -14,6 +14,7 @@ from lite.trainer.checkpoints import contents
 from lite.trainer.checkpoints.finding import newest_checkpoint, sibling_versions
 from lite.trainer.checkpoints.foreign import foreign_globals
 from lite.trainer.loggers import agree_on_versions, checkpoint_folder
+from lite.trainer.state import TrainerStatus
 from lite.trainer.view import View
 
 # What the names of the files begin with among which the newest is meant.
@@ -43,6 +44,9 @@ class Checkpoints(View):
             )
         if self.module is None:
             raise UsageError("save_checkpoint: there is no model yet; call fit, validate, test or predict first.")
+        if self.is_global_zero and self.state.status is TrainerStatus.RUNNING:
+            for logger in self.loggers:  # a run that goes on from the file has the rows before it
+                logger.save()
         checkpoint = contents.dump(self, weights_only)
         told = self.fit_loop.epoch_loop.has_mixed_gradients  # by `dump`, in the Trainer's words
         with warnings.catch_warnings() if told else nullcontext():

@@ -203,12 +203,15 @@ class Entry:
 
     def state_dict(self, undone: int | None = None) -> dict[str, Any]:
         """Plain values, without what the batch with the number `undone` has added to an epoch's."""
-        return {"value": self.value, "fresh": self.fresh, "unwritten": self.unwritten, "touched": self.touched}
+        reduced = self.value is not None and self.value is self._reduced
+        flags = {"fresh": self.fresh, "unwritten": self.unwritten, "touched": self.touched, "reduced": reduced}
+        return {"value": self.value, **flags}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there."""
         self.value, self.fresh = state["value"], state["fresh"]
         self.unwritten, self.touched = state["unwritten"], state["touched"]
+        self._reduced = self.value if state.get("reduced") else None
 
 
 class EpochEntry(Entry):
@@ -366,6 +369,16 @@ def merge(parts: list[Any]) -> Any:
         total = min(values) if kind == "min" else max(values) if kind == "max" else sum(values)
     dtype = next((dtype for *_, dtype in parts if dtype is not None), None)
     return kind, total, sum(weight for _, _, weight, _ in parts), dtype
+
+
+def finished(total: Any, entry: Entry | None) -> Tensor | None:
+    """The value that merged sums make; `entry` knows the key's own function, if it has one."""
+    if entry is not None:
+        return entry.compute(total)
+    kind, value, weight, dtype = total
+    if kind == "custom" or (kind == "mean" and weight == 0):
+        return None
+    return torch.tensor(value / weight if kind == "mean" else value, dtype=dtype or torch.get_default_dtype())
 
 
 def _ignore(value: Any, batch_size: Any) -> None:

@@ -17,7 +17,15 @@ from lite import collectives
 from lite.errors import ConfigError
 from lite.trainer.data.stage import StageData
 from lite.trainer.logging.batch_size import infer_batch_size
-from lite.trainer.logging.entries import Entry, MetricEntry, Options, is_torchmetric, make_entry, merge
+from lite.trainer.logging.entries import (
+    Entry,
+    MetricEntry,
+    Options,
+    finished,
+    is_torchmetric,
+    make_entry,
+    merge,
+)
 from lite.trainer.logging.metric_objects import attribute_of, torchmetrics_of
 from lite.trainer.logging.places import LOADER_SUFFIX, NOWHERE, Place, kept_of
 
@@ -180,7 +188,9 @@ class Metrics:
     def _at_epoch_end(self) -> Iterable[tuple[Entry, Tensor]]:
         """What this rank has logged in the end hooks of the epoch that is ending, which is computed after them."""
         for place, entry in self._of(self.here.stage):
-            if place.hook.endswith("_epoch_end") and entry.on_epoch and entry.touched:
+            # A Metric of torchmetrics would ask the other ranks.
+            alone = entry.shares or self._world_size == 1
+            if place.hook.endswith("_epoch_end") and entry.on_epoch and entry.touched and alone:
                 value = entry.compute()
                 if value is not None:
                     yield entry, value
@@ -199,15 +209,19 @@ class Metrics:
         steps = [e for _, e in self._of("train") if e.on_step and e.fresh and e.is_own]
         entry = next((e for e in steps if name in (e.name, e.step_name)), None)
         kind = None if entry is None else entry.kind
-        everyone = collectives.all_gather_objects((None if mine is None else float(mine), kind))
-        there = [value for value, _ in everyone if value is not None]
+        ending = next((e for e, _ in self._at_epoch_end() if e.name == name and e.options.sync_dist), None)
+        partial = None if ending is None else ending.partial()
+        everyone = collectives.all_gather_objects((None if mine is None else float(mine), kind, partial))
+        there = [value for value, _, _ in everyone if value is not None]
         if not there:
             return None
+        if partials := [part for _, _, part in everyone if part is not None]:
+            return finished(merge(partials), ending)
         dtype = torch.float64 if mine is None else mine.dtype
-        if any(kind is not None for _, kind in everyone):
-            values = torch.tensor([value for value, kind in everyone if kind is not None], dtype=torch.float64)
+        if any(kind is not None for _, kind, _ in everyone):
+            values = torch.tensor([value for value, kind, _ in everyone if kind is not None], dtype=torch.float64)
             if entry is None:  # this rank has not logged it; the others' function is not known here
-                kind = next(kind for _, kind in everyone if kind is not None)
+                kind = next(kind for _, kind, _ in everyone if kind is not None)
                 return getattr(values, "mean" if kind == "custom" else kind)()
             return entry.take_step(entry.reduce(values).to(dtype))
         if own and mine is not None:
@@ -274,8 +288,18 @@ class Metrics:
         for _, entry in self._of(stage):
             if entry.on_epoch:
                 entry.reset()
+        self._drop_restored(stage)
         self.has_validated = self.has_validated or (stage == "validate" and not self.sanity)
         return row, per_loader
+
+    def _drop_restored(self, stage: str) -> None:
+        """What was saved of keys that wait for their own function is not the next epoch's."""
+        for where in [where for where in self._restored if where[0] == stage]:
+            if self._restored.pop(where).get("pending"):
+                self._warn(
+                    f"log({where[3]!r}) has a reduce_fx of its own, not seen again in the epoch that goes on: "
+                    "it has no value of that."
+                )
 
     def show(self, stage: str) -> list[tuple[Place, Entry, Tensor]]:
         """Compute an epoch's values as they are by now, for callbacks to see. Collective as `finish` is."""
@@ -326,9 +350,10 @@ class Metrics:
             self._warn(f"log({key!r}) in {place.hook}: ranks that don't log it with its own reduce_fx don't have it.")
             return None
         before, self.here = self.here, place
-        entry = self.register(key, 0.0, options, None, None)
-        self.here = before
-        return entry
+        try:
+            return self.register(key, 0.0, options, None, None)
+        finally:
+            self.here = before
 
     def _keep_steps(self, stage: str) -> None:
         """The newest steps' values stay where they are shown, when the epoch's sums are reset."""

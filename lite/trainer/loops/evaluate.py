@@ -133,7 +133,7 @@ class EvaluationLoop:
         results: list[dict[str, Any]]
         row, results = metrics.finish(self.stage, len(data.loaders))
         trainer.write_row(row, self.stage)
-        self.running = False
+        self.running = self.through = False
         self._data = None
         return results
 

@@ -23,6 +23,7 @@ from lite.trainer.data.stage import StageData
 from lite.trainer.events import Event
 from lite.trainer.logging.metric_objects import torchmetrics_state
 from lite.trainer.loops.evaluate import EvaluationLoop
+from lite.trainer.loops.saves import Saves
 from lite.trainer.loops.train_epoch import TrainEpochLoop, discard
 from lite.trainer.optimization.schedules import step_schedulers
 from lite.trainer.planning import check_monitored
@@ -79,7 +80,7 @@ class FitLoop:
         self.begun: list[str] | None = None  # whose hooks at the epoch's end have begun, while these run
         self._started: list[str] = []  # the same at its start
         self._ending: bool | None = None  # the epoch's end is being saved, of a complete epoch or one that was cut off
-        self._saves: dict[str, Any] | None = None  # those still to come after that one, and where the run stood
+        self.saves = Saves()
 
     def run(self, trainer: Any) -> Iterator[Event]:
         """Train; gives an event after each batch and each epoch."""
@@ -157,40 +158,37 @@ class FitLoop:
             step_schedulers(trainer, configs, progress.epoch + 1)
         if trainer.world_size > 1:
             self.vote()
-        self._save(trainer, complete, [callback.state_key for callback in trainer.checkpoint_callbacks])
+        self._save(trainer, complete)
         if complete:
             self._advance(progress)
 
-    def _save(self, trainer: Any, complete: bool, left: list[str]) -> None:
-        """Let those callbacks save. A file knows which ones come after it, for a run that goes on from it."""
+    def _save(self, trainer: Any, complete: bool, left: list[str] | None = None) -> None:
+        """Let callbacks save: all, or those that are left."""
+        due = [one for one in trainer.checkpoint_callbacks if left is None or one.state_key in left]
         self._ending = complete
         try:
-            for callback in trainer.checkpoint_callbacks:
-                if callback.state_key in left:
-                    left = [key for key in left if key != callback.state_key]
-                    # An epoch that was cut off ends once more when it is gone on with.
-                    due = complete and bool(left)
-                    self._saves = {"left": left, "progress": self.progress.state_dict()} if due else None
-                    callback.after_epoch(trainer)
+            moment = {"complete": complete, "progress": self.progress.state_dict()}
+            self.saves.make(due, lambda one: one.after_epoch(trainer), **moment)
         finally:
-            self._ending = self._saves = None
+            self._ending = None
 
     def _finish_saves(self, trainer: Any) -> None:
         """What was still to be saved of the epoch at whose end the run was saved."""
-        due, self._saves = self._saves, None
-        if due is None:
+        due = self.saves.take()
+        if due is None or not (due["complete"] or self.is_over(trainer)):  # a cut-off epoch that goes on ends again
             return
         self.progress.load_state_dict(due["progress"])
         if self.moment is not None:
             self.moment.restore()
             self.moment = RandomState.capture(cuda=True)  # the next epoch begins under it, too
-        self._save(trainer, True, due["left"])
-        self._advance(self.progress)
+        self._save(trainer, due["complete"], due["left"])
+        if due["complete"]:
+            self._advance(self.progress)
 
     def forget_saves(self) -> None:
         """Of the saves at a moment when the run was saved none is to come any more."""
-        self._saves = None
-        self.epoch_loop.forget_saves()
+        self.saves.take()
+        self.epoch_loop.saves.take()
 
     def _advance(self, progress: Progress) -> None:
         progress.samples += self.epoch_samples()
@@ -224,13 +222,14 @@ class FitLoop:
     @property
     def is_unsettled(self) -> bool:
         """Whether something is still due after a batch or at an epoch's end, as in a resumed run that is over."""
-        within = not self.epoch_loop.settled or self.epoch_loop.has_saves_to_come or self.begun is not None
-        return self.progress.within and within
+        loop = self.epoch_loop
+        due = not loop.settled or loop.saves.state is not None or loop.complete or self.begun is not None
+        return self.progress.within and due
 
     @property
     def is_unfinished(self) -> bool:
-        """The same, or some saves of an epoch that is over are still to come."""
-        return self.is_unsettled or self._saves is not None
+        """The same, or other callbacks' saves of an epoch that is over are still to come."""
+        return self.is_unsettled or (self.saves.state is not None and len(self.saves.state["left"]) > 1)
 
     def may_stop_early(self) -> bool:
         """Whether a wish to stop counts by now."""
@@ -355,7 +354,7 @@ class FitLoop:
             "begun": None if self.begun is None else list(self.begun),
             "started": list(self._started),
             "stops": self.wants_stop and self.is_unsettled,
-            "saves": self._saves,
+            "saves": self.saves.state,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -365,7 +364,7 @@ class FitLoop:
         self.val_loop.load_state_dict(state["val_loop"])
         self.schedule.load_state_dict(state["schedule"])
         self.begun, self._started = state.get("begun"), state.get("started", [])
-        self.wants_stop, self._saves = state.get("stops", False), state.get("saves")
+        self.wants_stop, self.saves.state = state.get("stops", False), state.get("saves")
 
     def begin_epoch_anew(self) -> None:
         """Forget what the epoch that is under way has done, of which too little is known to go on."""

@@ -24,6 +24,7 @@ from lite.trainer.events import Event
 from lite.trainer.logging.metric_objects import unchanged_metrics
 from lite.trainer.logging.metrics import Metrics
 from lite.trainer.loops.calling import Step, hook_outputs
+from lite.trainer.loops.saves import Saves
 from lite.trainer.loops.step import compose_step
 from lite.trainer.old import OldHooks, find_old_hooks
 from lite.trainer.optimization.schedules import step_schedulers
@@ -41,6 +42,7 @@ class TrainEpochLoop:
         flushes: What ends open windows, and lets them step, where an epoch's end comes unannounced.
         settled: What was due after the newest batch has been done, up to the saves.
         under_way: A batch has been given out whose step is not done.
+        saves: Those of the newest batch.
         entered: A batch of a window has had a backward; it counts while it is `under_way`.
         complete: The epoch has had its last batch, and what comes of that.
         output: What `training_step` returned for the newest batch.
@@ -59,7 +61,7 @@ class TrainEpochLoop:
         self._show_at: float = 0
         self._validated_at_s = time.monotonic()
         self._stepped = self._updates = 0
-        self._saves: dict[str, Any] | None = None  # those still to come after the one that is being made
+        self.saves = Saves()
         self._bars: list[ProgressBar] = []
         self._iterator: Iterator[Any] | None = None
 
@@ -93,9 +95,10 @@ class TrainEpochLoop:
         if not over and count < num_batches and not self.complete:
             fit.begun = None  # the run is to go on further than when it was saved
         over = over or (not self.settled and self._settle(trainer, count))
-        if self._saves is not None:
+        due = self.saves.take()
+        if due is not None:
             fit.restore_moment()
-            self._save(trainer, **self._saves)
+            self._save(trainer, due["validated"], due["left"])
             over = over or fit.is_over(trainer)
         fit.restore_moment()
         self._look_at, self._show_at = self._next_look(trainer, count), 0
@@ -258,19 +261,15 @@ class TrainEpochLoop:
             return True
         self.settled = True
         ends: bool = fit.is_over(trainer)
-        self._save(trainer, validated, [callback.state_key for callback in trainer.checkpoint_callbacks])
+        self._save(trainer, validated)
         self._show(trainer, count)
         self._look_at = self._next_look(trainer, count)
         return ends
 
-    def _save(self, trainer: Any, validated: bool, left: list[str]) -> None:
-        """Let those callbacks save. A file knows which ones come after it, for a run that goes on from it."""
-        for callback in trainer.checkpoint_callbacks:
-            if callback.state_key in left:
-                left = [key for key in left if key != callback.state_key]
-                self._saves = {"validated": validated, "left": left} if left else None
-                callback.after_batch(trainer, validated=validated)
-        self._saves = None
+    def _save(self, trainer: Any, validated: bool, left: list[str] | None = None) -> None:
+        """Let callbacks save: all, or those that are left."""
+        due = [one for one in trainer.checkpoint_callbacks if left is None or one.state_key in left]
+        self.saves.make(due, lambda one: one.after_batch(trainer, validated=validated), validated=validated)
 
     def _show(self, trainer: Any, count: int) -> None:
         """Let progress bars look, which is a rank's own affair."""
@@ -316,30 +315,22 @@ class TrainEpochLoop:
     def state_dict(self) -> dict[str, Any]:
         """Counts, and what is still due; the cursor is the fit loop's, and open windows are an entry of their own."""
         due = None if self.settled else {"stepped": self._stepped}
-        return {"steps": dict(self._steps), "due": due, "ended": self.complete, "saves": self._saves}
+        return {"steps": dict(self._steps), "due": due, "ended": self.complete, "saves": self.saves.state}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on counting, and do what is still due."""
         self._steps = dict(state.get("steps", {}))
         due = state.get("due")
         self.settled, self.complete = due is None, state.get("ended", False)
-        self._saves = state.get("saves")
+        self.saves.state = state.get("saves")
+        self.under_way = self.entered = False  # of a fit before this one
         if due is not None:
             self._stepped = due["stepped"]
 
     def begin(self) -> None:
         """An epoch begins."""
         self.settled, self.complete, self.under_way = True, False, False
-        self.forget_saves()
-
-    @property
-    def has_saves_to_come(self) -> bool:
-        """Whether callbacks were still to save after the newest batch when the run was saved."""
-        return self._saves is not None
-
-    def forget_saves(self) -> None:
-        """Of the saves after the newest batch none is to come any more."""
-        self._saves = None
+        self.saves.take()
 
 
 def discard(loader: Any) -> None:
