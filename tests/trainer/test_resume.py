@@ -458,6 +458,28 @@ def test_a_run_that_max_steps_ended_at_an_epochs_end_ends_that_epoch(tmp_path: P
     assert (fit(tmp_path / "steps" / "step=3.ckpt"), ends) == (whole, [0, 0])
 
 
+def test_saves_that_are_made_up_for_are_whole_and_train_no_further(tmp_path: Path) -> None:
+    """A run that max_steps ended between two saves; and one gone on with from the file that was made up for."""
+    settings: dict[str, Any] = {"save_top_k": -1, "every_n_train_steps": 1, "monitor": "loss"}
+
+    def fit(max_steps: int, path: Path | None = None) -> tuple[int, list[float]]:
+        saves = [ModelCheckpoint(tmp_path / mode, "{step}", mode=mode, **settings) for mode in ("min", "max")]
+        torch.manual_seed(1)
+        module = Tiny(dropout=0.5)
+        torch.randn(0 if path is None else 3)
+        options = {"callbacks": saves, "enable_checkpointing": True, "limit_val_batches": 0}
+        run = trainer(max_steps=max_steps, max_epochs=2, **options)
+        run.fit(module, numbers(shuffle=True), ckpt_path=path)
+        return run.global_step, weights(module)
+
+    whole = fit(5)
+    fit(2)
+    late = tmp_path / "max" / "step=2.ckpt"
+    late.unlink()
+    assert fit(2, tmp_path / "min" / "step=2.ckpt")[0] == 2
+    assert fit(5, late) == whole
+
+
 def test_last_is_written_by_the_run_that_goes_on(tmp_path: Path) -> None:
     """Where a kill came between a file and its "last"; and that run has the rows before the file."""
     options: dict[str, Any] = {"enable_checkpointing": True, "limit_val_batches": 0, "log_every_n_steps": 1}
