@@ -543,3 +543,33 @@ def test_a_penalty_on_sharded_weights_is_told_how_to_be_computed() -> None:
         assert "p.full_tensor().pow(2).sum() for p in model.parameters()).mul(0.01).backward()" in rank["refused"]
         for mine, wanted in zip(rank["weights"], one["weights"], strict=True):
             torch.testing.assert_close(torch.tensor(mine), torch.tensor(wanted), rtol=0, atol=1e-12)
+
+
+class TiedNorms(nn.Module):
+    """Two norms with one weight, which is also used without them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.layer, self.second = nn.LayerNorm(8), nn.Linear(8, 8), nn.LayerNorm(8)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.second(self.layer(self.first(x)) + x.float())
+        return nn.functional.layer_norm(x, (8,), self.first.weight, self.first.bias)
+
+
+def tied_norms(precision: str) -> list[bool]:
+    lite = start(precision=precision)
+    model = TiedNorms()
+    model, optimizer = lite.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    lite.backward(model(torch.arange(16.0).view(2, 8)).pow(2).mean())
+    optimizer.step()
+    kept = [model.first.weight is model.second.weight, model.first.weight.dtype == torch.float32]
+    lite.teardown()
+    return [*kept, not model.first._forward_pre_hooks]
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+def test_norms_that_share_a_weight_run_in_16_bits(precision: str) -> None:
+    """Float32 inputs included; nothing of it stays after teardown."""
+    assert run_distributed(tied_norms, precision) == [[True, True, True]] * 2

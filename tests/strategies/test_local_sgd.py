@@ -535,3 +535,26 @@ def test_the_trainer_evaluates_and_ends_with_equal_weights(outer: str | None, tm
     assert in_sync
     assert states == 0
     assert begun[0] == stored.tolist()
+
+
+def two_paces() -> list[tuple[bool, bool, bool]]:
+    lite = Lite(accelerator="cpu", strategy=LocalSGDStrategy(sync_every=2))
+    pairs = [lite.setup(m := nn.Linear(2, 1), torch.optim.SGD(m.parameters(), lr=0.1)) for _ in range(2)]
+    averages = [lite.ema(model, decay=0.9) for model, _ in pairs]
+    seen = []
+    for number in range(4):
+        for model, optimizer in pairs[: 1 + (number % 3 == 0)]:
+            optimizer.zero_grad()
+            lite.backward(model(torch.ones(1, 2)).sum())
+            optimizer.step()
+        seen.append((lite.strategy.in_sync, *(lite.strategy.is_in_sync(model) for model, _ in pairs)))
+        for average, (model, _) in zip(averages, pairs, strict=True):
+            if lite.strategy.is_in_sync(model):
+                average.update()
+    return seen
+
+
+def test_models_at_their_own_paces_are_asked_one_by_one() -> None:
+    """Whether all ranks have a model's weights is that model's own."""
+    expected = [(False, False, False), (False, True, False), (False, False, False), (True, True, True)]
+    assert run_distributed(two_paces) == [expected] * 2
