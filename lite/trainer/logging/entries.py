@@ -285,10 +285,7 @@ class EpochEntry(Entry):
         if total is not None:
             _, number, weight, dtype = total
             found = torch.tensor(number, dtype=torch.float64)
-        if found is None or (self._mean and weight == 0):
-            return None
-        value = found / weight if self._mean else found
-        return value.to(dtype or torch.get_default_dtype())  # type: ignore[no-any-return]
+        return None if found is None else _value(self.kind, found, weight, dtype)
 
     def reset(self) -> None:
         super().reset()
@@ -375,10 +372,15 @@ def finished(total: Any, entry: Entry | None) -> Tensor | None:
     """The value that merged sums make; `entry` knows the key's own function, if it has one."""
     if entry is not None:
         return entry.compute(total)
-    kind, value, weight, dtype = total
-    if kind == "custom" or (kind == "mean" and weight == 0):
+    kind, number, weight, dtype = total
+    return None if kind == "custom" else _value(kind, torch.tensor(number, dtype=torch.float64), weight, dtype)
+
+
+def _value(kind: str, total: Tensor, weight: float, dtype: torch.dtype | None) -> Tensor | None:
+    """What an epoch's sum makes; None where nothing had a weight."""
+    if kind == "mean" and weight == 0:
         return None
-    return torch.tensor(value / weight if kind == "mean" else value, dtype=dtype or torch.get_default_dtype())
+    return (total / weight if kind == "mean" else total).to(dtype or torch.get_default_dtype())
 
 
 def _ignore(value: Any, batch_size: Any) -> None:

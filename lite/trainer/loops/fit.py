@@ -164,11 +164,10 @@ class FitLoop:
 
     def _save(self, trainer: Any, complete: bool, left: list[str] | None = None) -> None:
         """Let callbacks save: all, or those that are left."""
-        due = [one for one in trainer.checkpoint_callbacks if left is None or one.state_key in left]
         self._ending = complete
         try:
             moment = {"complete": complete, "progress": self.progress.state_dict()}
-            self.saves.make(due, lambda one: one.after_epoch(trainer), **moment)
+            self.saves.make(trainer.checkpoint_callbacks, left, lambda one: one.after_epoch(trainer), **moment)
         finally:
             self._ending = None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from typing import Any
 
 
@@ -17,15 +17,18 @@ class Saves:
     def __init__(self) -> None:
         self.state: dict[str, Any] | None = None
 
-    def make(self, callbacks: Iterable[Any], save: Callable[[Any], None], **moment: Any) -> None:
+    def make(
+        self, callbacks: Iterable[Any], left: Container[str] | None, save: Callable[[Any], None], **moment: Any
+    ) -> None:
         """Let each of them save, by `save(callback)`.
 
         Args:
             callbacks: Those.
+            left: The state keys of those that are left to do so, where a run goes on; None for all.
             save: What is called with each.
             **moment: What has to be known to go on with them.
         """
-        due = list(callbacks)
+        due = [callback for callback in callbacks if left is None or callback.state_key in left]
         try:
             for number, callback in enumerate(due):
                 self.state = {**moment, "left": [one.state_key for one in due[number:]]}

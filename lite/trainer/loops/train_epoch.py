@@ -268,8 +268,8 @@ class TrainEpochLoop:
 
     def _save(self, trainer: Any, validated: bool, left: list[str] | None = None) -> None:
         """Let callbacks save: all, or those that are left."""
-        due = [one for one in trainer.checkpoint_callbacks if left is None or one.state_key in left]
-        self.saves.make(due, lambda one: one.after_batch(trainer, validated=validated), validated=validated)
+        callbacks = trainer.checkpoint_callbacks
+        self.saves.make(callbacks, left, lambda one: one.after_batch(trainer, validated=validated), validated=validated)
 
     def _show(self, trainer: Any, count: int) -> None:
         """Let progress bars look, which is a rank's own affair."""
