@@ -266,6 +266,10 @@ def test_behaviour_14_schedulers_step_when_they_are_due() -> None:
         return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, factor=0.5, threshold=10.0)
 
     assert rates(scheduled(plateau, monitor="val"), limit_val_batches=1.0) == [1.0] * 4 + [0.5] * 4
+    seldom: dict[str, Any] = {"limit_val_batches": 1.0, "check_val_every_n_epoch": 2}
+    with pytest.raises(ConfigError, match=r"first validation is still to come .*by 'frequency': 2"):
+        rates(scheduled(plateau, monitor="val"), **seldom)
+    assert rates(scheduled(plateau, monitor="val", frequency=2), **seldom)
     with pytest.raises(ConfigError, match=r"monitors 'nothing'.*logged were 'loss'"):
         rates(scheduled(plateau, monitor="nothing"))
     with pytest.warns(UserWarning, match="does not step"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -478,6 +479,31 @@ def test_saves_that_are_made_up_for_are_whole_and_train_no_further(tmp_path: Pat
     late.unlink()
     assert fit(2, tmp_path / "min" / "step=2.ckpt")[0] == 2
     assert fit(5, late) == whole
+
+
+def test_what_is_made_up_for_at_a_cut_off_end_knows_that_epochs_metrics(tmp_path: Path) -> None:
+    """max_steps ends the second epoch within; its metrics so far decide, and are what a resumed run shows."""
+
+    def fit(path: Path | None = None, max_steps: int = 5) -> tuple[dict[str, float], float, list[str], list[Any]]:
+        best = ModelCheckpoint(tmp_path / "best", "{step}", monitor="loss_epoch", save_on_train_epoch_end=True)
+        options = {"callbacks": [ModelCheckpoint(tmp_path / "newest", "{step}"), best], "enable_checkpointing": True}
+        seed_everything(1)
+        module, run = Noisy(), trainer(max_epochs=3, max_steps=max_steps, limit_val_batches=0, **options)
+        run.fit(module, DataLoader(Augmented(), batch_size=3), ckpt_path=path)
+        assert best.best_model_score is not None
+        files = sorted(str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*.ckpt"))
+        seen = {name: float(value) for name, value in run.callback_metrics.items()}
+        return seen, float(best.best_model_score), files, module.epochs
+
+    *whole, _ = fit()
+    assert whole[2] == ["best/step=5.ckpt", "newest/step=5.ckpt"]
+    (tmp_path / "best/step=5.ckpt").unlink()
+    for path in ("newest/step=5.ckpt", "best/step=5.ckpt"):  # the second one is made by the run that goes on
+        *again, _ = fit(tmp_path / path)
+        assert again == whole
+    *_, longer = fit(tmp_path / "best/step=5.ckpt", 8)
+    shutil.rmtree(tmp_path)
+    assert longer == fit(None, 8)[-1][-len(longer) :]
 
 
 def test_last_is_written_by_the_run_that_goes_on(tmp_path: Path) -> None:

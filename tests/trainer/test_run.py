@@ -432,6 +432,18 @@ def test_learning_rates_are_monitored(tmp_path: Path) -> None:
     twice = LearningRateMonitor()
     trainer(callbacks=twice, logger=CSVLogger(tmp_path, "twice"), limit_val_batches=0).fit(TwoPaces(), numbers())
     assert twice.lrs == {"lr-SGD": [0.1], "decay": [0.1]}
+    # Saved within a window whose step's row has been written; the run that goes on writes it no more.
+    options = {"accumulate_grad_batches": 2, "log_every_n_steps": 1, "limit_val_batches": 0}
+    for event in trainer(callbacks=LearningRateMonitor("step"), logger=CSVLogger(tmp_path, "w"), **options).steps(
+        Groups(), numbers(12, 2)
+    ):
+        if event.batch_idx == 2:
+            event.trainer.save_checkpoint(tmp_path / "within.ckpt")
+    again = LearningRateMonitor("step")
+    trainer(callbacks=[again], logger=CSVLogger(tmp_path, "v"), **options).fit(
+        Groups(), numbers(12, 2), ckpt_path=tmp_path / "within.ckpt"
+    )
+    assert len(again.lrs["lr-Adam/pg1"]) == 1
     with pytest.raises(ConfigError, match="needs a logger"):
         trainer(callbacks=LearningRateMonitor()).fit(Tiny(), datamodule=TinyData())
 

@@ -44,10 +44,14 @@ class LearningRateMonitor(Callback):
         if logging_interval == "epoch":
             self.on_train_batch_start = None  # type: ignore[assignment, method-assign]  # costs nothing per step
 
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if stage == "fit":
+            self._written_at = -1  # a checkpoint that the fit goes on from has it, as its window may be open
+
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         if not trainer.loggers:
             raise ConfigError("LearningRateMonitor needs a logger; pass logger=True to the Trainer, or leave it out.")
-        self.lrs, self._written_at = {}, -1
+        self.lrs = {}
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         every, stepped = trainer.log_every_n_steps, trainer.fit_loop.progress.stepped
@@ -67,6 +71,12 @@ class LearningRateMonitor(Callback):
         trainer.metrics.kept.update({name: torch.tensor(value) for name, value in row.items()})
         if row:
             trainer.write_row({"step": trainer.fit_loop.progress.stepped, **row})
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"written_at": self._written_at}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._written_at = state_dict.get("written_at", -1)
 
     def rates(self, trainer: Any, interval: str | None = None) -> dict[str, float]:
         """The present rates by name; with an interval those whose scheduler has it."""

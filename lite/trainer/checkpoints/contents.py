@@ -272,6 +272,7 @@ def _restore_metrics(trainer: Any, mine: dict[str, Any], *, sums: bool) -> None:
     trainer.metrics.load_state_dict(state, trainer.module)
     if sums:
         restore_torchmetrics(trainer.module, mine["torchmetrics"])
+        trainer.fit_loop.shown_after = mine.get("shown")
 
 
 def _restore_list(key: str, checkpoint: dict[str, Any], objects: list[Any], path: str) -> None:

@@ -285,12 +285,16 @@ class Metrics:
             for index, results in enumerate(per_loader):
                 if place.loader in (None, index):
                     results[entry.epoch_name] = value
-        for _, entry in self._of(stage):
-            if entry.on_epoch:
-                entry.reset()
+        self.reset(stage)
         self._drop_restored(stage)
         self.has_validated = self.has_validated or (stage == "validate" and not self.sanity)
         return row, per_loader
+
+    def reset(self, stage: str) -> None:
+        """Let an epoch's sums begin anew."""
+        for _, entry in self._of(stage):
+            if entry.on_epoch:
+                entry.reset()
 
     def _drop_restored(self, stage: str) -> None:
         """What was saved of keys that wait for their own function is not the next epoch's."""
@@ -394,12 +398,19 @@ class Metrics:
                 if entry.is_stored:
                     at = {"stage": place.stage, "hook": place.hook, "loader": place.loader, "key": entry.key}
                     saved.append({**at, "options": entry.options.plain(), **entry.state_dict(undone)})
-        shown = {"kept": dict(self.kept), "logged": dict(self.logged), "bar": dict(self.bar)}
-        return {**shown, "has_validated": self.has_validated, "entries": saved}
+        return {**self.shown(), "has_validated": self.has_validated, "entries": saved}
+
+    def shown(self) -> dict[str, Row]:
+        """The newest values, as callbacks, loggers and the bar see them."""
+        return {"kept": dict(self.kept), "logged": dict(self.logged), "bar": dict(self.bar)}
+
+    def show_again(self, shown: dict[str, Any]) -> None:
+        """Put those in the place of the present ones."""
+        self.kept, self.logged, self.bar = dict(shown["kept"]), dict(shown["logged"]), dict(shown["bar"])
 
     def load_state_dict(self, state: dict[str, Any], module: Any) -> None:
         """Go on from there, with the Metric objects of that module."""
-        self.kept, self.logged, self.bar = dict(state["kept"]), dict(state["logged"]), dict(state["bar"])
+        self.show_again(state)
         self.has_validated = state["has_validated"]
         self._owners.clear()
         self._restored.clear()

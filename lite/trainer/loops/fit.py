@@ -76,6 +76,7 @@ class FitLoop:
         self.stop_poll: Callable[[], bool] | None = None
         self.moment: RandomState | None = None
         self.sums_before: dict[str, Any] | None = None  # an epoch that is cut off may be gone on with
+        self.shown_after: dict[str, Any] | None = None  # what such an epoch came to, of a checkpoint
         self._monitors_checked = self._cut_off = False
         self.begun: list[str] | None = None  # whose hooks at the epoch's end have begun, while these run
         self._started: list[str] = []  # the same at its start
@@ -90,6 +91,7 @@ class FitLoop:
         progress.start_clock()
         epoch_done = Event("epoch", trainer)
         try:
+            self._show_again(trainer)
             self._finish_saves(trainer)
             while not self.is_over(trainer) or self.is_unsettled:
                 if not progress.within:
@@ -136,9 +138,7 @@ class FitLoop:
         """Hooks, metrics, schedulers, saves; and on to the next epoch, unless this one was cut off."""
         hooks, metrics, progress = trainer.hooks, trainer.metrics, self.progress
         complete = not self.is_cut_off(trainer)
-        self.sums_before = None
-        if not complete:
-            self.sums_before = {"metrics": metrics.state_dict(), "torchmetrics": torchmetrics_state(trainer.module)}
+        self.sums_before = None if complete else _sums(trainer)
         if hooks.on_train_epoch_end or self.epoch_loop.old is not None:
             metrics.show("train")
         metrics.at(metrics.place("train", "on_train_epoch_end"))
@@ -149,6 +149,8 @@ class FitLoop:
         self.begun = None
         row, _ = metrics.finish("train")
         trainer.write_row(row)
+        if self.sums_before is not None:
+            self.sums_before["shown"] = metrics.shown()
         for hook in hooks.monitors:
             hook()
         if complete and not self._monitors_checked:
@@ -170,6 +172,14 @@ class FitLoop:
             self.saves.make(trainer.checkpoint_callbacks, left, lambda one: one.after_epoch(trainer), **moment)
         finally:
             self._ending = None
+
+    def _show_again(self, trainer: Any) -> None:
+        """Where nothing is left to train, show what the epoch that was cut off came to, and keep its sums for later."""
+        shown, self.shown_after = self.shown_after, None
+        if shown is not None and self.is_over(trainer) and not self.is_unsettled:
+            self.sums_before = {**_sums(trainer), "shown": shown}
+            trainer.metrics.reset("train")
+            trainer.metrics.show_again(shown)
 
     def _finish_saves(self, trainer: Any) -> None:
         """What was still to be saved of the epoch at whose end the run was saved."""
@@ -378,7 +388,7 @@ class FitLoop:
         """
         self.wants_stop = self.stopped_by_signal = self.interrupted = self.empty = False
         self.wish = None
-        self.moment = self.sums_before = self.begun = None
+        self.moment = self.sums_before = self.shown_after = self.begun = None
         self._started = []
         self.forget_saves()
         self._monitors_checked = False
@@ -391,3 +401,8 @@ class FitLoop:
         progress.batch, progress.within, self._cut_off = (0 if progress.within else progress.batch), False, False
         self._started_s = time.monotonic()
         return left
+
+
+def _sums(trainer: Any) -> dict[str, Any]:
+    """The epoch's sums so far, as checkpoints have them."""
+    return {"metrics": trainer.metrics.state_dict(), "torchmetrics": torchmetrics_state(trainer.module)}

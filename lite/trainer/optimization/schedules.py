@@ -8,7 +8,7 @@ from typing import Any
 
 from lite.errors import ConfigError
 from lite.trainer.hooks import indexed, overrides
-from lite.trainer.logging.monitored import monitored, nobody_logged
+from lite.trainer.logging.monitored import may_still_come, monitored, nobody_logged
 from lite.trainer.module import LightningModule
 from lite.trainer.optimization.optimizers import SchedulerConfig
 
@@ -68,6 +68,12 @@ def monitored_metric(trainer: Any, config: SchedulerConfig) -> Any:
     metric = monitored(trainer, str(config.monitor))
     if metric is None:
         text = nobody_logged(trainer, f"the scheduler {type(config.scheduler).__name__} monitors {config.monitor!r}")
+        if config.strict and may_still_come(trainer):
+            raise ConfigError(
+                f"{text} The fit's first validation is still to come (check_val_every_n_epoch="
+                f"{trainer.check_val_every_n_epoch}); let the scheduler step after validations, by 'frequency': "
+                f"{trainer.check_val_every_n_epoch}, or set 'strict': False."
+            )
         if config.strict:
             raise ConfigError(f"{text} Log it, monitor another, or set 'strict': False.")
         warnings.warn(f"{text} It does not step.", stacklevel=5)
