@@ -56,7 +56,8 @@ class Progress:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values."""
-        return {**dataclasses.asdict(self), "seconds": self.elapsed_s()}
+        counts = {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        return {**counts, "seconds": self.elapsed_s()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""

@@ -25,6 +25,7 @@ from lite.trainer.logging.metric_objects import torchmetrics_state
 from lite.trainer.loops.evaluate import EvaluationLoop
 from lite.trainer.loops.saves import Saves
 from lite.trainer.loops.train_epoch import TrainEpochLoop, discard
+from lite.trainer.old import find_old_hooks
 from lite.trainer.optimization.schedules import step_schedulers
 from lite.trainer.planning import check_monitored
 from lite.trainer.progress import Progress
@@ -89,6 +90,7 @@ class FitLoop:
         metrics.at(metrics.place("train", "on_train_start"))
         hooks.call("on_train_start")
         progress.start_clock()
+        self.epoch_loop.old = find_old_hooks(trainer.module, "train")
         epoch_done = Event("epoch", trainer)
         try:
             self._show_again(trainer)
@@ -166,6 +168,8 @@ class FitLoop:
 
     def _save(self, trainer: Any, complete: bool, left: list[str] | None = None) -> None:
         """Let callbacks save: all, or those that are left."""
+        if not trainer.checkpoint_callbacks:
+            return
         self._ending = complete
         try:
             moment = {"complete": complete, "progress": self.progress.state_dict()}

@@ -26,7 +26,7 @@ from lite.trainer.logging.metrics import Metrics
 from lite.trainer.loops.calling import Step, hook_outputs
 from lite.trainer.loops.saves import Saves
 from lite.trainer.loops.step import compose_step
-from lite.trainer.old import OldHooks, find_old_hooks
+from lite.trainer.old import OldHooks
 from lite.trainer.optimization.schedules import step_schedulers
 from lite.trainer.optimization.windows import Windows, make_window
 
@@ -46,6 +46,7 @@ class TrainEpochLoop:
         entered: A batch of a window has had a backward; it counts while it is `under_way`.
         complete: The epoch has had its last batch, and what comes of that.
         output: What `training_step` returned for the newest batch.
+        old: The module's hooks of older versions, where it has any.
     """
 
     def __init__(self) -> None:
@@ -72,7 +73,7 @@ class TrainEpochLoop:
         num_batches = data.num_batches
         count = progress.batch
         self._make_window(trainer)
-        self.old = old = find_old_hooks(trainer.module, "train")
+        old = self.old
         if old is not None and count:
             old.tell_of_outputs_before()
         step = compose_step(trainer, self.window, num_batches)
