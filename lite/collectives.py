@@ -232,21 +232,22 @@ def _gather_one(value: Tensor, shapes: list[tuple[int, ...]], sync_grads: bool, 
     if value.ndim and value.shape[0] < longest:
         filler = value.new_zeros((longest - value.shape[0], *value.shape[1:]))
         value = torch.cat([value, filler])
-    value = value.contiguous()
     parts = list(_Gather.apply(value, group)) if sync_grads else _gather_equal(value.detach(), group)  # type: ignore[no-untyped-call]
     return [p[: s[0]] if s else p for p, s in zip(parts, shapes, strict=True)]
 
 
 def _gather_equal(value: Tensor, group: Any) -> list[Tensor]:
     # As bytes: backends don't send every dtype, and a gathering doesn't compute.
+    value = value.resolve_conj().resolve_neg().contiguous()
     parts = [torch.empty_like(value, memory_format=torch.contiguous_format) for _ in range(world_size(group))]
-    dist.all_gather([as_bytes(p) for p in parts], as_bytes(value.contiguous()), group=group)
+    dist.all_gather([as_bytes(p) for p in parts], as_bytes(value), group=group)
     return parts
 
 
 def as_bytes(value: Tensor) -> Tensor:
     """The memory of a contiguous tensor, flat."""
-    return value.view(-1).view(torch.uint8)
+    # Not by view(-1): a tensor of one element is contiguous with any stride, and keeps it.
+    return value.as_strided((value.numel(),), (1,)).view(torch.uint8)
 
 
 def take_from_rank_0(tensor: Tensor) -> None:

@@ -55,6 +55,8 @@ def gathers() -> dict[str, object]:
         "uneven": [p.tolist() for p in lite.all_gather(uneven)],
         "cat": lite.all_gather(uneven, cat=True).tolist(),
         "empty": lite.all_gather(torch.ones(r, 3), cat=True).shape,
+        "column": lite.gather_for_metrics(torch.full((2 - r, 2), float(r))[:, 0]).tolist(),
+        "conj": lite.all_gather(torch.tensor([r + 1j]).conj(), cat=True).tolist(),
         "grad": x.grad,
     }
 
@@ -68,6 +70,8 @@ def test_all_gather_takes_unequal_first_dimensions() -> None:
         assert out["uneven"] == [[[0, 0]], [[1, 1], [1, 1]]]
         assert out["cat"] == [[0, 0], [1, 1], [1, 1]]
         assert tuple(out["empty"]) == (1, 3)
+        assert out["column"] == [0.0, 0.0, 1.0]  # one element is contiguous, whatever its stride is
+        assert out["conj"] == [-1j, 1 - 1j]
         # Each rank's loss counts rank r's part (r + 1) times; both ranks' losses flow back.
         assert out["grad"].tolist() == [2.0 * (rank + 1) * (rank + 1)] * 2
 

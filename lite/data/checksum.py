@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lite import collectives
+
 # What says itself whole, and alike in every process, in words.
 _IN_WORDS = (range, PurePath, datetime.date, datetime.time, datetime.timedelta, Decimal, Fraction, UUID)
 _ARRAYS = (Tensor, np.ndarray, np.generic)
@@ -94,7 +96,7 @@ def _of_tensor(value: Tensor) -> bytes | None:
         return None
     value = value.detach().resolve_conj().resolve_neg().cpu().contiguous()
     # As bytes: numpy doesn't have every dtype.
-    content: bytes = value.flatten().view(torch.uint8).numpy().tobytes()
+    content: bytes = collectives.as_bytes(value).numpy().tobytes()
     return f"{value.dtype} {list(value.shape)}".encode() + content
 
 

@@ -124,7 +124,7 @@ def hash_tensor(value: Tensor) -> Tensor:
     if value.layout != torch.strided:
         value = value.to_dense()
     value = value.resolve_conj().resolve_neg().reshape(-1)
-    octets = (torch.view_as_real(value) if value.is_complex() else value).reshape(-1).contiguous().view(torch.uint8)
+    octets = collectives.as_bytes((torch.view_as_real(value) if value.is_complex() else value).contiguous())
     weights = _weights_on(value.device)
     total = torch.zeros((), dtype=torch.int64, device=value.device)
     whole = octets.numel() // 8 * 8

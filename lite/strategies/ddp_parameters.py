@@ -8,7 +8,6 @@ from collections.abc import Callable
 from operator import attrgetter
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lite import collectives
@@ -155,7 +154,7 @@ def _check_alike(packed: dict[str, Any]) -> None:
     sums = {}
     for name, parameter in packed.items():
         parts = [getattr(parameter, part) for part in parameter.__tensor_flatten__()[0]]
-        sums[name] = [zlib.crc32(part.detach().cpu().contiguous().view(torch.uint8).numpy()) for part in parts]
+        sums[name] = [zlib.crc32(collectives.as_bytes(part.detach().cpu().contiguous()).numpy().data) for part in parts]
     for rank, theirs in enumerate(collectives.all_gather_objects(sums)):
         differs = [name for name in sums if theirs.get(name) != sums[name]]
         if differs:

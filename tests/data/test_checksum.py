@@ -41,6 +41,7 @@ KINDS: dict[str, Callable[[float], Any]] = {
     "tensor": lambda x: torch.full((2, 3), x),
     "bfloat16": lambda x: torch.full((2,), x, dtype=torch.bfloat16),
     "view": lambda x: torch.full((4, 4), x).t()[1:],
+    "strided": lambda x: torch.full((1, 2), x)[:, 0],
     "conj": lambda x: torch.tensor([x + 1j]).conj(),
     "sparse": lambda x: torch.tensor([[0.0, x], [1.0, 0.0]]).to_sparse(),
     "csr": lambda x: torch.sparse_csr_tensor([0, 1], [0], torch.tensor([x]), (1, 2), check_invariants=True),

@@ -44,6 +44,7 @@ def test_equal_values_hash_alike_however_they_lie() -> None:
     image = torch.randn(2, 3, 4, 5)
     assert hash_tensor(image.contiguous(memory_format=torch.channels_last)).item() == hash_tensor(image).item()
     assert hash_tensor(torch.arange(9.0)[1:]).item() == hash_tensor(torch.arange(1.0, 9.0)).item()
+    assert hash_tensor(torch.ones(1, 2)[:, 0]).item() == hash_tensor(torch.ones(1)).item()
     long = torch.randn(2**20 + 3, dtype=torch.float64)
     before = hash_tensor(long).item()
     long[2**18 :] = long[2**18 :].roll(2**18)
