@@ -22,7 +22,7 @@ from lite.errors import ConfigError, MissingExtraError
 
 _DAY_S = 24 * 3600
 _LARGE_BYTES = 1 << 24
-_TEMPORARY = re.compile(r"^\.(.+)\.[0-9a-f]{32}\.(?:tmp|lock)$")
+_TEMPORARY = re.compile(r"^\.(.+)\.[0-9a-f]{32}\.(tmp|lock)$")
 
 
 class Storage:
@@ -38,6 +38,10 @@ class Storage:
             return "folder" if stat.S_ISDIR(os.stat(path).st_mode) else "file"
         except OSError:
             return None
+
+    def is_link(self, path: str) -> bool:
+        """Whether it is a link, to whatever or nothing."""
+        return os.path.islink(path)
 
     def names(self, folder: str) -> list[str]:
         """What is in the folder, sorted; nothing where there is none."""
@@ -180,21 +184,42 @@ class Storage:
             finally:
                 self.remove(_lock_of(beside))
 
-    def sweep(self, folder: str, name: str) -> None:
-        """Remove what writers of `name` left that don't run any more."""
-        for other in self.names(folder):
+    def sweep(self, folder: str, name: str | None = None) -> None:
+        """Remove what writers of `name` left that don't run any more, and of other names' writers their locks alone.
+
+        A lock alone is what a writer leaves that is killed when its file has its name: a later one has another name,
+        as those of a Trainer's checkpoints do.
+        """
+        names = self.names(folder)
+        for other in names:
             match = _TEMPORARY.match(other)
-            if match and match[1] == name:
+            if match is None:
+                continue
+            if match[1] == name:
                 self._sweep(self.join(folder, other))
+            elif match[2] == "lock" and f"{other.removesuffix('.lock')}.tmp" not in names:
+                self._remove_abandoned(self.join(folder, other))
 
     def _sweep(self, path: str) -> None:
         beside = f"{path.rpartition('.')[0]}.tmp"
         lock = _lock_of(beside)
         # Written files go before their lock, so that one without is nobody's.
-        if self.kind(lock) is None or self.is_abandoned(lock):
-            if self.kind(beside) == "file":
-                self.remove(beside)
-            self.remove(lock)
+        if self.kind(lock) is None:
+            self._remove_file(beside)
+        else:
+            self._remove_abandoned(lock, before=beside)
+
+    def _remove_abandoned(self, lock: str, *, before: str | None = None) -> None:
+        """Remove a lock, unless somebody holds it, and a file before it."""
+        with self._abandoned(lock) as abandoned:
+            if abandoned:
+                if before is not None:
+                    self._remove_file(before)
+                self.remove(lock)
+
+    def _remove_file(self, path: str) -> None:
+        if self.kind(path) == "file":
+            self.remove(path)
 
     @contextmanager
     def lock(self, path: str) -> Iterator[int]:
@@ -207,22 +232,24 @@ class Storage:
 
     def is_abandoned(self, path: str) -> bool:
         """Whether the process that held the file by `lock` is gone; without locks, whether the file is a day old."""
+        with self._abandoned(path) as abandoned:
+            return abandoned
+
+    @contextmanager
+    def _abandoned(self, path: str) -> Iterator[bool]:
+        """Whether it is, as `is_abandoned` says; nobody comes to hold it within the block."""
         try:
             import fcntl
         except ImportError:
-            return time.time() - os.path.getmtime(path) > _DAY_S
+            yield time.time() - os.path.getmtime(path) > _DAY_S
+            return
         try:
             descriptor = os.open(path, os.O_RDWR)
         except OSError:
-            return False
+            yield False
+            return
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            # Where the file system has no locks, age must do.
-            held = error.errno in (errno.EWOULDBLOCK, errno.EACCES)
-            return not held and time.time() - os.fstat(descriptor).st_mtime > _DAY_S
-        else:
-            return True
+            yield _is_free(descriptor, fcntl)
         finally:
             os.close(descriptor)
 
@@ -233,6 +260,9 @@ class UrlStorage(Storage):
 
     def __init__(self, fs: Any) -> None:
         self._fs = fs
+
+    def is_link(self, path: str) -> bool:
+        return False
 
     def kind(self, path: str) -> str | None:
         try:
@@ -323,8 +353,7 @@ class UrlStorage(Storage):
             raise
 
     def _sweep(self, path: str) -> None:
-        if self.is_abandoned(path):
-            self.remove(path)
+        self._remove_abandoned(path)
 
     @contextmanager
     def lock(self, path: str) -> Iterator[int]:
@@ -332,9 +361,10 @@ class UrlStorage(Storage):
             pass
         yield -1
 
-    def is_abandoned(self, path: str) -> bool:
+    @contextmanager
+    def _abandoned(self, path: str) -> Iterator[bool]:
         written = self.modified(path)
-        return written > 0 and time.time() - written > _DAY_S
+        yield written > 0 and time.time() - written > _DAY_S
 
 
 def is_url(path: str | os.PathLike[str]) -> bool:
@@ -373,6 +403,13 @@ def locate(path: str | os.PathLike[str]) -> tuple[Storage, str, bool]:
     return UrlStorage(fs), str(inside).rstrip("/"), is_folder
 
 
+def sweep_locks(folder: str) -> None:
+    """Remove the locks that killed writers of files left in a folder, where that can be done; URLs have none."""
+    if not is_url(folder):
+        with suppress(OSError):
+            Storage().sweep(folder)
+
+
 def _lock_of(beside: str) -> str:
     return f"{beside.removesuffix('.tmp')}.lock"
 
@@ -393,6 +430,16 @@ def _freed_later(path: str) -> Iterator[None]:
     finally:
         if descriptor >= 0:
             threading.Thread(target=os.close, args=(descriptor,), name="lite.free", daemon=True).start()
+
+
+def _is_free(descriptor: int, fcntl: Any) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        # Where the file system has no locks, age must do.
+        held = error.errno in (errno.EWOULDBLOCK, errno.EACCES)
+        return not held and time.time() - os.fstat(descriptor).st_mtime > _DAY_S
+    return True
 
 
 def _create_locked(path: str) -> int:

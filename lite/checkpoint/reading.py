@@ -73,11 +73,12 @@ def code_in(path: str | os.PathLike[str]) -> str | None:
 def remove(path: str | os.PathLike[str]) -> None:
     """Remove a checkpoint, if it is there: a directory's index first, so that no reader finds a part of it.
 
-    Other files in the directory stay, and the directory with them; so do those of a save that still runs.
+    Other files in the directory stay, and the directory with them; so do those of a save that still runs. What a link
+    points to stays, too.
     """
     storage, target, _ = locate(path)
     kind = storage.kind(target)
-    if kind == "file":
+    if kind == "file" or storage.is_link(target):
         storage.remove(target)
     elif kind == "folder":
         from lite.checkpoint import directory_format as names

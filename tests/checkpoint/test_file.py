@@ -153,20 +153,22 @@ def test_a_folder_is_no_file(tmp_path: Path) -> None:
 
 
 def test_leftovers_of_a_killed_save_go_with_the_next_one(tmp_path: Path) -> None:
-    """Not those of a save that still runs, nor other files."""
+    """Not those of a save that still runs, nor other files; of other names' saves a lock alone, unless it is held."""
     lite = Lite(accelerator="cpu")
     dead, other = tmp_path / f".a.ckpt.{'0' * 32}.tmp", tmp_path / f".b.ckpt.{'0' * 32}.tmp"
     early = tmp_path / f".a.ckpt.{'1' * 32}.lock"
-    for left in (dead, other, dead.with_suffix(".lock"), early):
+    alone, held = tmp_path / f".b.ckpt.{'2' * 32}.lock", tmp_path / f".b.ckpt.{'3' * 32}.lock"
+    for left in (dead, other, other.with_suffix(".lock"), dead.with_suffix(".lock"), early, alone):
         left.write_bytes(b"half")
     from lite.storage import Storage
 
-    with Storage().replace(str(tmp_path / "a.ckpt")) as running:
+    with Storage().lock(str(held)), Storage().replace(str(tmp_path / "a.ckpt")) as running:
         Path(running).write_bytes(b"half")
         # A lock belongs to an open file, so that this process's own counts as another's.
         lite.save(tmp_path / "a.ckpt", {"n": 1})
         left = {path.name for path in tmp_path.iterdir()}
-        assert left == {"a.ckpt", Path(running).name, Path(running).with_suffix(".lock").name, other.name}
+        mine = {"a.ckpt", Path(running).name, Path(running).with_suffix(".lock").name}
+        assert left == {*mine, other.name, other.with_suffix(".lock").name, held.name}
         torch.save({"n": 2}, running)
     assert lite.load(tmp_path / "a.ckpt") == {"n": 2}
 

@@ -18,7 +18,7 @@ from lite.errors import ConfigError
 from lite.loggers import CSVLogger
 from lite.trainer import Callback
 from lite.trainer.callbacks import BasePredictionWriter, EarlyStopping, LearningRateMonitor, ModelCheckpoint
-from lite.trainer.callbacks.ranking import may_go
+from lite.trainer.callbacks.ranking import may_go, places_of
 from tests.trainer.modules import Tiny, TinyData, numbers, trainer, weights
 
 SAVES: dict[str, Any] = {"enable_checkpointing": True, "limit_val_batches": 0}
@@ -261,13 +261,13 @@ def test_behaviour_28_what_was_resumed_from_and_what_lies_elsewhere_is_never_rem
     (folder / "last.ckpt").symlink_to("a.ckpt")
     (tmp_path / "way").symlink_to("own")
     for resumed in (file, folder / "last.ckpt", tmp_path / "way" / "a.ckpt"):
-        assert not may_go(str(file), str(folder), str(resumed))
-    assert not may_go(str(folder / "last.ckpt"), str(folder), str(folder / "last.ckpt"))
-    assert may_go(str(folder / "last.ckpt"), str(folder), str(file))
-    assert may_go(str(file), str(folder), str(folder / "b.ckpt")) and may_go(str(file), str(folder), None)
-    assert not may_go(str(tmp_path / "a.ckpt"), str(folder), None)
-    assert not may_go("memory://x/a.ckpt", "memory://x", "memory://x/a.ckpt")
-    assert may_go("memory://x/a.ckpt", "memory://x/", None) and not may_go("memory://y/a.ckpt", "memory://x", None)
+        assert not may_go(str(file), str(folder), places_of(str(resumed)))
+    assert not may_go(str(folder / "last.ckpt"), str(folder), places_of(str(folder / "last.ckpt")))
+    assert may_go(str(folder / "last.ckpt"), str(folder), places_of(str(file)))
+    assert may_go(str(file), str(folder), places_of(str(folder / "b.ckpt"))) and may_go(str(file), str(folder), ())
+    assert not may_go(str(tmp_path / "a.ckpt"), str(folder), ())
+    assert not may_go("memory://x/a.ckpt", "memory://x", places_of("memory://x/a.ckpt"))
+    assert may_go("memory://x/a.ckpt", "memory://x/", ()) and not may_go("memory://y/a.ckpt", "memory://x", ())
 
 
 def test_behaviour_28_scores_are_compared_in_their_own_precision(tmp_path: Path) -> None:

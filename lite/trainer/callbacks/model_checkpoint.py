@@ -15,10 +15,10 @@ from torch import Tensor
 from lite import collectives
 from lite.checkpoint.reading import remove
 from lite.errors import ConfigError, choose, some
-from lite.storage import is_url, joined
+from lite.storage import is_url, joined, sweep_locks
 from lite.trainer.callbacks.base import Checkpoint
 from lite.trainer.callbacks.naming import checkpoint_name, expanded, fields_of, free_name
-from lite.trainer.callbacks.ranking import as_score, best_of, is_better, lost, may_go, worst_of
+from lite.trainer.callbacks.ranking import as_score, best_of, is_better, is_newer, lost, may_go, places_of, worst_of
 from lite.trainer.callbacks.save_schedule import SaveSchedule
 from lite.trainer.loggers import checkpoint_folder
 from lite.trainer.logging.monitored import looks_at_epoch_ends, may_still_come, monitored, nobody_logged
@@ -104,6 +104,9 @@ class ModelCheckpoint(Checkpoint):
         self._asked_at = 0
         self._last_saved = ""
         self._last_is_due = False  # the file that is being written comes before "last"
+        self._next_last = ""  # whose path it knows
+        self._superseded: list[str] = []  # what goes when the file that is being written is there
+        self._resumed: frozenset[str] = frozenset()  # where the file lies that the run goes on from
         self._told: set[str] = set()  # fields of names that nobody has logged
 
     @property
@@ -131,14 +134,23 @@ class ModelCheckpoint(Checkpoint):
     # ---- when
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        if self._given_dirpath is None and stage == "fit":
-            self.dirpath = collectives.broadcast(checkpoint_folder(trainer.logger, trainer.default_root_dir))
+        if stage == "fit":
+            if self._given_dirpath is None:
+                self.dirpath = collectives.broadcast(checkpoint_folder(trainer.logger, trainer.default_root_dir))
+            self._last_is_due, self._next_last, self._superseded = False, "", []
+            self._resumed = places_of(trainer.ckpt_path)  # now: a link may point elsewhere later
+            if trainer.is_global_zero and self.dirpath and not self._is_off(trainer):
+                sweep_locks(self.dirpath)
         self.schedule.begin()
         self._asked_at = 0
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         if self.schedule.seen is None and not trainer.fit_loop.is_unsettled:
             self.schedule.seen = trainer.global_step
+        # What a kill came before. A file of that name that is newer is another run's.
+        self._superseded = [path for path in self._superseded if not is_newer(path, trainer.ckpt_path)]
+        if not self._last_is_due and not self._is_off(trainer):
+            self._remove_superseded(trainer)
 
     def after_batch(self, trainer: Any, *, validated: bool) -> None:
         if self._is_off(trainer):
@@ -204,14 +216,19 @@ class ModelCheckpoint(Checkpoint):
             value = None
         before = self.schedule.saved
         self.schedule.done(trainer.global_step)  # so the file itself says so, too
+        self._superseded = []
         self._last_is_due = bool(self.save_last)
+        if self.save_last:
+            self._next_last = self._last_path(metrics)
+            if self.last_model_path and self.last_model_path != self._next_last:
+                self._superseded.append(self.last_model_path)
         try:
             if value is not None:
                 self._save_if_among_best(trainer, metrics, as_score(torch.as_tensor(value), self.mode))
             elif self.save_top_k:
                 self._save_newest(trainer, metrics)
             if self.save_last:
-                self._save_last(trainer, metrics)
+                self._save_last(trainer, self._next_last)
         except BaseException:
             self.schedule.saved = before
             raise
@@ -251,44 +268,48 @@ class ModelCheckpoint(Checkpoint):
         self.best_model_score = models[self.best_model_path]
         if self.verbose:
             self._tell(trainer, f"{self.monitor} = {value:g}: saved {path}")
-        self._write(trainer, path)
-        if removed is not None and removed != path:
-            self._remove(trainer, removed)
+        self._write(trainer, path, instead_of=removed)
 
     def _save_newest(self, trainer: Any, metrics: dict[str, Any]) -> None:
         before = self.best_model_path
         path = self._path(trainer, metrics, but=before if self.save_top_k == 1 else None)
         self.current_score = None
         self.best_model_path = path
-        self._write(trainer, path)
-        if self.save_top_k == 1 and before and before != path:
-            self._remove(trainer, before)
+        self._write(trainer, path, instead_of=before if self.save_top_k == 1 else None)
 
     def _finish_last(self, trainer: Any) -> None:
         """The run that is gone on with had saved, and not yet its "last"."""
         self._last_saved = self._last_saved or trainer.ckpt_path or ""
-        self._save_last(trainer, {**trainer.callback_metrics, **_counters(trainer)})
+        path = self.last_model_path or self._last_path({**trainer.callback_metrics, **_counters(trainer)})
+        self._save_last(trainer, path)
 
-    def _save_last(self, trainer: Any, metrics: dict[str, Any]) -> None:
-        self._last_is_due = False
-        template = self.CHECKPOINT_NAME_LAST
-        path = self.format_checkpoint_name(metrics, template)
+    def _last_path(self, metrics: dict[str, Any]) -> str:
+        """Where the next "last" goes."""
+        path = self.format_checkpoint_name(metrics, self.CHECKPOINT_NAME_LAST)
         if self.enable_version_counter:
             path = free_name(path, self.FILE_EXTENSION, self.STARTING_VERSION, self.last_model_path)
-        path = collectives.broadcast(path)
-        before, self.last_model_path = self.last_model_path, path
-        if self.save_last == "link" and self._last_saved and self.save_top_k and not is_url(path):
+        found: str = collectives.broadcast(path)
+        return found
+
+    def _save_last(self, trainer: Any, path: str) -> None:
+        self._last_is_due, self._next_last = False, ""
+        self.last_model_path = path
+        if self.save_last == "link" and self._last_saved and self.save_top_k and not is_url(path + self._last_saved):
             if trainer.is_global_zero:
                 _link(self._last_saved, path)
             trainer.lite.barrier()
         else:
             self._write_file(trainer, path)
-        if before and before != path:
-            self._remove(trainer, before)
+        self._remove_superseded(trainer)
 
-    def _write(self, trainer: Any, path: str) -> None:
+    def _write(self, trainer: Any, path: str, instead_of: str | None = None) -> None:
         self._last_saved = path
+        gone = [instead_of] if instead_of and instead_of != path else []
+        self._superseded += gone
         self._write_file(trainer, path)
+        for old in gone:
+            self._superseded.remove(old)
+            self._remove(trainer, old)
 
     def _write_file(self, trainer: Any, path: str) -> None:
         trainer.save_checkpoint(path, self.save_weights_only)
@@ -296,11 +317,16 @@ class ModelCheckpoint(Checkpoint):
             for logger in trainer.loggers:
                 logger.after_save_checkpoint(self)
 
+    def _remove_superseded(self, trainer: Any) -> None:
+        for path in self._superseded:
+            self._remove(trainer, path)
+        self._superseded = []
+
     def _remove(self, trainer: Any, path: str) -> None:
         """Remove a checkpoint that need not be kept; never the one resumed from, nor one that lies elsewhere."""
         if not trainer.is_global_zero or not self.dirpath:
             return
-        if may_go(path, self.dirpath, trainer.ckpt_path):
+        if may_go(path, self.dirpath, self._resumed):
             remove(path)
 
     # ---- names
@@ -356,16 +382,17 @@ class ModelCheckpoint(Checkpoint):
             "best_k_models": dict(self.best_k_models),
             "kth_best_model_path": self.kth_best_model_path,
             "kth_value": self.kth_value,
-            "last_model_path": self.last_model_path,
+            "last_model_path": self._next_last or self.last_model_path,
             "seen_step": self.schedule.seen,
             "saved_step": self.schedule.saved,
             "last_is_due": self._last_is_due,
+            "superseded": list(self._superseded),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.schedule.seen = state_dict.get("seen_step")
         self.schedule.saved = state_dict.get("saved_step", -1)
-        self._last_is_due = state_dict.get("last_is_due", False)
+        self._last_is_due = bool(self.save_last) and state_dict.get("last_is_due", False)
         self.best_model_path = str(state_dict["best_model_path"])
         if state_dict.get("dirpath", self.dirpath) != self.dirpath:
             warnings.warn(
@@ -375,10 +402,12 @@ class ModelCheckpoint(Checkpoint):
             )
             return
         self.best_model_score = state_dict["best_model_score"]
+        self.current_score = state_dict.get("current_score")
         self.kth_best_model_path = str(state_dict.get("kth_best_model_path", ""))
         self.kth_value = state_dict.get("kth_value", self.kth_value)
         self.best_k_models = {str(p): torch.as_tensor(v) for p, v in state_dict.get("best_k_models", {}).items()}
         self.last_model_path = str(state_dict.get("last_model_path", ""))
+        self._superseded = [str(path) for path in state_dict.get("superseded", [])]
 
 
 def _check(
@@ -408,9 +437,13 @@ def _counters(trainer: Any) -> dict[str, int]:
 
 
 def _link(target: str, path: str) -> None:
-    """Let `path` point to `target`, in one moment."""
+    """Let `path` point to `target`, or to what that points to, in one moment."""
+    folder, name = os.path.split(path)
+    folder, target = os.path.realpath(folder), os.path.realpath(target)
+    if target == os.path.join(folder, name):
+        return
     beside = f"{path}.tmp"
     if os.path.lexists(beside):
         os.remove(beside)
-    os.symlink(os.path.relpath(target, os.path.dirname(path)), beside)
+    os.symlink(os.path.relpath(target, folder), beside)
     os.replace(beside, path)

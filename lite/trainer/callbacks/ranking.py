@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from lite.storage import is_url
+from lite.storage import is_url, locate
 
 
 def as_score(value: Tensor, mode: str) -> Tensor:
@@ -41,14 +42,29 @@ def worst_of(scores: dict[str, Tensor], mode: str) -> str:
     return [path for path, score in scores.items() if float(score) == worst][-1]
 
 
-def may_go(path: str, folder: str, resumed: str | None) -> bool:
-    """Whether a checkpoint that is not kept any more may be removed: never what a run was resumed from, be it by a
-    link, nor what lies elsewhere than in `folder`."""
+def may_go(path: str, folder: str, kept: Collection[str]) -> bool:
+    """Whether a checkpoint that is not among the best any more may be removed: not what lies in one of the places
+    `kept` (see `places_of`), nor what lies elsewhere than in `folder`."""
     if is_url(path):
-        return path != resumed and path.startswith(f"{folder.rstrip('/')}/")
-    if resumed is not None and not is_url(resumed) and _place(path) in (_place(resumed), os.path.realpath(resumed)):
-        return False
-    return Path(folder).resolve() in Path(path).resolve().parents
+        return path not in kept and path.startswith(f"{folder.rstrip('/')}/")
+    return _place(path) not in kept and Path(folder).resolve() in Path(path).resolve().parents
+
+
+def places_of(path: str | None) -> frozenset[str]:
+    """Where a checkpoint lies: itself, and what it points to now, if it is a link."""
+    if path is None or is_url(path):
+        return frozenset() if path is None else frozenset([path])
+    return frozenset([_place(path), os.path.realpath(path)])
+
+
+def is_newer(path: str, than: str | None) -> bool:
+    """Whether a file was written later than another, by the clock of where they lie."""
+    return than is not None and _modified(path) > _modified(than)
+
+
+def _modified(path: str) -> float:
+    storage, target, _ = locate(path)
+    return storage.modified(target)
 
 
 def _place(path: str) -> str:

@@ -1,0 +1,147 @@
+"""What a kill within a save leaves behind: the run that goes on puts it in order, and nothing that it doesn't know."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lite.trainer import Callback
+from lite.trainer.callbacks import ModelCheckpoint, model_checkpoint
+from tests.trainer.modules import Tiny, numbers, trainer
+
+pytestmark = pytest.mark.filterwarnings("ignore:nothing is left to train")
+
+
+class KilledError(Exception):
+    """In the place of SIGKILL."""
+
+
+class DiesAt(Callback):
+    """Ends the run within an epoch."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == self.step:
+            raise KilledError
+
+
+class EpochLast(ModelCheckpoint):
+    """Its "last" has another name each time."""
+
+    CHECKPOINT_NAME_LAST = "last-{epoch}"
+    CHECKPOINT_EQUALS_CHAR = ""
+
+
+def fit(
+    folder: Path, *others: Any, path: Any = None, kind: Any = ModelCheckpoint, epochs: int = 3, **settings: Any
+) -> Any:
+    """A run of three steps an epoch that saves at each end."""
+    saves = kind(folder, "{epoch}", **settings)
+    run = trainer(max_epochs=epochs, callbacks=[saves, *others], enable_checkpointing=True, limit_val_batches=0)
+    run.fit(Tiny(), numbers(), ckpt_path=path)
+    return saves
+
+
+def killed(monkeypatch: pytest.MonkeyPatch, function: str, at: int, run: Callable[[], Any]) -> None:
+    """Let a run end just before that call, of that number, of a function of ModelCheckpoint's module."""
+    calls, before = [0], getattr(model_checkpoint, function)
+
+    def killing(*args: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == at:
+            raise KilledError
+        return before(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KilledError):
+        patch.setattr(model_checkpoint, function, killing)
+        run()
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(os.listdir(folder))
+
+
+@pytest.mark.parametrize("save_last", [True, "link"])
+@pytest.mark.parametrize("path", ["last", "epoch=0.ckpt"])
+def test_last_keeps_its_name_and_is_the_newest(save_last: Any, path: str, tmp_path: Path) -> None:
+    """In a run that goes on from the first file, or the "last" that points to it; each save removes the one before."""
+    with pytest.raises(KilledError):
+        fit(tmp_path, DiesAt(5), save_last=save_last)
+    assert names(tmp_path) == ["epoch=0.ckpt", "last.ckpt"]
+    saves = fit(tmp_path, path=path if path == "last" else tmp_path / path, save_last=save_last)
+    assert os.path.basename(saves.last_model_path) == "last.ckpt"
+    resumed = [] if (save_last, path) == (True, "last") else ["epoch=0.ckpt"]  # what was resumed from stays
+    assert names(tmp_path) == [*resumed, "epoch=2.ckpt", "last.ckpt"]
+    assert (tmp_path / "last.ckpt").is_symlink() == (save_last == "link")
+    assert trainer().lite.load(tmp_path / "last.ckpt")["global_step"] == 9
+
+
+def test_a_link_that_a_kill_came_before_is_made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """And one that is there is not made to point to itself."""
+    killed(monkeypatch, "_link", 1, lambda: fit(tmp_path, save_last="link"))
+    assert names(tmp_path) == ["epoch=0.ckpt"]
+    for path in ("epoch=0.ckpt", "last.ckpt"):
+        fit(tmp_path, path=tmp_path / path, epochs=1, save_last="link")
+        assert os.readlink(tmp_path / "last.ckpt") == "epoch=0.ckpt"
+
+
+@pytest.mark.parametrize("save_last", [None, True, "link"])
+@pytest.mark.parametrize("monitor", [None, "step"])
+def test_what_a_kill_left_beyond_save_top_k_goes(
+    monitor: Any, save_last: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Once the run goes on from the file that takes its place, also where nothing is left to train."""
+    settings = {"monitor": monitor, "mode": "max", "save_last": save_last}
+    killed(monkeypatch, "remove", 2, lambda: fit(tmp_path, **settings))
+    assert {"epoch=1.ckpt", "epoch=2.ckpt"} <= set(names(tmp_path))
+    fit(tmp_path, path=tmp_path / "epoch=2.ckpt", **settings)
+    assert names(tmp_path) == ["epoch=2.ckpt", *["last.ckpt"] * bool(save_last)]
+
+
+@pytest.mark.parametrize("save_last", [True, "link"])
+def test_a_last_of_another_name_goes_when_the_new_one_is_there(
+    save_last: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Killed before the old one was removed, or before the new one was written; also a link to what is gone."""
+    settings: dict[str, Any] = {"kind": EpochLast, "save_last": save_last}
+    killed(monkeypatch, "remove", 2, lambda: fit(tmp_path, epochs=2, **settings))
+    assert "last-epoch1.ckpt" in names(tmp_path) and "last-epoch0.ckpt" in names(tmp_path)
+    fit(tmp_path, path=tmp_path / "epoch1.ckpt", epochs=2, **settings)
+    assert names(tmp_path) == ["epoch1.ckpt", "last-epoch1.ckpt"]
+    (tmp_path / "last-epoch1.ckpt").rename(tmp_path / "last-epoch0.ckpt")
+    os.utime(tmp_path / "last-epoch0.ckpt", (1, 1), follow_symlinks=False)
+    fit(tmp_path, path=tmp_path / "epoch1.ckpt", epochs=2, **settings)
+    assert names(tmp_path) == ["epoch1.ckpt", "last-epoch1.ckpt"]
+
+
+def test_a_file_that_was_written_later_stays(tmp_path: Path) -> None:
+    """It has the name of one that was removed, and is another run's; so does a quick run leave all as it is."""
+    fit(tmp_path, epochs=2)
+    newer = tmp_path / "epoch=0.ckpt"
+    newer.write_bytes(b"")
+    fit(tmp_path, path=tmp_path / "epoch=1.ckpt", epochs=2)
+    assert newer.exists()
+    os.utime(newer, (1, 1))
+    fit(tmp_path, path=tmp_path / "epoch=1.ckpt", epochs=2)
+    assert not newer.exists()
+
+
+def test_a_lock_that_a_killed_writer_left_goes_as_a_fit_begins(tmp_path: Path) -> None:
+    """Whatever its file is called."""
+    fit(tmp_path, epochs=1)
+    (tmp_path / f".epoch=0.ckpt.{'0' * 32}.lock").touch()
+    fit(tmp_path, path=tmp_path / "epoch=0.ckpt", epochs=1)
+    assert names(tmp_path) == ["epoch=0.ckpt"]
+
+
+def test_the_newest_score_is_restored(tmp_path: Path) -> None:
+    """As the best one is."""
+    fit(tmp_path, epochs=2, monitor="step", mode="max")
+    saves = fit(tmp_path, path=tmp_path / "epoch=1.ckpt", epochs=2, monitor="step", mode="max")
+    assert saves.current_score == saves.best_model_score == 6
