@@ -56,7 +56,9 @@ class Trainer(Evaluating, Interruption, Serving):
         max_steps: Optimizer steps in all; -1 for no limit.
         min_steps: As `min_epochs`.
         max_time: "DD:HH:MM:SS", a timedelta or a dict of its arguments.
-        limit_train_batches: A number of batches (int) or a share of each loader (float); 0 switches off.
+        limit_train_batches: A number of batches (int) or a share of each loader (float); 0 switches off. A number is of
+            each rank's batches, as `batch_size` is each rank's: n of them on 2 ranks have twice the samples that they
+            have on one.
         limit_val_batches: See above.
         limit_test_batches: See above.
         limit_predict_batches: See above.
@@ -285,7 +287,8 @@ class Trainer(Evaluating, Interruption, Serving):
         Args:
             model: A LightningModule.
             train_dataloaders: A loader or a nesting of several; None asks datamodule or module.
-            val_dataloaders: A loader, a list, or a dict whose keys prefix the metrics' names.
+            val_dataloaders: A loader, or several, one after another: lists and dicts of them, in any nesting. The keys
+                that lead to a loader prefix its metrics' names.
             datamodule: Where the loaders come from instead.
             ckpt_path: What to go on from: a path or URL, "best", "last", or "auto": the newest whole checkpoint, if
                 there is one, of this Trainer's folders, or of its logger's other versions; rank 0 says which.
@@ -436,7 +439,7 @@ class Trainer(Evaluating, Interruption, Serving):
 
         Args:
             model: A LightningModule; None takes the last one, with its best checkpoint.
-            dataloaders: A loader, a list, or a dict with names; None asks datamodule or module.
+            dataloaders: As `val_dataloaders` of `fit`; None asks datamodule or module.
             ckpt_path: Weights to load: a path, "best" or "last"; None keeps the model's own.
             verbose: Whether to print a table.
             datamodule: Where the loaders come from instead.

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lite.errors import ConfigError
-from lite.trainer import CombinedLoader, LightningDataModule
+from lite.trainer import CombinedLoader, LightningDataModule, LightningModule
 from tests.trainer.modules import Numbers, Tiny, TinyData, numbers, trainer
 
 
@@ -127,6 +127,32 @@ def test_behaviour_20_evaluation_takes_loaders_one_after_another() -> None:
     """With batch numbers of each."""
     found = [one for one in seen(numbers(4), [numbers(8), numbers(4)]) if isinstance(one, tuple)]
     assert found == [(0, 0), (0, 1), (1, 0)]
+
+
+def test_behaviour_20_evaluation_takes_loaders_in_any_nesting() -> None:
+    """One after another, by the keys and numbers that lead to them; a list of ready batches is a loader."""
+    batches = [torch.ones(2, 4), torch.ones(1, 4)]
+
+    class Sizes(LightningModule):
+        def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+            self.log("n", float(len(batch)), reduce_fx="sum")
+
+        def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> tuple[int, int]:
+            return dataloader_idx, len(batch)
+
+    run, nested = trainer(), {"a": [numbers(4), {"x": numbers(5)}], "b": numbers(6), "c": batches}
+    found = run.validate(Sizes(), nested, verbose=False)
+    assert found == [{"a/0/n": 4}, {"a/1/x/n": 5}, {"b/n": 6}, {"c/n": 3}]
+    assert run.predict(Sizes(), nested) == [[(0, 4)], [(1, 4), (1, 1)], [(2, 4), (2, 2)], [(3, 2), (3, 1)]]
+    assert run.validate(Sizes(), [[numbers(4), numbers(5)], numbers(6)], verbose=False) == [
+        {"n/dataloader_idx_0": 4},
+        {"n/dataloader_idx_1": 5},
+        {"n/dataloader_idx_2": 6},
+    ]
+    with pytest.raises(ConfigError, match=r"to validate have a Tensor at 'a/x', where a loader belongs: pass a loader"):
+        run.validate(Sizes(), {"a": {"x": torch.ones(2)}})
+    with pytest.raises(ConfigError, match=r"two loaders named 'a/0'; give their keys different names"):
+        run.validate(Sizes(), {"a": [numbers(4)], "a/0": numbers(4)})
 
 
 @pytest.mark.parametrize(("mode", "lengths"), [("min_size", [4]), ("max_size_cycle", [4, 4]), ("max_size", [4, 0])])

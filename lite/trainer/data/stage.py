@@ -175,7 +175,7 @@ def eval_data(
     use_distributed_sampler: Any = True,
     before: StageData | None = None,
 ) -> StageData:
-    """Evaluation's loaders, one after another, or a CombinedLoader as one; a dict's keys name them.
+    """Evaluation's loaders, one after another in any nesting, or a CombinedLoader as one; dicts' keys name them.
 
     Those that `before` has too go on as they are.
     """
@@ -187,15 +187,7 @@ def eval_data(
                 f"on several processes {stage} counts each sample once, so it takes loaders one after another, and got "
                 f"a CombinedLoader with mode={raw.mode!r}; use mode='sequential'."
             )
-    names = None
-    if isinstance(raw, CombinedLoader):
-        loaders = [raw]
-    elif isinstance(raw, Mapping):
-        names, loaders = [str(name) for name in raw], list(raw.values())
-    elif isinstance(raw, (list, tuple)) and not _is_data(raw):
-        loaders = list(raw)
-    else:
-        loaders = [raw]
+    names, loaders = _flattened(raw, stage)
     for loader in loaders:
         if isinstance(loader, DataLoader) and isinstance(getattr(loader, "sampler", None), RandomSampler):
             warnings.warn(
@@ -219,6 +211,51 @@ def eval_data(
     name = "overfit_batches" if overfit else f"limit_{'val' if stage == 'validate' else stage}_batches"
     limits = [limit_batches(overfit or limit, length(loader), name) for loader in made]
     return StageData(made, limits, names, move, sources=sources)
+
+
+def _flattened(raw: Any, stage: str) -> tuple[list[str] | None, list[Any]]:
+    """The loaders of a nesting, with the keys and numbers that lead to each, where there are keys.
+
+    Raises:
+        ConfigError: An entry is no loader, or two have one name.
+    """
+    found: list[tuple[tuple[str, ...], Any]] = []
+    has_keys = False
+
+    def add(part: Any, place: tuple[str, ...]) -> None:
+        nonlocal has_keys
+        has_keys = has_keys or isinstance(part, Mapping)
+        if isinstance(part, Mapping):
+            entries = [(str(key), value) for key, value in part.items()]
+        elif isinstance(part, (list, tuple)) and (_has_loader(part) if place else not _is_data(part)):
+            entries = [(str(number), value) for number, value in enumerate(part)]
+        else:
+            if len(place) > 1 and (isinstance(part, str) or hasattr(part, "shape") or not hasattr(part, "__iter__")):
+                raise ConfigError(
+                    f"the data to {stage} have a {type(part).__name__} at {'/'.join(place)!r}, where a loader belongs: "
+                    "pass a loader, or dicts and lists of them in any nesting; wrap data in DataLoader(dataset, "
+                    "batch_size=...)."
+                )
+            found.append((place, part))
+            return
+        for name, value in entries:
+            add(value, (*place, name))
+
+    add(raw, ())
+    names = ["/".join(place) for place, _ in found]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ConfigError(f"the data to {stage} have two loaders named {twice!r}; give their keys different names.")
+    return names if has_keys else None, [loader for _, loader in found]
+
+
+def _has_loader(part: Any) -> bool:
+    """Whether loaders are nested in it, so that it is not one itself: a list of ready batches."""
+    if isinstance(part, Mapping):
+        return any(map(_has_loader, part.values()))
+    if isinstance(part, (list, tuple)):
+        return any(map(_has_loader, part))
+    return isinstance(part, (DataLoader, CombinedLoader))
 
 
 def _made_before(raw: Any, before: StageData | None, taken: list[tuple[Any, Any]]) -> Any:
