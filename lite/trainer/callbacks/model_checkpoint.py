@@ -147,8 +147,9 @@ class ModelCheckpoint(Checkpoint):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         if self.schedule.seen is None and not trainer.fit_loop.is_unsettled:
             self.schedule.seen = trainer.global_step
-        # What a kill came before. A file of that name that is newer is another run's.
-        self._superseded = [path for path in self._superseded if not is_newer(path, trainer.ckpt_path)]
+        if self._superseded:  # a kill came before its removal; a file of that name that is newer is another run's
+            left = [path for path in self._superseded if not is_newer(path, trainer.ckpt_path)]
+            self._superseded = collectives.broadcast(left)
         if not self._last_is_due and not self._is_off(trainer):
             self._remove_superseded(trainer)
 
