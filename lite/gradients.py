@@ -124,6 +124,7 @@ class Accumulation:
         strategy: Strategy,
         *,
         rescale: bool = True,
+        joins: Callable[[], bool] = lambda: False,
     ) -> None:
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise ConfigError(
@@ -140,6 +141,7 @@ class Accumulation:
         self._device = device
         self._strategy = strategy
         self._rescale = rescale
+        self._joins = joins
         self._weighted: bool | None = None
         self._total: Tensor | float = 0.0
         self._unit: float | None = None
@@ -157,7 +159,7 @@ class Accumulation:
         return self.is_open and bool(self._weighted)
 
     @contextmanager
-    def __call__(self, *, last: bool = False, weight: float | Tensor | None = None) -> Iterator[None]:
+    def __call__(self, *, last: bool | None = None, weight: float | Tensor | None = None) -> Iterator[None]:
         """Run forward and backward of one micro-batch in this context.
 
         Without weights the gradients become the mean over the window's micro-batches. With weights (tokens or samples
@@ -168,15 +170,25 @@ class Accumulation:
         Args:
             last: This is the last micro-batch there is; the window ends here, partial or not, and counts what it has.
                 Of an epoch: `last=loader.batches_done == len(loader)`, which holds after a resume in mid-epoch too.
+                None, the default, leaves it to the count. Within `lite.join`, where each rank's last one comes at
+                another step, it must be left out.
             weight: Number of tokens or samples behind this micro-batch's mean loss. All or none of a window have one.
 
         Raises:
-            UsageError: Some micro-batches of the window have a weight and others not, or another window is open.
+            UsageError: Some micro-batches of the window have a weight and others not, or another window is open; or
+                `last` or `weight` is given within `lite.join`.
         """
-        if not isinstance(last, bool):
+        if last is not None and not isinstance(last, bool):
             raise ConfigError(f"window(last={last!r}) must be True or False: whether this is the last micro-batch.")
+        if last is not None and self._joins():
+            raise UsageError(
+                f"window(last={last!r}) within lite.join: each rank's last micro-batch comes at another step, where it "
+                "would wait for others that don't synchronise there; leave last out. Windows complete by their count "
+                "alone then, and what a rank has in one that is not full as it runs out is dropped, not stepped on."
+            )
         if weight is not None:
             check_weight("window", weight)
+            self._refuse_weight(weight)
         if self.ready:
             self.count, self.ready, self._weighted, self._total = 0, False, None, 0.0
         boundary = last or self.count + 1 == self.steps
@@ -214,9 +226,17 @@ class Accumulation:
         if self._weighted is False:
             raise UsageError(_MIXED)
         check_weight("weigh", weight)
+        self._refuse_weight(weight)
         value = self._weight = 0.0 if self._batch.num_real == 0 else weight
         unit = self._unit = self._unit or _unit(value)
         self._scale.apply, self._scale.weighted = (lambda loss: loss * (value / unit)), True
+
+    def _refuse_weight(self, weight: float | Tensor) -> None:
+        if self._joins():
+            raise UsageError(
+                f"weight={weight!r} of a window within lite.join: all ranks are asked for theirs, and those that are "
+                "done don't answer; leave weight out, or give lite.backward(loss, weight=...) one."
+            )
 
     def scaled(self, loss: Tensor) -> Tensor:
         """The loss as `lite.backward` would scale it in the open micro-batch, for a backward that may go past it.
@@ -256,6 +276,12 @@ class Accumulation:
                 parameter.grad.copy_(collectives.all_reduce(parameter.grad, "mean"))
         self._finish()
         self.ready = True
+
+    def drop(self) -> None:
+        """Forget an open window and its gradients; the next micro-batch begins a new one."""
+        if self.is_open:
+            self._strategy.replace_gradients(self._parameters(), by_zeros=False)
+            self.count, self._weighted, self._total = 0, None, 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """The open window with its gradients so far, for a checkpoint in the middle of it; each rank has its own."""

@@ -28,6 +28,7 @@ class Steps(Facet):
     """The side of `Lite` that a training step calls."""
 
     _scale: gradients.Scale | None
+    _joins = False  # whether a block of `join` is open
 
     def backward(
         self, loss: Tensor, *args: Any, model: nn.Module | None = None, weight: float | None = None, **kwargs: Any
@@ -96,6 +97,12 @@ class Steps(Facet):
         dataset. It is for streams of your own, whose lengths nobody knows. Within the block only forward, backward and
         optimizer steps may communicate: no `all_reduce`, `save` or `check_sync`, which the others would not answer.
 
+        The n-th backward of each rank must synchronise on all of them or on none, whoever has an n-th one. So a window
+        of `accumulate` takes no `last=` in the block, and no `weight=`, for which all ranks are asked: windows complete
+        by their count alone. One that isn't full as a rank runs out is not stepped on: what that rank has in it is
+        dropped at the block's end, also where the others fill theirs, and the next micro-batch begins a new window.
+        `no_backward_sync` must follow the same count on all ranks.
+
         Args:
             *models: The set-up models that are trained in the block.
             divide_by_initial_world_size: Gradients are divided by the number of all ranks; False divides by the number
@@ -114,12 +121,26 @@ class Steps(Facet):
         optimizers = [
             o for o in self._prepared.optimizers if any(id(p) in trained for g in o.param_groups for p in g["params"])
         ]
-        return self.strategy.join(
+        inner = self.strategy.join(
             [self._modules[model] for model in models],
             optimizers,
             divide_by_initial_world_size=divide_by_initial_world_size,
             throw_on_early_termination=throw_on_early_termination,
         )
+        return self._within_join(inner, set(models))
+
+    @contextmanager
+    def _within_join(self, inner: AbstractContextManager[None], models: set[nn.Module]) -> Iterator[None]:
+        """`inner`, in which windows go by their count alone; those that have not come to it begin anew after it."""
+        self._joins = True
+        try:
+            with inner:
+                yield
+        finally:
+            self._joins = False
+        for window, held, _ in self._windows:
+            if not held.isdisjoint(models):
+                window.drop()
 
     def accumulate(
         self, *models: nn.Module, steps: int, optimizer: Optimizer | None = None, rescale: bool = True
@@ -128,7 +149,7 @@ class Steps(Facet):
 
         Use it as `with window(last=...): forward; lite.backward(loss)`, then step when `window.ready`. Inside it
         `backward` divides the loss, so don't do it yourself. One window at a time: models that are trained together
-        share one.
+        share one. Within `lite.join` it is `with window():`, without `last` and `weight`; see there.
 
         Args:
             *models: The set-up models that are trained.
@@ -161,6 +182,7 @@ class Steps(Facet):
             self._device,
             self.strategy,
             rescale=rescale,
+            joins=lambda: self._joins,
         )
         held = set(models)
         others = [
@@ -258,8 +280,9 @@ class Steps(Facet):
     def ema(self, model: nn.Module, *, decay: float = 0.999, buffers: bool = False) -> EMA:
         """Keep an exponential moving average of the model's weights: `update()` after each optimizer step.
 
-        `with ema.swap():` puts it into the model's place for evaluation. It has `state_dict` and `load_state_dict`, so
-        it goes into what you give to `save` and `load`, and a resumed average is exact.
+        `with ema.swap():` puts it into the model's place for evaluation, or to save it as the model. It has
+        `state_dict` and `load_state_dict`, so it goes into what you give to `save` and `load`, and a resumed average is
+        exact.
 
         Args:
             model: A set-up model, on any strategy; of sharded parameters each rank averages its shard, and of

@@ -94,3 +94,88 @@ def test_the_first_end_can_end_all() -> None:
     model = lite.setup(MLP())
     with lite.join(model):
         lite.backward(model(torch.ones(1, 4)).sum())
+
+
+def windows(counts: tuple[int, int]) -> Any:
+    """Windows of two in `join`, and one more after it, of which every rank has both micro-batches."""
+    lite = Lite(accelerator="cpu", precision="64-true", strategy="ddp")
+    model = MLP(torch.float64)
+    model, optimizer = lite.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    window = lite.accumulate(model, steps=2)
+
+    def micro_batch(step: int) -> None:
+        x = batch(lite.global_rank, step)
+        with window():
+            lite.backward((model(x) - x[:, :3]).pow(2).mean())
+        if window.ready:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    before = [p.detach().tolist() for p in model.parameters()]
+    with lite.join(model):
+        for step in range(counts[lite.global_rank]):
+            micro_batch(step)
+    lite.check_sync()
+    joined = [p.detach().tolist() for p in model.parameters()]
+    for step in (10, 11):
+        micro_batch(step)
+    lite.check_sync()
+    return before, joined, [p.detach().tolist() for p in model.parameters()]
+
+
+def windows_of_one_process(before: Any, counts: tuple[int, int]) -> Any:
+    model = MLP(torch.float64)
+    with torch.no_grad():
+        for p, values in zip(model.parameters(), before, strict=True):
+            p.copy_(torch.tensor(values, dtype=torch.float64))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def train(steps: tuple[int, int], ranks: list[int]) -> list[Any]:
+        optimizer.zero_grad()
+        for rank in ranks:
+            for step in steps:
+                x = batch(rank, step)
+                ((model(x) - x[:, :3]).pow(2).mean() / 4).backward()
+        optimizer.step()
+        return [p.detach().tolist() for p in model.parameters()]
+
+    for first in range(0, max(counts) - 1, 2):
+        joined = train((first, first + 1), [rank for rank in range(2) if first + 2 <= counts[rank]])
+    return joined, train((10, 11), [0, 1])
+
+
+@pytest.mark.parametrize("counts", [(5, 6), (6, 5), (4, 3), (5, 3)])
+def test_windows_complete_by_their_count(counts: tuple[int, int]) -> None:
+    """What a rank has in one that is not full counts nothing, and the next one is whole; float64, 1e-12."""
+    (before, *mine), others = run_distributed(windows, counts)
+    assert [before, *mine] == list(others)
+    for values, wanted in zip(mine, windows_of_one_process(before, counts), strict=True):
+        for a, b in zip(values, wanted, strict=True):
+            pair = (torch.tensor(one, dtype=torch.float64) for one in (a, b))
+            torch.testing.assert_close(*pair, rtol=0, atol=1e-12)
+
+
+def told_of_windows() -> list[str]:
+    lite = Lite(accelerator="cpu", strategy="ddp")
+    model = lite.setup(MLP())
+    window = lite.accumulate(model, steps=2)
+    messages = []
+    for given in ({"last": False}, {"last": True}, {"weight": 3}):
+        with pytest.raises(UsageError) as caught, lite.join(model), window(**given):
+            raise AssertionError
+        messages.append(str(caught.value))
+    with pytest.raises(UsageError) as caught, lite.join(model), window():
+        window.weigh(3)
+    messages.append(str(caught.value))
+    with window(last=True, weight=3):  # outside of the block they mean what they did
+        lite.backward(model(torch.ones(1, 4)).sum())
+    assert window.ready and window.count == 1
+    return messages
+
+
+def test_what_would_make_ranks_wait_in_a_window_is_refused_on_all() -> None:
+    """`last=` and weights, at their first use and before anything is counted; on one process too."""
+    for ended, last, weight, weighed in (told_of_windows(), *run_distributed(told_of_windows)):
+        assert ended.startswith("window(last=False) within lite.join")
+        assert last.startswith("window(last=True) within lite.join") and "leave last out" in last
+        assert weight == weighed and weight.startswith("weight=3 of a window within lite.join")
