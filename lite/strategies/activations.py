@@ -6,11 +6,14 @@ A layer's `forward` is replaced on the object, so classes, names and keys stay a
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase  # BatchNorm, SyncBatchNorm and InstanceNorm
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from lite.errors import ConfigError
 from lite.strategies.blocks import choose_blocks, find_blocks
@@ -71,13 +74,51 @@ def _chosen(module: nn.Module, choice: Any) -> dict[str, nn.Module]:
 
 
 def _checkpoint(layer: nn.Module, *, selective: bool) -> Callable[[], None]:
-    from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
-
     options: dict[str, Any] = {"use_reentrant": False}
     if selective:
-        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _matrix_products())
-    layer.forward = functools.partial(checkpoint, layer.forward, **options)
+        options["context_fn"] = _keeping_products
+    norms = [part for part in layer.modules() if isinstance(part, _NormBase) and part.running_mean is not None]
+    layer.forward = functools.partial(_recomputed, layer.forward, options, norms)
     return functools.partial(layer.__dict__.pop, "forward", None)
+
+
+def _recomputed(
+    forward: Callable[..., Any], options: dict[str, Any], norms: list[_NormBase], /, *args: Any, **kwargs: Any
+) -> Any:
+    """A layer's checkpointed forward: a function that torch.compile enters by itself, as it doesn't `checkpoint`."""
+    # A compiled graph writes the statistics once, at the end of its forward.
+    if norms and not torch.compiler.is_compiling():
+        contexts = functools.partial(_contexts, options.get("context_fn"), norms)
+        options = {**options, "context_fn": contexts}
+    return checkpoint(forward, *args, **options, **kwargs)
+
+
+def _contexts(others: Callable[[], tuple[Any, Any]] | None, norms: list[_NormBase]) -> tuple[Any, Any]:
+    """The contexts of the first computation and of the one in backward."""
+    first, again = others() if others is not None else (nullcontext(), nullcontext())
+    return first, _sparing(norms, again)
+
+
+@contextmanager
+def _sparing(norms: list[_NormBase], context: Any) -> Iterator[None]:
+    """`context`, in which norms update copies of their statistics: the first computation has updated their own.
+
+    Without statistics they would give the same output, but checkpoint refuses a computation that saves fewer tensors.
+    """
+    own = [(norm._buffers, dict(norm._buffers)) for norm in norms if norm.training]
+    for buffers, values in own:
+        buffers.update((name, None if value is None else value.clone()) for name, value in values.items())
+    try:
+        with context:
+            yield
+    finally:
+        for buffers, values in own:
+            buffers.update(values)
+
+
+def _keeping_products() -> tuple[Any, Any]:
+    first, again = create_selective_checkpoint_contexts(_matrix_products())  # type: ignore[no-untyped-call]
+    return first, again
 
 
 def _matrix_products() -> list[Any]:
