@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from lite.errors import ConfigError, UsageError
+from lite.errors import ConfigError, UsageError, some
 from lite.sharded import Elsewhere
 from lite.state import plain_key
+from lite.swapped import swapped
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -65,7 +66,7 @@ class EMA:
         self._skipped = skipped
         self._in_sync = in_sync
         self._partition = partition
-        self._is_swapped = False
+        self._kept: list[tuple[Tensor, Tensor]] | None = None  # the model's own values, within `swap`
         self._with_buffers = buffers
         self._sharded = _sharded_modules(model)
         self._reshard()
@@ -95,7 +96,7 @@ class EMA:
             UsageError: The averages stand in the model's place (`swap`), the model's parameters were replaced, or the
                 ranks train apart and have stepped since they came together.
         """
-        if self._is_swapped:
+        if self._kept is not None:
             raise UsageError("ema.update() within ema.swap() would average the averages; call it outside of the block.")
         _check_in_sync("ema.update()", self._in_sync)
         if self._skipped():
@@ -110,22 +111,32 @@ class EMA:
     def swap(self) -> Iterator[None]:
         """A block in which the model has the averaged weights, for evaluation, or for saving or exporting them.
 
-        The model's own come back at its end, bit for bit, and are kept aside meanwhile.
+        The model's own come back at its end, bit for bit, and are kept aside meanwhile. So nothing within it may train
+        or load the model: `lite.load` and `lite.teardown` are refused there, and under LocalSGDStrategy so are its
+        optimizers' steps and the end of a period. A `lite.teardown` while an error is handled puts them back itself.
 
         Raises:
-            UsageError: The block is open already, or the model's parameters were replaced.
+            UsageError: The block is open already, or the model's parameters were replaced. At the block's end, with the
+                model's own weights in place: its parameters were changed within it, as by an optimizer's step.
         """
-        if self._is_swapped:
+        if self._kept is not None:
             raise UsageError("ema.swap() is open already; leave the first block before you enter another.")
         self._check_same(added=True)
-        own = [(tensor, self._own(tensor).detach().clone()) for tensor in self._tensors.values()]
-        self._is_swapped = True
-        try:
-            self._put((tensor, _local(self._averages[name])) for name, tensor in self._tensors.items())
-            yield
-        finally:
-            self._put(iter(own))
-            self._is_swapped = False
+        self._kept = [(tensor, self._own(tensor).detach().clone()) for tensor in self._tensors.values()]
+        with swapped(self._model, self._tensors.values(), self._put_back):
+            try:
+                self._put((tensor, _local(self._averages[name])) for name, tensor in self._tensors.items())
+                yield
+                changed = self._changed()
+            finally:
+                self._put_back()
+        if changed:
+            raise UsageError(
+                f"the model's parameters were changed within ema.swap() ({some(changed)}), as by an optimizer's step "
+                "or load_state_dict, while the averages stood in their place. The model has the weights again that it "
+                "had before the block, and the change is lost, but for what an optimizer has noted of its step: train "
+                "and load outside of the block."
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """The averages by the model's names, and how many updates they hold.
@@ -133,7 +144,7 @@ class EMA:
         Raises:
             UsageError: Within `swap`, where a checkpoint would hold the averages as the model.
         """
-        if self._is_swapped:
+        if self._kept is not None:
             raise UsageError(
                 "a checkpoint with the ema within ema.swap() would hold averages in the model's place; save outside "
                 "of it, or leave the ema out of state to save the averaged model alone."
@@ -143,13 +154,27 @@ class EMA:
             averages = {name: self._whole(name, average) for name, average in averages.items()}
         return {"decay": self.decay, "num_updates": self.num_updates, "averages": averages}
 
+    def check_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuse averages while the present ones stand in the model's place; a load asks before it changes anything.
+
+        Raises:
+            UsageError: It is within `swap`.
+        """
+        if self._kept is not None:
+            raise UsageError(
+                "averages can't be loaded within ema.swap(), where the present ones stand in the model's place; leave "
+                "the block first, on all ranks."
+            )
+
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from saved averages; the decay stays this object's.
 
         Raises:
             ValueError: They are of another model.
+            UsageError: It is within `swap`.
         """
+        self.check_state_dict(state_dict)
         saved: Mapping[str, Tensor] = state_dict["averages"]
         if saved.keys() != self._averages.keys():
             differing = sorted(saved.keys() ^ self._averages.keys())
@@ -197,6 +222,21 @@ class EMA:
             self._own(tensor).copy_(value)
         if self._partition is not None:
             self._partition.rewritten()
+
+    def _put_back(self) -> None:
+        """Give the model its own values; a teardown may have done so before the block's end."""
+        if self._kept is not None:
+            self._put(iter(self._kept))
+            self._kept = None
+
+    @torch.no_grad()
+    def _changed(self) -> list[str]:
+        """The parameters that are no averages any more within `swap`."""
+        if self._kept is None:
+            return []
+        self._reshard()
+        parameters = [(name, tensor) for name, tensor in self._tensors.items() if isinstance(tensor, nn.Parameter)]
+        return [name for name, tensor in parameters if not _same(self._own(tensor), _local(self._averages[name]))]
 
     # ---- this rank's parts
 
@@ -247,6 +287,14 @@ def _sharded_modules(model: nn.Module) -> list[Any]:
 def _local(tensor: Tensor) -> Tensor:
     """This rank's part, sharing memory."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _same(own: Tensor, average: Tensor) -> bool:
+    """Whether a part is the average as it was put there, NaN included."""
+    if own.is_meta:  # another rank's, of a pipeline
+        return True
+    ours, theirs = (t.reshape(-1).view(torch.uint8) for t in (own, average.to(own)))
+    return torch.equal(ours, theirs)
 
 
 def _start(tensor: Tensor) -> Tensor:

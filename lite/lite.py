@@ -334,11 +334,20 @@ class Lite(Resuming, Pipelines):
 
         Sharded parameters and optimizer state become whole on every rank, and ranks that train apart (LocalSGDStrategy)
         come together: collective then, call on all ranks. While an error is handled, which other ranks may not have,
-        those that train apart stay so.
+        those that train apart stay so, and a model within `ema.swap` gets its own weights back first.
         The loggers are flushed, and a background save is waited for; if it failed, that is raised at the end.
+
+        Raises:
+            UsageError: A model is within `ema.swap`, and no error is handled.
         """
-        if self._connected and sys.exc_info()[0] is None:
-            self.strategy.end_period()
+        from lite.swapped import put_back, refuse_swapped_models
+
+        if sys.exc_info()[0] is not None:
+            put_back(self._modules)
+        else:
+            refuse_swapped_models("lite.teardown()", self._modules)
+            if self._connected:
+                self.strategy.end_period()
         self._prepared.release()
         self._windows = []
         for logger in self._loggers:

@@ -13,7 +13,7 @@ import pytest
 LITE = Path(__file__).resolve().parents[1] / "lite"
 LAYERS = [
     {"errors", "disguise"},
-    {"renewal"},
+    {"renewal", "swapped"},
     {"state", "seed", "nesting", "agreement", "first_rank", "storage"},
     {"sharded"},
     {"fitting"},

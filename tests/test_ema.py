@@ -233,3 +233,108 @@ def test_what_would_go_wrong_is_refused() -> None:
     model.body[0] = nn.Linear(4, 8)
     with pytest.raises(UsageError, match=r"body\.0\.weight"), ema.swap():
         pass
+
+
+def step(lite: Lite, model: nn.Module, optimizer: Any) -> None:
+    optimizer.zero_grad()
+    lite.backward(model(batch(1, lite.global_rank).to(next(model.parameters()).dtype)).pow(2).mean())
+    optimizer.step()
+
+
+def told(call: Any) -> str:
+    with pytest.raises(UsageError) as caught:
+        call()
+    return str(caught.value)
+
+
+def within(ema: EMA, *calls: Any) -> None:
+    with ema.swap():
+        for call in calls:
+            call()
+
+
+def misused(strategy: str, folder: str) -> list[bool]:
+    """What would be thrown away at the end of swap: by each way, whether it is told and the own weights are back."""
+    lite = Lite(accelerator="cpu", strategy=strategy)
+    model = MLP()
+    model, optimizer = lite.setup(model, torch.optim.AdamW(model.parameters(), lr=0.1, fused=True))
+    path = f"{folder}/{strategy}.ckpt"
+    lite.save(path, {"model": model})
+    step(lite, model, optimizer)
+    ema = lite.ema(model, decay=0.5)
+    state = ema.state_dict()
+    step(lite, model, optimizer)
+    before = values(model)
+    answers = []
+
+    def is_told(words: str, *calls: Any) -> None:
+        answers.append(words in told(lambda: within(ema, *calls)) and same(values(model), before))
+
+    is_told("changed within ema.swap() (body.0.", lambda: step(lite, model, optimizer))
+    is_told("changed within ema.swap() (body.2.bias)", lambda: model.body[2].bias.data.add_(1))
+    with pytest.raises(KeyError), ema.swap():  # what is on its way already is what counts
+        step(lite, model, optimizer)
+        raise KeyError
+    answers.append(same(values(model), before))
+    is_told("averages can't be loaded within", lambda: ema.load_state_dict(state))
+    averaged = []
+    for words, call in (
+        ("lite.load of a", lambda: lite.load(path, {"model": model})),
+        ("lite.load of a", lambda: lite.load(f"{folder}/none.ckpt", {"whole": nn.ModuleList([model])})),
+        ("lite.load_raw of a", lambda: lite.load_raw(path, model.body)),
+        ("lite.teardown() of a", lite.teardown),
+    ):
+        with ema.swap():
+            inside = values(model)
+            answers.append(words in told(call) and same(values(model), inside))
+            averaged.append(inside)
+        answers.append(same(values(model), before))
+    answers += [same(inside, averaged[0]) and not same(inside, before) for inside in averaged]
+    lite.load(path, {"model": model})
+    answers.append(not same(values(model), before))
+    return answers
+
+
+def test_what_the_end_of_swap_would_undo_is_told(tmp_path: Path) -> None:
+    """Steps, also fused ones, and writes by hand at its end; loads and teardown before anything changes."""
+    for answers in (misused("single", str(tmp_path)), *run_distributed(misused, "fsdp", str(tmp_path))):
+        assert answers == [True] * 17
+
+
+def interrupted(strategy: str) -> bool:
+    lite = Lite(accelerator="cpu", strategy=strategy)
+    model = MLP()
+    lite.setup(model)
+    ema = lite.ema(model, decay=0.5)
+    with torch.no_grad():
+        model.body[0].weight.fill_(7.0)
+    with pytest.raises(KeyError), ema.swap():
+        try:
+            raise KeyError
+        finally:
+            lite.teardown()
+    return type(model) is MLP and bool((model.body[0].weight == 7.0).all())
+
+
+def test_a_teardown_for_an_error_within_swap_gives_the_models_own_weights_back() -> None:
+    """The error stays the one that is raised; also where teardown exchanges the parameters."""
+    assert [interrupted("single"), *run_distributed(interrupted, "fsdp")] == [True] * 3
+
+
+def test_what_comes_back_by_itself_within_swap_is_no_change() -> None:
+    """Another average's swap within the block, NaN, buffers, and weights that are put back."""
+    lite = Lite(accelerator="cpu", precision="bf16-true")
+    model = lite.setup(net())
+    first, second = lite.ema(model, decay=0.5), lite.ema(model, decay=0.9, buffers=True)
+    with torch.no_grad():
+        model[0].bias.fill_(float("nan"))
+    for ema in (first, second):
+        ema.update()
+    before = [p.detach().clone() for p in model.parameters()]
+    with first.swap(), torch.no_grad():
+        assert model[0].bias.isnan().all()
+        with second.swap():
+            model(batch(0).bfloat16())  # BatchNorm's statistics, in training
+        model[2].weight.mul_(2).div_(2)
+    for mine, wanted in zip(model.parameters(), before, strict=True):
+        torch.testing.assert_close(mine.detach(), wanted, rtol=0, atol=0, equal_nan=True)

@@ -170,10 +170,13 @@ class Checkpoints(Facet):
         Raises:
             CheckpointError: It is missing, damaged or holds code, or doesn't fit the objects; models, optimizers and
                 loaders are looked at before any is changed.
+            UsageError: A model is within `ema.swap`, at whose end its own weights would come back.
         """
         from lite.checkpoint.stored import resolve
         from lite.loading import restore
+        from lite.swapped import refuse_swapped_models
 
+        refuse_swapped_models("lite.load", (state or {}).values())
         lazily = state is not None and any(map(holds_parts, state.values()))
         loaded, about = self._read(path, verify, weights_only, lazily)
         if state is None:
@@ -211,11 +214,14 @@ class Checkpoints(Facet):
 
         Raises:
             CheckpointError: It can't be read, or doesn't fit.
+            UsageError: As for `load`.
         """
         from lite.loading import restore_object
+        from lite.swapped import refuse_swapped_models
 
         if not hasattr(obj, "load_state_dict"):
             raise ConfigError(f"load_raw got a {type(obj).__name__}, which has no load_state_dict; pass a module, say.")
+        refuse_swapped_models("lite.load_raw", [obj])
         loaded, about = self._read(path, verify, weights_only, holds_parts(obj))
         if about:
             raise CheckpointError(

@@ -21,6 +21,7 @@ from lite.precision.base import is_packed
 from lite.strategies.base import Engine
 from lite.strategies.ddp import DDPStrategy
 from lite.strategies.rounds import OuterOptimizer, Round
+from lite.swapped import refuse_swapped
 
 if TYPE_CHECKING:
     from lite.strategies.footprint import Footprint
@@ -167,6 +168,9 @@ class LocalSGDStrategy(DDPStrategy):
 
         Collective: call on all ranks. The Trainer calls it before a validation and as training ends, and
         `lite.teardown` for what it gives back.
+
+        Raises:
+            UsageError: Averages stand in the place of weights that would be brought together (`ema.swap`).
         """
         if self.in_sync:
             return
@@ -178,9 +182,11 @@ class LocalSGDStrategy(DDPStrategy):
             )
             return
         refuse_alone("lite.strategy.end_period")
-        for part in self._rounds:
-            if part.count:
-                part.finish()
+        due = [part for part in self._rounds if part.count]
+        for part in due:
+            refuse_swapped("lite.strategy.end_period()", part.held)
+        for part in due:
+            part.finish()
 
     # ---- checkpoints
 

@@ -18,6 +18,7 @@ from lite.disguise import disguise
 from lite.errors import ConfigError
 from lite.fitting import check_fit
 from lite.state import plain_key
+from lite.swapped import is_swapped, refuse_swapped
 
 OuterOptimizer = Callable[[list[nn.Parameter]], Optimizer]
 Place = tuple[str, str]  # a checkpoint's entry, and the key in it
@@ -46,6 +47,10 @@ class Round:
         sync_every: Steps of a round.
         outer: Makes the outer optimizer, or None.
         modules: The set-up models, whose buffers are averaged too.
+
+    Attributes:
+        held: The parameters.
+        count: Steps since the ranks last agreed.
     """
 
     def __init__(
@@ -57,7 +62,7 @@ class Round:
         modules: Iterable[weakref.ref[nn.Module]],
     ) -> None:
         self._optimizer = weakref.ref(optimizer)
-        self._held = held
+        self.held = held
         self._sync_every = sync_every
         self.count = 0
         mine = {id(p) for p in held}
@@ -95,9 +100,11 @@ class Round:
             take = below if unbound is None else unbound.__get__(self)
             if inside:  # a loss scaler calls the step of the optimizer that it is given
                 return take(*args, **kwargs)
+            part = reference()
+            if part is not None:
+                refuse_swapped(f"{type(self).__name__}.step()", part.held)
             inside = True
             self._opt_called = True  # type: ignore[attr-defined]  # schedulers ask whether step was called at all
-            part = reference()
             if part is not None and part.count == 0:
                 part.note_start()
             try:
@@ -113,7 +120,7 @@ class Round:
 
     def note_start(self) -> None:
         """A round begins with the weights as they are now, whoever has put them there."""
-        _copy(self._start, self._held if self._start else ())
+        _copy(self._start, self.held if self._start else ())
 
     def advance(self) -> None:
         """One more step was asked for; at the last of a round, bring the ranks together."""
@@ -126,16 +133,16 @@ class Round:
         """Bring the ranks together, after however many steps. Collective: call on all ranks."""
         self.count = 0
         if self._outer is None:
-            _average(self._held)
+            _average(self.held)
         else:
             # Delta = mean over ranks of theta(t-1) - theta_i(t); theta(t) = OuterOpt(theta(t-1), Delta)
-            deltas = [start - p.to(start.dtype) for start, p in zip(self._start, self._held, strict=True)]
+            deltas = [start - p.to(start.dtype) for start, p in zip(self._start, self.held, strict=True)]
             _average(deltas)
             for start, delta in zip(self._start, deltas, strict=True):
                 start.grad = delta
             self._outer.step()
             self._outer.zero_grad()
-            _copy(self._held, self._start)
+            _copy(self.held, self._start)
         _average(self._buffers())
 
     def _inner(self) -> Optimizer:
@@ -151,24 +158,30 @@ class Round:
 
     @contextmanager
     def shared(self) -> Iterator[None]:
-        """Within it all ranks hold the same values. Collective: call on all ranks."""
+        """Within it all ranks hold the same values. Collective: call on all ranks.
+
+        Averages that stand in the place of weights are the same on all ranks, and what is to be saved.
+        """
         optimizer = self._inner()
-        tensors = [*(self._held if self.count else ()), *self._buffers()]
+        starts = dict(zip(map(id, self.held), self._start, strict=False))  # none without an outer optimizer
+        held = [p for p in self.held if self.count and not is_swapped(p)]
+        buffers = [b for b in self._buffers() if not is_swapped(b)]
+        tensors = [*held, *buffers]
         mine = [t.detach().clone() for t in tensors]
         state = optimizer.state
         self._own = _Own(
             optimizer.state_dict()["state"], {id(t): value for t, value in zip(tensors, mine, strict=True)}
         )
-        if self.count and self._outer is None:
-            _average(self._held)
-        elif self.count:
-            _copy(self._held, self._start)
-        _average(self._buffers())
+        if self._outer is None:
+            _average(held)
+        else:
+            _copy(held, [starts[id(p)] for p in held])
+        _average(buffers)
         if collectives.world_size() > 1:
-            firsts = collectives.broadcast([state.get(p) for p in self._held])
+            firsts = collectives.broadcast([state.get(p) for p in self.held])
             if collectives.rank():
                 optimizer.state = defaultdict(
-                    dict, {p: first for p, first in zip(self._held, firsts, strict=True) if first is not None}
+                    dict, {p: first for p, first in zip(self.held, firsts, strict=True) if first is not None}
                 )
         try:
             yield
@@ -186,7 +199,7 @@ class Round:
         """
         optimizer, places = self._inner(), _places(state, content)
         name = next((n for n, value in state.items() if value is optimizer and _is_whole(content.get(n))), None)
-        if name is None or any(id(p) not in places for p in self._held):
+        if name is None or any(id(p) not in places for p in self.held):
             return None
         buffers = [b for b in self._buffers() if id(b) in places]
         own = self._own or _Own(optimizer.state_dict()["state"], {})
@@ -196,10 +209,10 @@ class Round:
 
         return {
             "optimizer": name,
-            "parameters": [places[id(p)][0] for p in self._held],
+            "parameters": [places[id(p)][0] for p in self.held],
             "count": self.count,
             "inner": own.inner,
-            "weights": [value(p) for p in self._held] if self.count else None,
+            "weights": [value(p) for p in self.held] if self.count else None,
             "buffers": [(places[id(b)][0], value(b)) for b in buffers],
             "outer": self._outer.state_dict() if self._outer is not None else None,
         }
@@ -216,9 +229,9 @@ class Round:
         optimizer, places = self._inner(), _places(state, loaded)
         for one in kept:
             name, saved = one["optimizer"], [tuple(place) for place in one["parameters"]]
-            if state.get(name) is not optimizer or not _is_whole(loaded.get(name)) or len(saved) != len(self._held):
+            if state.get(name) is not optimizer or not _is_whole(loaded.get(name)) or len(saved) != len(self.held):
                 continue
-            if any(place not in places.get(id(p), ()) for place, p in zip(saved, self._held, strict=True)):
+            if any(place not in places.get(id(p), ()) for place, p in zip(saved, self.held, strict=True)):
                 continue
             check_fit(optimizer, {**loaded[name], "state": one["inner"]}, name, strict=True)
             if self._outer is not None and one["outer"] is not None:
@@ -230,7 +243,7 @@ class Round:
 
     def versions(self) -> Versions:
         """To tell later what has been changed."""
-        return Versions([p._version for p in self._held], [b._version for b in self._buffers()])
+        return Versions([p._version for p in self.held], [b._version for b in self._buffers()])
 
     @torch.no_grad()
     def begin(self, before: Versions) -> None:
@@ -240,7 +253,7 @@ class Round:
             before: What `versions` was before anything was loaded, which is the same on all ranks.
         """
         if self.count:  # what was not loaded is each rank's own
-            tensors = [*self._held, *self._buffers()]
+            tensors = [*self.held, *self._buffers()]
             versions = [*before.held, *before.buffers]
             _average([t for t, version in zip(tensors, versions, strict=True) if t._version == version])
         self.count = 0
@@ -261,7 +274,7 @@ class Round:
         optimizer = self._inner()
         optimizer.load_state_dict({**optimizer.state_dict(), "state": kept["inner"]})
         if kept["weights"] is not None:
-            _copy(self._held, kept["weights"])
+            _copy(self.held, kept["weights"])
         for buffer, value in kept["buffers"]:
             buffer.copy_(value)
 

@@ -236,6 +236,47 @@ def test_an_average_of_weights_takes_in_those_that_all_ranks_have(outer: str | N
     )
 
 
+def within_swap(folder: str, outer: str | None) -> Any:
+    lite, model, optimizer, scheduler = build(LocalSGDStrategy(sync_every=3, outer_optimizer=outer))
+    ema = lite.ema(model, decay=0.5)
+    train(lite, model, optimizer, scheduler, 0, 3)
+    ema.update()
+    answers: list[Any] = []
+    for until in (4, 5):  # in a period, and with its last step due
+        train(lite, model, optimizer, scheduler, until - 1, until)
+        before = tolists(model)
+        with ema.swap():
+            inside = tolists(model)
+            for call in (lite.strategy.end_period, optimizer.step, lite.teardown):
+                with pytest.raises(UsageError, match=r"within ema\.swap\(\)"):
+                    call()
+            answers.append(tolists(model) == inside and not lite.strategy.in_sync)
+            for path in ("one.ckpt", "parts"):
+                lite.save(f"{folder}/{path}", {"model": model, "optimizer": optimizer})
+            answers.append(tolists(model) == inside)
+        answers.append(tolists(model) == before)
+    lite.strategy.end_period()
+    ended = tolists(model)
+    with ema.swap():
+        lite.strategy.end_period()  # nothing to do
+        averages = [p.tolist() for p in model.parameters()]
+    for path in ("one.ckpt", "parts"):
+        lite.load(f"{folder}/{path}", {"model": model, "optimizer": optimizer})
+        answers.append([p.tolist() for p in model.parameters()] == averages)
+    return answers, ended, averages
+
+
+@pytest.mark.parametrize("outer", [None, "diloco"])
+def test_averages_in_the_place_of_weights_are_saved_and_not_trained(outer: str | None, tmp_path: Path) -> None:
+    """Within swap no period ends, and no step is taken; a checkpoint has the averages as the model."""
+    first, second = run_distributed(within_swap, str(tmp_path), outer)
+    assert first == second
+    assert first[0] == [True] * 8
+    stored = torch.load(tmp_path / "one.ckpt", weights_only=True)["model"]
+    names = [name for name, _ in build("single")[1].named_parameters()]
+    assert [stored[name].tolist() for name in names] == first[2]
+
+
 def skipping() -> Any:
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     strategy = LocalSGDStrategy(sync_every=2)
