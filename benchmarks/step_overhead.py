@@ -1,9 +1,10 @@
 """Microseconds that a training step costs over raw PyTorch, on one process.
 
 A tiny MLP with a batch of 4, where overhead shows most, with preloaded batches and with a DataLoader; and a small GPT,
-where it should vanish. Each in 32-true and bf16-mixed. Then batches of the MLP's evaluation. All contenders run in turn
-in one process; "raw again" is raw against itself. "trainer" is lite's Trainer, bare; "defaults" with progress bar, CSV
-logger and one log per step; "20 logs" bare with twenty. "L ..." are the same by Lightning's.
+where it should vanish. Each in 32-true and bf16-mixed. Then the MLP in epochs of ten batches, where the beginning and
+the end of an epoch show, and batches of its evaluation. All contenders run in turn, an epoch at a time, in one
+process; "raw again" is raw against itself. "trainer" is lite's Trainer, bare; "defaults" with progress bar, CSV logger
+and one log per step; "20 logs" bare with twenty. "L ..." are the same by Lightning's.
 """
 
 from __future__ import annotations
@@ -74,8 +75,8 @@ def measure(
 
 
 def measure_evaluation(dataset: TensorDataset, rounds: int) -> list[dict[str, Any]]:
-    """Batches of an evaluation, 1,000 at a time."""
-    loader = DataLoader(ConcatDataset([dataset] * 10), batch_size=4)
+    """Batches of an evaluation, whose beginning and end are among them."""
+    loader = DataLoader(ConcatDataset([dataset] * 3), batch_size=4)
     contenders = {
         "raw": evaluate_raw(mlp, loader),
         "raw again": evaluate_raw(mlp, loader),
@@ -89,13 +90,14 @@ def measure_evaluation(dataset: TensorDataset, rounds: int) -> list[dict[str, An
 
 
 def main() -> None:
-    options = arguments(__doc__, repeats=120, steps=100)
+    options = arguments(__doc__, repeats=40, steps=400)
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     rows = []
     generator = torch.Generator().manual_seed(0)
-    points = TensorDataset(torch.randn(400, 8, generator=generator), torch.randint(4, (400,), generator=generator))
     shape = {"generator": generator}
+    count = 4 * options.steps  # a turn of a contender is one epoch
+    points = TensorDataset(torch.randn(count, 8, **shape), torch.randint(4, (count,), **shape))
     texts = TensorDataset(torch.randint(64, (64, 32), **shape), torch.randint(64, (64,), **shape))
     with quiet():
         for precision in ("32-true", "bf16-mixed"):
@@ -105,9 +107,12 @@ def main() -> None:
                 title = f"MLP, batch 4, {source}, {precision}"
                 rows += measure(title, mlp, points, batch_size=4, use_loader=use_loader, steps=options.steps, **common)
             title = f"small GPT, batch 8, preloaded batches, {precision}"
-            few: dict[str, Any] = {"steps": max(1, options.steps // 10), "rounds": max(2, options.repeats // 3)}
+            few: dict[str, Any] = {"steps": max(1, options.steps // 20), "rounds": options.repeats}
             rows += measure(title, gpt, texts, batch_size=8, use_loader=False, **(common | few))
-        rows += measure_evaluation(points, max(2, options.repeats // 4))
+        few = {"steps": max(10, options.steps // 4), "rounds": options.repeats, "precision": "32-true"}
+        title = "MLP, batch 4, DataLoader, epochs of 10 batches"
+        rows += measure(title, mlp, TensorDataset(*points[:40]), batch_size=4, use_loader=True, **few)
+        rows += measure_evaluation(points, max(2, options.repeats))
     finish(rows, options.json)
 
 
