@@ -19,6 +19,7 @@ from lite.strategies.footprint import Footprint, parts
 from lite.strategies.fsdp import names_of_blocks, place, policies, shard_over_data
 from lite.strategies.meshes import make_mesh, settle_sizes
 from lite.strategies.sharded import ShardedStrategy
+from lite.strategies.split_outputs import watch_first_outputs
 
 
 class ModelParallelStrategy(ShardedStrategy):
@@ -38,8 +39,10 @@ class ModelParallelStrategy(ShardedStrategy):
         sharded: Whether the groups hold parts of the weights, as FSDP does; False gives each a whole model, as DDP
             does.
         loss_parallel: Whether a loss may be computed from logits that stay split over the classes
-            (`ColwiseParallel(use_local_output=False)`), as in torch's `loss_parallel`; until the job ends. Evaluate it
-            under `torch.no_grad()`: torch 2.13 can't within `torch.inference_mode()`.
+            (`ColwiseParallel(use_local_output=False)`), as in torch's `loss_parallel`; until the job ends. A layer's
+            part as a plain tensor, which a loss would take for the whole, is refused where the model's first forward
+            returns it. Evaluate split logits under `torch.no_grad()`: torch 2.13 can't within
+            `torch.inference_mode()`.
         auto_wrap: What is sharded over data by itself, as for FSDPStrategy.
         reshard_after_forward: As for FSDPStrategy.
         mixed_precision: As for FSDPStrategy.
@@ -167,10 +170,10 @@ class ModelParallelStrategy(ShardedStrategy):
                 f"does not go with loss_parallel=True in torch 2.13 ({error}); use torch.no_grad(), or "
                 "Trainer(inference_mode=False)."
             )
-        if self._tensor == 1:
-            return None
-        columns = parallel_plan.column_layers(named, self._plan)
-        return parallel_plan.explain_forward_error(named, error, columns, self._tensor)
+        told = super().explain_forward_error(module, error)
+        if told is not None or self._tensor == 1:
+            return told
+        return parallel_plan.explain_forward_error(named, error, self._plan, self._tensor)
 
     def check_new_optimizer(self, optimizer: Any) -> None:
         from lite.strategies.repointing import check_kernels
@@ -202,6 +205,8 @@ class ModelParallelStrategy(ShardedStrategy):
                 )
             parallel_plan.check_heads(named, parallel_plan.column_layers(named, None), self._tensor)
         parallel_plan.tie_again(module, tied)
+        if self._tensor > 1:
+            watch_first_outputs(named, self._plan)
         how = f"layers split over {self._tensor} ranks"
         if self._data == 1:
             return how

@@ -211,13 +211,15 @@ def _is_split(layouts: Iterable[Any]) -> bool:
     return any(layout.is_shard() for layout in layouts)
 
 
-def explain_forward_error(module: nn.Module, error: BaseException, columns: Iterable[str], size: int) -> str | None:
-    """What to do where a layer was given a part of the features that it was made for; None where it was not that.
+def explain_forward_error(
+    module: nn.Module, error: BaseException, plan: Mapping[str, Any] | None, size: int
+) -> str | None:
+    """What to do where a layer was given a part of what it was made for, or the whole; None where it was not that.
 
     Args:
         module: The model.
         error: What its forward raised.
-        columns: Names of the layers whose outputs are split.
+        plan: Layers and styles, or None where a function has split them.
         size: Over how many ranks.
     """
     if isinstance(error, torch.OutOfMemoryError) or not any(word in str(error) for word in _OF_SHAPES):
@@ -232,12 +234,55 @@ def explain_forward_error(module: nn.Module, error: BaseException, columns: Iter
     name = f"{names[id(where)]!r}, a {type(where).__name__}," if where is not module else "its own forward"
     return (
         f"{type(module).__name__} could not compute: {name} got what does not fit it ({error}). Under "
-        f"tensor_parallel={size} the outputs of {some(list(columns)) or 'split layers'} have 1/{size} of their "
+        f"tensor_parallel={size} {_what_is_split(module, plan, size)}"
+    )
+
+
+def _what_is_split(module: nn.Module, plan: Mapping[str, Any] | None, size: int) -> str:
+    """Which outputs are parts, and what goes with them, for the styles that are there."""
+    styles = matches(module, plan) if plan is not None else {}
+    over_sequence = [name for name, style in styles.items() if _splits_sequence(style)]
+    if over_sequence:
+        return (
+            f"the outputs of {some(over_sequence)} are split over the sequence (SequenceParallel, or output_layouts="
+            f"Shard(1)): 1/{size} of the positions on each rank. What such a tensor meets must be split alike: the "
+            "residual that it is added to, the input of a SequenceParallel, which takes a plain tensor for this rank's "
+            "part. So split them from the embedding, RowwiseParallel(input_layouts=Replicate(), output_layouts="
+            "Shard(1)), through each block, SequenceParallel() for the norm and "
+            "RowwiseParallel(output_layouts=Shard(1)) for the last layer, to the head, "
+            "ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()); or leave SequenceParallel and "
+            "Shard(1) out of parallelize."
+        )
+    columns = list(column_layers(module, plan))
+    rows = [name for name, style in styles.items() if _takes_parts(style)]
+    if rows and not columns:
+        return (
+            f"{some(rows)} take 1/{size} of their features on each rank, and nothing before them is split. Use "
+            "RowwiseParallel(input_layouts=Replicate()) for them, or ColwiseParallel() for the layer before each."
+        )
+    return (
+        f"the outputs of {some(columns) or 'split layers'} have 1/{size} of their "
         "features on each rank. What comes after such a layer and needs all of them (a BatchNorm, a view by a constant "
         "number of heads or features) gets them by ColwiseParallel(output_layouts=Replicate()) for that layer, and "
         "RowwiseParallel(input_layouts=Replicate()) for the one that takes it on; or leave both out of parallelize, or "
         "write -1 in the view in place of that number."
     )
+
+
+def _splits_sequence(style: Any) -> bool:
+    """Whether it hands on a part of the positions, or of the batch, rather than of the features."""
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel
+
+    if isinstance(style, SequenceParallel):
+        return True
+    known = isinstance(style, (ColwiseParallel, RowwiseParallel))
+    return known and any(layout.is_shard() and layout.dim != -1 for layout in style.output_layouts)
+
+
+def _takes_parts(style: Any) -> bool:
+    from torch.distributed.tensor.parallel import RowwiseParallel
+
+    return isinstance(style, RowwiseParallel) and _is_split(style.input_layouts)
 
 
 def shared_names(module: nn.Module) -> list[list[str]]:

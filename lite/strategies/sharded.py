@@ -19,7 +19,7 @@ from lite.environments.base import Environment
 from lite.errors import ConfigError, UsageError
 from lite.first_rank import refuse_alone
 from lite.precision.base import Precision, Uncast
-from lite.strategies import provenance
+from lite.strategies import provenance, remedies
 from lite.strategies.activations import prepare_blocks
 from lite.strategies.base import Engine, Strategy, refuse_foreign, refuse_sync_batch_norm
 from lite.strategies.blocks import choose_blocks
@@ -104,7 +104,13 @@ class ShardedStrategy(Strategy):
 
     def explain_forward_error(self, module: nn.Module, error: RuntimeError) -> str | None:
         """What to do about an error in a forward, where the way of sharding is its reason."""
-        return None
+        return remedies.explain(module, error) if self.shards_over_data else None
+
+    def explain_backward_error(self, error: RuntimeError) -> str | None:
+        engine = next(self._engines(), None)
+        if engine is None or not self.shards_over_data or remedies.MIXED not in str(error):
+            return None
+        return f"{remedies.past_model(engine.module)} torch says: {error}"
 
     # ---- the strategy's interface
 
@@ -230,6 +236,10 @@ class ShardedStrategy(Strategy):
                     "a Trainer use automatic optimisation, with a step function for each optimizer ({'optimizer': ..., "
                     "'step': self.critic_step} in configure_optimizers), or strategy='ddp'."
                 )
+            for engine in self._engines():
+                name = engine.holding(stray)
+                if name is not None:
+                    raise UsageError(remedies.past_model(engine.module, name))
             raise UsageError(
                 f"lite.backward got a loss that depends on a parameter of shape {tuple(stray.shape)} of no model that "
                 "is set up, so its gradient would stay different on each rank; make it part of a model that you pass "

@@ -1,7 +1,7 @@
 """What stands around one model whose parameters are sharded: its calls, its buffers, its gradients, and the way back.
 
-fully_shard's hooks stand on the module itself; here is what they leave open. Relies on `_pre_forward`, `_post_forward`
-and `_pre_backward` of the state that fully_shard keeps for a module, as they are in torch 2.13.
+fully_shard's hooks stand on the module itself; here is what they leave open. Relies on `_lazy_init`, `_pre_forward`,
+`_post_forward` and `_pre_backward` of the state that fully_shard keeps for a module, as they are in torch 2.13.
 """
 
 from __future__ import annotations
@@ -26,17 +26,12 @@ from lite import collectives
 from lite.errors import LiteError, UsageError
 from lite.precision.base import Precision
 from lite.sharded import cut, is_sharded, whole
-from lite.strategies import provenance
+from lite.strategies import provenance, remedies
 from lite.strategies.base import Engine
+from lite.strategies.numbers import WholeNumbers
+from lite.strategies.outside import OutsideCheck
 from lite.strategies.repointing import loading_into_shards, repoint
 from lite.strategies.restoring import Original
-
-_MIXED = "got mixed torch.Tensor and DTensor"
-_BY_ITSELF = (
-    "differentiated by itself, after lite.backward(loss) and before the step: "
-    "sum(p.full_tensor().pow(2).sum() for p in model.parameters()).mul(0.01).backward(), say; what that adds up to is "
-    "also the optimizer's weight_decay."
-)
 
 
 class ShardedEngine(Engine):
@@ -98,12 +93,16 @@ class ShardedEngine(Engine):
         sharded: list[Any] = [p.sharded_param for group in groups for p in group.fsdp_params]
         self._over_data = {p.device_mesh for p in sharded}
         self._mark = provenance.Mark(frozenset({weakref.ref(self)}), ())
+        self._numbers = WholeNumbers(lambda: remedies.part_as_number(self.module))
         self.body = dict.fromkeys(("__reduce_ex__", "__deepcopy__"), _refuse_copy)
         self._ran: list[str] = []  # where collectives are compared
         if collectives.are_compared():
             for name, part in module.named_modules():
                 if any(True for _ in part.parameters(recurse=False)):
                     self._undo.append(part.register_forward_pre_hook(partial(self._note_run, name)).remove)
+        owners = set(self._owners(self._state)) if states else set()
+        self._outside = OutsideCheck(module, {name: part for name, part in module.named_modules() if part in owners})
+        self._undo.append(self._outside.remove)
         for part in module.modules():
             handle = part.register_load_state_dict_pre_hook(_cut_for_loading)  # type: ignore[no-untyped-call]
             self._undo.append(handle.remove)
@@ -142,7 +141,8 @@ class ShardedEngine(Engine):
 
     def forward(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:
-            return self._forward(run, args, kwargs)
+            with self._numbers, self._outside:
+                return self._forward(run, args, kwargs)
         except RuntimeError as error:
             self._raise_explained(error)
             raise
@@ -167,7 +167,8 @@ class ShardedEngine(Engine):
 
     def method(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:
-            return self._method(run, args, kwargs)
+            with self._numbers, self._outside:
+                return self._method(run, args, kwargs)
         except RuntimeError as error:
             self._raise_explained(error)
             raise
@@ -187,7 +188,7 @@ class ShardedEngine(Engine):
         if torch.is_grad_enabled():
             computed = (leaf for leaf in tree_leaves(outputs) if is_sharded(leaf) and leaf.grad_fn is not None)
             if any(leaf.device_mesh in self._over_data for leaf in computed):  # others are split logits, say
-                raise UsageError(_of_weights_alone(self.module))
+                raise UsageError(remedies.of_weights_alone(self.module))
             provenance.tag(outputs, self._mark, [])
         else:
             self._reshard()
@@ -204,6 +205,7 @@ class ShardedEngine(Engine):
                 entered = self.within = True
                 state._pre_forward(self.module, (), {})
 
+        state._lazy_init()  # first by the whole model, whichever layer runs first
         outputs = None
         with ExitStack() as stack:
             if provenance.has_tensors((args, kwargs)):
@@ -216,8 +218,8 @@ class ShardedEngine(Engine):
             try:
                 outputs = run(*args, **kwargs)
             except RuntimeError as error:
-                if _MIXED in str(error):
-                    raise UsageError(_past_hooks(self.module)) from error
+                if remedies.MIXED in str(error):
+                    raise UsageError(remedies.past_hooks(self.module)) from error
                 raise
             finally:
                 self.within = False
@@ -273,6 +275,16 @@ class ShardedEngine(Engine):
 
     # ---- optimizers and the way back
 
+    def holding(self, parameter: Tensor) -> str | None:
+        """The name of the parameter that this is, put together over the ranks; None where it is none of the model's."""
+        for part in self.module.modules():
+            if isinstance(part, FSDPModule):
+                for group in part._get_fsdp_state()._fsdp_param_groups:
+                    for held in group.fsdp_params:
+                        if getattr(held, "_unsharded_param", None) is parameter:
+                            return self.names[id(held.sharded_param)]
+        return None
+
     def successor(self, parameter: Tensor) -> nn.Parameter | None:
         """What took the place of a parameter that the model had before it was sharded."""
         found: nn.Parameter | None = self._former.get(parameter)  # type: ignore[no-untyped-call]
@@ -310,22 +322,6 @@ def _refuse_copy(module: nn.Module, *unused: Any) -> Any:
     raise UsageError(
         f"this {name} is sharded, and a rank's part of its weights can't be pickled or copied as the model; store it "
         "by lite.save or lite.export, or call lite.teardown() before."
-    )
-
-
-def _past_hooks(module: nn.Module) -> str:
-    return (
-        f"a method of {type(module).__name__} used sharded parameters past the module that holds them: a layer's own "
-        "weight, or a method of a wrapped layer other than its forward. Call layers by their forward, give the method "
-        "the tensors that it works on, or keep that layer's class out of auto_wrap. A penalty on weights is "
-        f"{_BY_ITSELF}"
-    )
-
-
-def _of_weights_alone(module: nn.Module) -> str:
-    return (
-        f"a method of {type(module).__name__} returned what it has computed from sharded weights, of which each rank "
-        f"has a part, so that it doesn't go with the loss. A penalty on weights is {_BY_ITSELF}"
     )
 
 

@@ -545,6 +545,120 @@ def test_a_penalty_on_sharded_weights_is_told_how_to_be_computed() -> None:
             torch.testing.assert_close(torch.tensor(mine), torch.tensor(wanted), rtol=0, atol=1e-12)
 
 
+class Batch:
+    """What a collate function of one's own returns, in which nobody sees a tensor."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.x = x
+
+
+class Layer(nn.Sequential):
+    """What is sharded by itself."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(4, 4), nn.Tanh())
+
+
+class Layered(nn.Module):
+    """A row of layers, with methods that have no tensor among their arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.blocks = nn.Linear(4, 4), nn.Sequential(Layer(), Layer())
+        self.last: Any = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.last = self.blocks(self.first(x))
+        return self.last
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        return self.blocks(self.first(batch.x)).pow(2).mean()
+
+    def norm(self) -> float:
+        return self.blocks[0][0].weight.detach().norm().item()  # type: ignore[index, union-attr]
+
+    @torch.no_grad()
+    def decided(self, x: torch.Tensor) -> float:
+        weight = self.blocks[0][0].weight  # type: ignore[index, union-attr]
+        return max(1.0, weight.abs().max()) if weight.mean() > 0 else float(weight.sum())
+
+    def scaled(self, x: torch.Tensor, norm: float) -> torch.Tensor:
+        return self(x).pow(2).mean() * norm
+
+
+def used_first(wrapped: type | None) -> list[float]:
+    lite = start(FSDPStrategy(auto_wrap={wrapped}) if wrapped else "auto", "64-true")
+    model, share = Layered(), torch.arange(32.0, dtype=torch.float64).view(8, 4)
+    model, optimizer = lite.setup(model, torch.optim.SGD(model.parameters(), lr=1e-3))
+    losses = []
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss = model.loss(Batch(share.chunk(lite.world_size)[lite.global_rank]))
+        lite.backward(loss)
+        optimizer.step()
+        losses.append(lite.all_reduce(loss.detach()).item())
+    return losses
+
+
+@pytest.mark.parametrize("wrapped", [Layer, nn.Linear])
+def test_a_method_without_tensors_may_be_the_first_use(wrapped: type) -> None:
+    """Whichever layer runs first, the model's own or a block, one process's losses come out."""
+    one = used_first(None)
+    for losses in run_distributed(used_first, wrapped):
+        assert losses == pytest.approx(one, abs=1e-12)  # sums of 64-bit floats in another order
+
+
+def past_the_model() -> dict[str, str]:
+    lite = start(FSDPStrategy(auto_wrap={Layer}), "64-true")
+    model, x = lite.setup(Layered()), torch.arange(8.0, dtype=torch.float64).view(2, 4)
+    facts = {
+        "layer": told(lambda: model.blocks(model.first(x))),
+        "layer of keywords": told(lambda: model.first(input=x)),
+        "number": told(model.norm),
+        "decision": told(lambda: model.decided(x)),
+    }
+    whole_number = model.blocks[0][0].weight.full_tensor().norm().item()  # type: ignore[index, operator, union-attr]
+    facts["remedy"] = str(model.scaled(x, whole_number).item() > 0)
+    # Outside of the model torch's own number is the part's.
+    facts["part"] = str(model.blocks[0][0].weight.detach().norm().item() < whole_number)  # type: ignore[index, operator, union-attr]
+    model.zero_grad()
+    facts["weight"] = told(lambda: lite.backward(model(x).sum() + model.first.weight.pow(2).sum()))
+    facts["layer again"] = told(lambda: lite.backward(model(x).sum() + model.first(x).sum()))
+    model(x)
+    facts["method"] = told(lambda: lite.backward(model.loss(Batch(x))))
+    lite.teardown()
+    facts["after teardown"] = str(model.first(x).shape)
+    lite = start(FSDPStrategy(auto_wrap={nn.Linear}), "64-true")
+    model = lite.setup(model)
+    facts["sharded weight"] = told(lambda: lite.backward(model(x).pow(2).mean() + model.first.weight.pow(2).sum()))
+    lite.teardown()
+    model = lite.setup(Layered().double())
+    model.first(x)
+    facts["layer first"] = told(lambda: model(x))
+    return facts
+
+
+def test_what_is_computed_past_a_sharded_model_is_refused_with_the_remedy() -> None:
+    """Numbers of a rank's part, layers that are called outside of the model, and losses of its weights."""
+    parts = {
+        "number": "UsageError: Layered asked for the Python number",
+        "decision": "from weight.full_tensor(), and pass it on",
+        "layer": "UsageError: 'first', a layer of Layered, was called outside of Layered",
+        "layer of keywords": "'first', a layer of Layered, was called outside of Layered",
+        "remedy": "True",
+        "part": "True",
+        "weight": "depends on Layered's parameter 'first.weight' past its forward and methods",
+        "layer again": "layers are called in there. A penalty on weights is differentiated by itself",
+        "method": "nothing was raised",
+        "after teardown": "torch.Size([2, 4])",
+        "sharded weight": "depends on Layered's weights past its forward and methods",
+        "layer first": "a layer of Layered was called outside of it before its own first call",
+    }
+    for facts in run_distributed(past_the_model):
+        assert {k: v for k, v in facts.items() if parts[k] not in v} == {}
+        assert facts.keys() == parts.keys()
+
+
 class TiedNorms(nn.Module):
     """Two norms with one weight, which is also used without them."""
 
@@ -556,6 +670,82 @@ class TiedNorms(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.second(self.layer(self.first(x)) + x.float())
         return nn.functional.layer_norm(x, (8,), self.first.weight, self.first.bias)
+
+
+class Float32Norm(nn.LayerNorm):
+    """As CLIP's."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input.float()).type_as(input)
+
+
+class Float32Groups(nn.GroupNorm):
+    """The same by the function."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return nn.functional.group_norm(input.float(), self.num_groups, self.weight, self.bias).type_as(input)
+
+
+class Norms(nn.Module):
+    """Norms in float32 of one's own, and torch's with a keyword."""
+
+    def __init__(self, own: nn.Module) -> None:
+        super().__init__()
+        self.first, self.own, self.norm = nn.Linear(8, 8), own, nn.LayerNorm(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(input=self.own(self.first(x)).float())
+
+
+class Function(nn.Module):
+    """A norm of which nobody can know that it is one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.layer_norm(x.float(), (8,), self.scale)
+
+
+def float32_norms(precision: str) -> dict[str, Any]:
+    facts: dict[str, Any] = {}
+    x = torch.arange(16.0).view(2, 8) / 16
+    for name, own in {"layer": Float32Norm(8), "groups": Float32Groups(2, 8)}.items():
+        for wrap in (None, {type(own)}):
+            lite = start(FSDPStrategy(auto_wrap=wrap), precision)
+            model = Norms(copy.deepcopy(own))
+            raw = copy.deepcopy(model)
+            before = [p.detach().clone() for p in model.parameters()]
+            raw(x).pow(2).mean().backward()
+            model, optimizer = lite.setup(model, torch.optim.SGD(model.parameters(), lr=1.0))
+            lite.backward(model(x).pow(2).mean())
+            optimizer.step()
+            lite.teardown()
+            assert (
+                not model.own._forward_pre_hooks and not model.own._forward_hooks and not model.norm._forward_pre_hooks
+            )
+            pairs = list(zip(model.parameters(), before, raw.parameters(), strict=True))
+            steps = torch.cat([(b - p.detach()).flatten() for p, b, _ in pairs])
+            wanted = torch.cat([p.grad.flatten() for _, _, p in pairs])
+            far = ((steps - wanted).norm() / wanted.norm()).item()
+            facts[f"{name} {wrap is not None}"] = far
+            facts[f"{name} {wrap is not None} dtype"] = model.own.weight.dtype
+    lite = start(precision=precision)
+    model = lite.setup(Norms(Function()))
+    facts["function"] = told(lambda: model(x))
+    return facts
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+def test_norms_that_compute_in_float32_run_in_16_bits(precision: str) -> None:
+    """Subclasses get their weights in float32; a function's error says that it needs them."""
+    for facts in run_distributed(float32_norms, precision):
+        assert "F.layer_norm(x.float(), shape, weight.float(), bias.float())" in facts.pop("function")
+        for name in ("layer", "groups"):
+            for wrapped in (False, True):
+                assert facts[f"{name} {wrapped} dtype"] == torch.float32
+                assert facts[f"{name} {wrapped}"] < 5e-2  # bfloat16 keeps 8 bits
 
 
 def tied_norms(precision: str) -> list[bool]:

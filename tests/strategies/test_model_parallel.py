@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.distributed.tensor import Replicate
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 from torch.utils.data import DataLoader, TensorDataset
 
 from lite import ConfigError, Lite, ModelParallelStrategy, UsageError
@@ -277,6 +277,100 @@ def test_misuse_is_refused_with_the_remedy() -> None:
         assert facts.pop("as it was")
         assert {k: v for k, v in facts.items() if parts[k] not in v} == {}
         assert facts.keys() == parts.keys()
+
+
+class Block(nn.Module):
+    """A residual around a norm and two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(4), nn.Linear(4, 8), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(self.up(self.norm(x)).tanh())
+
+
+class Net(nn.Module):
+    """Blocks between an embedding and a head, whose output is returned within a dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.blocks = nn.Embedding(6, 4), nn.Sequential(Block(), Block())
+        self.head = nn.Linear(4, 6)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        hidden = self.blocks(self.tokens(x))
+        return {"logits": self.head(hidden), "hidden": hidden}
+
+    def loss(self, x: torch.Tensor) -> torch.Tensor:
+        return self(x)["logits"].pow(2).mean()
+
+
+def split_head(model: nn.Module, mesh: Any) -> None:
+    parallelize_module(model, mesh["tensor"], {"head": ColwiseParallel()})
+
+
+COLUMN, WHOLE = ColwiseParallel(), Replicate()
+BLOCKS = {"blocks.*.up": COLUMN, "blocks.*.down": ROWWISE}
+OVER_SEQUENCE = {
+    "tokens": RowwiseParallel(input_layouts=WHOLE, output_layouts=Shard(1)),
+    "blocks.*.norm": SequenceParallel(),
+    "blocks.*.up": COLUMN,
+    "blocks.*.down": RowwiseParallel(output_layouts=Shard(1)),
+    "head": ColwiseParallel(input_layouts=Shard(1), output_layouts=WHOLE),
+}
+
+
+def split_outputs() -> dict[str, Any]:
+    facts: dict[str, Any] = {}
+    tokens = torch.arange(12).view(2, 6) % 6
+    for name, plan in {
+        "head": {**BLOCKS, "*ead": COLUMN},
+        "method": {**BLOCKS, "head": COLUMN},
+        "rows": {"head": RowwiseParallel(input_layouts=WHOLE, output_layouts=Shard(1))},
+        "function": split_head,
+        "residual": {"blocks.*.up": COLUMN, "blocks.*.down": RowwiseParallel(output_layouts=Shard(1))},
+        "sequence": {**BLOCKS, "blocks.*.norm": SequenceParallel()},
+        "norms": {"blocks.*.norm": SequenceParallel()},
+        "whole input": {"blocks.*.down": ROWWISE},
+    }.items():
+        lite = start(parallelize=plan)
+        model = lite.setup(Net())
+        call = model.loss if name == "method" else model
+        facts[name] = told(lambda call=call: call(tokens))
+        facts[f"{name} again"] = told(lambda model=model: model(tokens))
+    for name, plan in {
+        "whole": {**BLOCKS, "head": ColwiseParallel(output_layouts=WHOLE)},
+        "all": OVER_SEQUENCE,
+    }.items():
+        lite = start(parallelize=plan)
+        model = Net()
+        wanted = model(tokens)["logits"]
+        torch.testing.assert_close(lite.setup(model)(tokens)["logits"], wanted)
+        facts[name] = len(model._forward_hooks) + len(model.blocks[0].up._forward_hooks)
+    lite = start(parallelize={**BLOCKS, "head": ColwiseParallel(use_local_output=False)}, loss_parallel=True)
+    facts["loss parallel"] = is_sharded(lite.setup(Net())(tokens)["logits"])
+    return facts
+
+
+def test_what_is_returned_split_is_refused_at_the_first_forward() -> None:
+    """By the plan's key; and what split outputs don't fit is explained by the styles that the plan has."""
+    returned = "returned it as it is: a plain tensor with this rank's part, which a loss would take for the whole"
+    parts = {
+        "head": f"parallelize['*ead']=ColwiseParallel leaves the output of 'head' split, and Net {returned}",
+        "method": "parallelize['head']=ColwiseParallel leaves the output of 'head' split",
+        "rows": "parallelize['head']=RowwiseParallel leaves the output of 'head' split",
+        "function": "parallelize leaves the output of 'head' split",
+        "residual": "the outputs of blocks.0.down, blocks.1.down are split over the sequence",
+        "sequence": "the outputs of blocks.0.norm, blocks.1.norm are split over the sequence",
+        "norms": "the outputs of blocks.0.norm, blocks.1.norm are split over the sequence",
+        "whole input": "blocks.0.down, blocks.1.down take 1/2 of their features on each rank, and nothing before them",
+    }
+    for facts in run_distributed(split_outputs):
+        assert facts.pop("loss parallel")
+        assert facts.pop("whole") == facts.pop("all") == 1  # the style's own
+        for key, part in parts.items():
+            assert part in facts[key] and part in facts[f"{key} again"], key
 
 
 def test_arguments_are_checked_before_any_process_starts() -> None:

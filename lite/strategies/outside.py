@@ -1,0 +1,58 @@
+"""Layers whose weights are put together with the whole model's, called past the model: refused with what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from lite.errors import UsageError
+from lite.sharded import is_sharded
+from lite.strategies import remedies
+
+
+class OutsideCheck:
+    """Hooks on layers, and a context for the model's own runs, in which they are lifted and the compiler sees none.
+
+    Args:
+        module: The model.
+        layers: Its layers that are not sharded by themselves, by name.
+    """
+
+    def __init__(self, module: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+        self._runs = 0
+        self._hooks: list[tuple[Any, int, Any]] = []
+        self._handles = []
+        for name, layer in layers.items():
+            check = partial(_check, remedies.outside(module, name))
+            handle = layer.register_forward_pre_hook(check)
+            self._handles.append(handle)
+            self._hooks.append((layer._forward_pre_hooks, handle.id, check))
+
+    def __enter__(self) -> None:
+        self._runs += 1
+        if self._runs == 1:
+            for table, key, _ in self._hooks:
+                table.pop(key, None)
+
+    def __exit__(self, *unused: Any) -> None:
+        self._runs -= 1
+        if self._runs == 0:
+            for table, key, check in self._hooks:
+                table[key] = check
+
+    def remove(self) -> None:
+        """Take the hooks off for good."""
+        self._hooks = []
+        for handle in self._handles:
+            handle.remove()
+
+
+def _check(text: str, layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+    if torch._C._current_graph_task_id() != -1:  # activation checkpointing runs it again
+        return
+    if any(map(is_sharded, layer._parameters.values())) and not any(map(is_sharded, inputs)):
+        raise UsageError(text)

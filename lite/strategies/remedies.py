@@ -1,0 +1,85 @@
+"""What to do about mistakes around sharded models: the texts of errors, and which of torch's errors they are for.
+
+torch's own words are those of torch 2.13.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+MIXED = "got mixed torch.Tensor and DTensor"
+_BY_ITSELF = (
+    "differentiated by itself, after lite.backward(loss) and before the step: "
+    "sum(p.full_tensor().pow(2).sum() for p in model.parameters()).mul(0.01).backward(), say; what that adds up to is "
+    "also the optimizer's weight_decay."
+)
+
+
+def past_hooks(module: nn.Module) -> str:
+    """A method computed with sharded parameters and plain tensors."""
+    return (
+        f"a method of {_name(module)} used sharded parameters past the module that holds them: a layer's own "
+        "weight, or a method of a wrapped layer other than its forward. Call layers by their forward, give the method "
+        "the tensors that it works on, or keep that layer's class out of auto_wrap. A penalty on weights is "
+        f"{_BY_ITSELF}"
+    )
+
+
+def of_weights_alone(module: nn.Module) -> str:
+    """A method returned what has come from sharded parameters."""
+    return (
+        f"a method of {_name(module)} returned what it has computed from sharded weights, of which each rank "
+        f"has a part, so that it doesn't go with the loss. A penalty on weights is {_BY_ITSELF}"
+    )
+
+
+def past_model(module: nn.Module, parameter: str | None = None) -> str:
+    """A loss depends on a weight of the model, and not by way of its forward and methods."""
+    which = f"parameter {parameter!r}" if parameter else "weights"
+    return (
+        f"lite.backward got a loss that depends on {_name(module)}'s {which} past its forward and methods, so that the "
+        "gradient would not be reduced over the ranks. What takes data belongs into a method of the model, and layers "
+        f"are called in there. A penalty on weights is {_BY_ITSELF}"
+    )
+
+
+def outside(module: nn.Module, layer: str) -> str:
+    """A layer whose weights are put together with the model's was called by itself."""
+    return (
+        f"{layer!r}, a layer of {_name(module)}, was called outside of {_name(module)}, whose weights are put together "
+        "while it runs itself; call the model, or put these lines into a method of it and call that, with the tensors "
+        "that it works on."
+    )
+
+
+def part_as_number(module: nn.Module) -> str:
+    """A number was asked of a tensor of which each rank has a part."""
+    return (
+        f"{_name(module)} asked for the Python number (item(), float(), bool(), max(), if) of a tensor that comes from "
+        "sharded weights or outputs, and each rank would go on with that of its own part. Compute it before the "
+        "model is called, on all ranks, from weight.full_tensor(), and pass it on; or in the forward of the layer that "
+        "holds the weight, where it is whole."
+    )
+
+
+def explain(module: nn.Module, error: RuntimeError) -> str | None:
+    """What to do about torch's error in a forward or method of a model that is sharded over data; None if not known."""
+    text = str(error)
+    if text.startswith("mixed dtype (CPU)"):
+        return (
+            f"{_name(module)} gave a norm an input in float32 and weights in 16 bits, in which FSDP puts weights "
+            "together under mixed precision, and the CPU has no kernel for that. Cast the weights, too: "
+            "F.layer_norm(x.float(), shape, weight.float(), bias.float()); a subclass of torch.nn.LayerNorm, GroupNorm "
+            f"or InstanceNorm gets them in float32 by itself. torch says: {text}"
+        )
+    if "already been lazily initialized" in text:
+        return (
+            f"a layer of {_name(module)} was called outside of it before its own first call, and can't be part of it "
+            "any more; call lite.teardown(), set the model up again, and call it, or a method of it that calls the "
+            f"layer. torch says: {text}"
+        )
+    return None
+
+
+def _name(module: nn.Module) -> str:
+    return type(module).__name__.removeprefix("FSDP")
