@@ -27,7 +27,8 @@ class FSDPStrategy(ShardedStrategy):
 
     Weights and buffers become rank 0's. What `setup` returns is the user's model: `model.state_dict()` has the raw
     keys, with DTensors as values. An optimizer that was made before `setup` holds the sharded parameters afterwards.
-    Call the model, and methods of it that compute, on all ranks.
+    Call the model, and methods of it that compute, on all ranks, and its layers within them. There a number of a
+    sharded weight (`weight.norm().item()`) is refused: compute it from `weight.full_tensor()` before.
 
     With precision "bf16-mixed" or "16-mixed" parameters, gradients and state stay float32, blocks compute in 16 bits,
     and gradients are reduced in float32 (torch's MixedPrecisionPolicy, under autocast; BatchNorms, whose statistics are

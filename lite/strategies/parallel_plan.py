@@ -242,7 +242,9 @@ def _what_is_split(module: nn.Module, plan: Mapping[str, Any] | None, size: int)
     """Which outputs are parts, and what goes with them, for the styles that are there."""
     styles = matches(module, plan) if plan is not None else {}
     over_sequence = [name for name, style in styles.items() if _splits_sequence(style)]
+    columns = [name for name in column_layers(module, plan) if name not in over_sequence]
     if over_sequence:
+        features = f" The outputs of {some(columns)} have 1/{size} of their features." if columns else ""
         return (
             f"the outputs of {some(over_sequence)} are split over the sequence (SequenceParallel, or output_layouts="
             f"Shard(1)): 1/{size} of the positions on each rank. What such a tensor meets must be split alike: the "
@@ -251,9 +253,8 @@ def _what_is_split(module: nn.Module, plan: Mapping[str, Any] | None, size: int)
             "Shard(1)), through each block, SequenceParallel() for the norm and "
             "RowwiseParallel(output_layouts=Shard(1)) for the last layer, to the head, "
             "ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()); or leave SequenceParallel and "
-            "Shard(1) out of parallelize."
+            "Shard(1) out of parallelize." + features
         )
-    columns = list(column_layers(module, plan))
     rows = [name for name, style in styles.items() if _takes_parts(style)]
     if rows and not columns:
         return (

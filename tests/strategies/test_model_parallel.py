@@ -369,6 +369,8 @@ def test_what_is_returned_split_is_refused_at_the_first_forward() -> None:
     for facts in run_distributed(split_outputs):
         assert facts.pop("loss parallel")
         assert facts.pop("whole") == facts.pop("all") == 1  # the style's own
+        assert facts["sequence"].endswith("The outputs of blocks.0.up, blocks.1.up have 1/2 of their features.")
+        assert facts["norms"].endswith("leave SequenceParallel and Shard(1) out of parallelize.")
         for key, part in parts.items():
             assert part in facts[key] and part in facts[f"{key} again"], key
 
