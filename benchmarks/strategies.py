@@ -2,7 +2,9 @@
 
 For each number of processes one job is started, in which all contenders train in turn, a few steps each, over and over.
 So what else the machine does falls on all alike, and a round's ratio to raw is of neighbouring moments; the table has
-the medians over the rounds. "cpu" is the same ratio in processor time, which waiting for a busy machine does not touch.
+the medians over the rounds, and how far they may be off ("+-": 1.57 IQR / sqrt(rounds), the notch of a box plot; source:
+McGill et al., 1978, https://doi.org/10.1080/00031305.1978.10479236). "cpu" is the same ratio in processor time, which
+waiting for a busy machine does not touch.
 On GPUs, processes take one each.
 
 Bytes of state are this rank's parameters, gradients, buffers and optimizer state between two steps; the peak is what a
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import os
 import socket
 import statistics
@@ -40,7 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, nargs="+", default=[2, 4], help="default 2 4")
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS, help="default all that fit")
-    parser.add_argument("--repeats", type=int, default=40, help="rounds, default 40")
+    parser.add_argument("--repeats", type=int, help="rounds, default 40, and 120 where processes share cores")
     parser.add_argument("--steps", type=int, default=5, help="steps of each contender in a round, default 5")
     parser.add_argument("--batch-size", type=int, default=8, help="of each process, default 8")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
@@ -71,13 +74,13 @@ def run_job(world_size: int, options: argparse.Namespace) -> list[dict[str, Any]
 
 def _print_row(row: str, world_size: int, results: list[dict[str, Any]]) -> None:
     print(f"\n{row}, {world_size} processes")
-    print(f"  {'':<12}{'steps/s':>9}{'of raw':>8}{'IQR':>8}{'cpu':>8}{'state MB':>10}{'of raw':>8}{'peak MB':>9}")
+    print(f"  {'':<12}{'steps/s':>9}{'of raw':>8}{'+-':>8}{'cpu':>8}{'state MB':>10}{'of raw':>8}{'peak MB':>9}")
     for result in results:
         if "problem" in result:
             print(f"  {result['name']:<12}{result['problem']}")
             continue
         print(
-            f"  {result['name']:<12}{result['steps_per_s']:>9.2f}{result['speed_ratio']:>8.3f}{result['iqr']:>8.3f}"
+            f"  {result['name']:<12}{result['steps_per_s']:>9.2f}{result['speed_ratio']:>8.3f}{result['margin']:>8.3f}"
             f"{result['cpu_ratio']:>8.3f}{result['state_bytes'] / 1e6:>10.3f}{result['state_ratio']:>8.3f}"
             f"{result['peak_bytes'] / 1e6:>9.3f}"
         )
@@ -123,7 +126,8 @@ def _measure(row: str, device: torch.device, world_size: int, options: argparse.
                 raise
             lines = str(error).splitlines() or [""]
             results.append({"row": row, "processes": world_size, "name": name, "problem": f"does not run: {lines[0]}"})
-    times = _times(made, tokens, options.repeats, options.steps)
+    shares_cores = device.type == "cpu" and world_size > (os.cpu_count() or 1)
+    times = _times(made, tokens, options.repeats or (120 if shares_cores else 40), options.steps)
     raw_bytes = _state_bytes(made["raw"])
     for name, contender in made.items():
         wall, cpu = times[name]
@@ -139,7 +143,7 @@ def _measure(row: str, device: torch.device, world_size: int, options: argparse.
                 "name": name,
                 "steps_per_s": 1 / statistics.median(wall),
                 "speed_ratio": statistics.median(ratios),
-                "iqr": quarters[2] - quarters[0],
+                "margin": 1.57 * (quarters[2] - quarters[0]) / math.sqrt(len(ratios)),
                 "cpu_ratio": statistics.median(cpu_ratios),
                 "state_bytes": state_bytes,
                 "state_ratio": state_bytes / raw_bytes,
