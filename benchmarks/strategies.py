@@ -2,9 +2,9 @@
 
 For each number of processes one job is started, in which all contenders train in turn, a few steps each, over and over.
 So what else the machine does falls on all alike, and a round's ratio to raw is of neighbouring moments; the table has
-the medians over the rounds, and how far they may be off ("+-": 1.57 IQR / sqrt(rounds), the notch of a box plot; source:
-McGill et al., 1978, https://doi.org/10.1080/00031305.1978.10479236). "cpu" is the same ratio in processor time, which
-waiting for a busy machine does not touch.
+the medians over the rounds, and how far they may be off ("+-": 1.57 IQR / sqrt(rounds), the notch of a box plot;
+source: McGill et al., 1978, https://doi.org/10.1080/00031305.1978.10479236). "cpu" is the same ratio in processor time,
+which waiting for a busy machine does not touch.
 On GPUs, processes take one each.
 
 Bytes of state are this rank's parameters, gradients, buffers and optimizer state between two steps; the peak is what a
