@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from lite.errors import ConfigError, UsageError, some
+from lite.precision.base import is_packed
 from lite.sharded import Elsewhere
 from lite.state import plain_key
 from lite.swapped import swapped
@@ -189,7 +190,8 @@ class EMA:
         self.num_updates = int(state_dict["num_updates"])
 
     def _find(self) -> dict[str, Tensor]:
-        named: dict[str, Tensor] = dict(self._model.named_parameters())
+        # Frozen weights that are kept in 8 or 4 bits don't change, and can't be averaged.
+        named: dict[str, Tensor] = {n: p for n, p in self._model.named_parameters() if not is_packed(p)}
         if self._with_buffers:
             named.update((name, b) for name, b in self._model.named_buffers() if b.is_floating_point())
         return {plain_key(name): tensor for name, tensor in named.items()}

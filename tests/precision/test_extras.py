@@ -81,6 +81,28 @@ def test_adapters_train_on_a_base_in_few_bits(name: str, tmp_path: Path) -> None
     assert type(model[0].base.weight) is nn.Parameter and model[0].base.weight.dtype == torch.float32
 
 
+@pytest.mark.parametrize("name", ROUNDING)
+def test_an_ema_averages_what_trains_beside_them(name: str) -> None:
+    """A base in few bits stays as it is, within the block and after it."""
+    pytest.importorskip(ROUNDING[name][0])
+    torch.manual_seed(0)
+    model = Adapted()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    lite = Lite(accelerator="cpu", precision=name)
+    lite.setup(model, optimizer)
+    ema, x = lite.ema(model, decay=0.5), torch.randn(8, 32)
+    lite.backward(model(x).pow(2).mean())
+    before, base = model.up.weight.detach().clone(), model.base(x)
+    ema.update()
+    optimizer.step()
+    ema.update()
+    with ema.swap():
+        assert torch.equal(model.base(x), base)
+        averaged = model.up.weight.detach().clone()
+    torch.testing.assert_close(averaged, before.lerp(model.up.weight, 0.5))
+    lite.teardown()
+
+
 def train_apart(name: str, strategy: str) -> tuple[list[float], list[Tensor], list[str]]:
     """From weights of each rank's own making, each with its half of a batch."""
     lite = Lite(accelerator="cpu", strategy=strategy, precision=name)
