@@ -29,6 +29,7 @@ class View:
     loggers: list[Logger]
     default_root_dir: str
     accumulate_grad_batches: int
+    log_every_n_steps: int
     _eval_data: dict[str, Any]
     _log_dir: str | None
 
@@ -45,6 +46,11 @@ class View:
         self._fit_loop = loop
 
     # ---- settings
+
+    @property
+    def ranks_talk_every(self) -> int:
+        """Steps after which ranks look together at what one alone may know: a wish to stop, rank 0's clock."""
+        return self.log_every_n_steps or 50
 
     @property
     def check_val_every_n_epoch(self) -> int | None:

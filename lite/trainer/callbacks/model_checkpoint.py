@@ -185,7 +185,7 @@ class ModelCheckpoint(Checkpoint):
             return False
         if trainer.world_size == 1:
             return schedule.struck()
-        if stepped % (trainer.log_every_n_steps or 50) or stepped == self._asked_at:
+        if stepped % trainer.ranks_talk_every or stepped == self._asked_at:
             return False
         self._asked_at = stepped
         return collectives.any_rank(schedule.struck() and trainer.is_global_zero)

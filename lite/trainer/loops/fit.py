@@ -292,8 +292,7 @@ class FitLoop:
         if self.schedule.interval_s is None or trainer.world_size == 1:
             return due
         # Clocks differ, so rank 0's counts; it is asked as often as ranks talk anyway.
-        every = trainer.log_every_n_steps or 50
-        if self.progress.stepped % every:
+        if self.progress.stepped % trainer.ranks_talk_every:
             return False
         return collectives.any_rank(due and trainer.is_global_zero)
 

@@ -30,8 +30,6 @@ from lite.trainer.old import OldHooks
 from lite.trainer.optimization.schedules import step_schedulers
 from lite.trainer.optimization.windows import Windows, make_window
 
-_VOTE_EVERY = 50
-
 
 class TrainEpochLoop:
     """Trains on the batches of one epoch; its cursor is the fit loop's progress.
@@ -245,7 +243,8 @@ class TrainEpochLoop:
         stops = fit.wants_stop and fit.may_stop_early()
         if new_step and ((every and progress.stepped % every == 0) or stops or trainer.fast_dev_run):
             trainer.write_row(trainer.metrics.step_row("train"))
-        if trainer.world_size > 1 and (fit.wants_stop or (new_step and progress.stepped % (every or _VOTE_EVERY) == 0)):
+        talks = fit.wants_stop or (new_step and progress.stepped % trainer.ranks_talk_every == 0)
+        if trainer.world_size > 1 and talks:
             fit.vote()
         if fit.stop_poll is not None and fit.stop_poll():
             return bool(fit.stop_for_signal(trainer))
@@ -299,7 +298,7 @@ class TrainEpochLoop:
         progress = fit.progress
         look: float = min(fit.data.num_batches, fit.next_validation(trainer, count))
         if trainer.world_size > 1:
-            every = every or _VOTE_EVERY
+            every = trainer.ranks_talk_every
         if every:
             look = min(look, count + every - progress.stepped % every)
         steps = min([c.next_look(progress.updates) for c in trainer.checkpoint_callbacks], default=INFINITE)
