@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from lite import collectives
 from lite.errors import ConfigError, UsageError, some
 from lite.precision.base import is_packed
 from lite.sharded import Elsewhere
@@ -295,7 +296,7 @@ def _same(own: Tensor, average: Tensor) -> bool:
     """Whether a part is the average as it was put there, NaN included."""
     if own.is_meta:  # another rank's, of a pipeline
         return True
-    ours, theirs = (t.reshape(-1).view(torch.uint8) for t in (own, average.to(own)))
+    ours, theirs = (collectives.as_bytes(t.contiguous()) for t in (own, average.to(own)))
     return torch.equal(ours, theirs)
 
 

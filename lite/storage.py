@@ -249,7 +249,7 @@ class Storage:
             yield False
             return
         try:
-            yield _is_free(descriptor, fcntl)
+            yield _is_free(descriptor, fcntl) and _is_still(path, descriptor)
         finally:
             os.close(descriptor)
 
@@ -442,6 +442,13 @@ def _is_free(descriptor: int, fcntl: Any) -> bool:
     return True
 
 
+def _is_still(path: str, descriptor: int) -> bool:
+    """Whether the open file has that name now; another writer's may have taken its place."""
+    with suppress(OSError):
+        return os.stat(path).st_ino == os.fstat(descriptor).st_ino
+    return False
+
+
 def _create_locked(path: str) -> int:
     try:
         import fcntl
@@ -452,7 +459,6 @@ def _create_locked(path: str) -> int:
         with suppress(OSError):  # a file system without locks
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         # Someone who tidies up may have taken it for a leftover between the two calls.
-        with suppress(OSError):
-            if os.stat(path).st_ino == os.fstat(descriptor).st_ino:
-                return descriptor
+        if _is_still(path, descriptor):
+            return descriptor
         os.close(descriptor)

@@ -338,3 +338,7 @@ def test_what_comes_back_by_itself_within_swap_is_no_change() -> None:
         model[2].weight.mul_(2).div_(2)
     for mine, wanted in zip(model.parameters(), before, strict=True):
         torch.testing.assert_close(mine.detach(), wanted, rtol=0, atol=0, equal_nan=True)
+    column = nn.ParameterList([nn.Parameter(torch.ones(5, 3)[:1, 0])])  # of one element, with a stride
+    lite = Lite(accelerator="cpu")
+    with lite.ema(lite.setup(column), decay=0.5).swap():
+        assert column[0].item() == 1

@@ -138,9 +138,9 @@ class Steps(Facet):
                 yield
         finally:
             self._joins = False
-        for window, held, _ in self._windows:
-            if not held.isdisjoint(models):
-                window.drop()
+            for window, held, _ in self._windows:
+                if not held.isdisjoint(models):
+                    window.drop()
 
     def accumulate(
         self, *models: nn.Module, steps: int, optimizer: Optimizer | None = None, rescale: bool = True

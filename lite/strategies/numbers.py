@@ -19,6 +19,9 @@ from lite.errors import UsageError
 _NUMBER = torch.ops.aten._local_scalar_dense.default
 
 
+_running: list[WholeNumbers] = []  # the newest last; threads may leave in another order than they came
+
+
 class WholeNumbers:
     """A context in which only tensors that every rank holds whole have a number. No other operation is touched.
 
@@ -27,26 +30,24 @@ class WholeNumbers:
     """
 
     def __init__(self, explain: Callable[[], str]) -> None:
-        self._explain = explain
-        self._before: list[Any] = []
+        self.explain = explain
 
     def __enter__(self) -> None:
-        handlers = _handlers()
-        self._before.append(handlers.get(_NUMBER))
-        handlers[_NUMBER] = self._number
+        if not _running:
+            _handlers()[_NUMBER] = _number
+        _running.append(self)
 
     def __exit__(self, *unused: Any) -> None:
-        handlers, before = _handlers(), self._before.pop()
-        if before is None:
-            del handlers[_NUMBER]
-        else:
-            handlers[_NUMBER] = before
+        _running.remove(self)
+        if not _running:
+            _handlers().pop(_NUMBER, None)
 
-    def _number(self, operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        value = args[0]
-        if not all(placement.is_replicate() for placement in value.placements):
-            raise UsageError(self._explain())
-        return operation(value.to_local())
+
+def _number(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    value = args[0]
+    if not all(placement.is_replicate() for placement in value.placements):
+        raise UsageError(_running[-1].explain())
+    return operation(value.to_local())
 
 
 def _handlers() -> dict[Any, Any]:

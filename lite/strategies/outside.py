@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 
 from lite.errors import UsageError
@@ -52,7 +51,5 @@ class OutsideCheck:
 
 
 def _check(text: str, layer: nn.Module, inputs: tuple[Any, ...]) -> None:
-    if torch._C._current_graph_task_id() != -1:  # activation checkpointing runs it again
-        return
     if any(map(is_sharded, layer._parameters.values())) and not any(map(is_sharded, inputs)):
         raise UsageError(text)

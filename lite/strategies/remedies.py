@@ -37,9 +37,10 @@ def past_model(module: nn.Module, parameter: str | None = None) -> str:
     """A loss depends on a weight of the model, and not by way of its forward and methods."""
     which = f"parameter {parameter!r}" if parameter else "weights"
     return (
-        f"lite.backward got a loss that depends on {_name(module)}'s {which} past its forward and methods, so that the "
-        "gradient would not be reduced over the ranks. What takes data belongs into a method of the model, and layers "
-        f"are called in there. A penalty on weights is {_BY_ITSELF}"
+        f"lite.backward got a loss that depends on {_name(module)}'s {which} past what its forward and methods return, "
+        "so that the gradient would not be reduced over the ranks. Return what the loss needs (a hook's features, "
+        "say), and differentiate within the model (a gradient penalty, say), by a method of it, in which layers are "
+        f"called. A penalty on weights is {_BY_ITSELF}"
     )
 
 
@@ -69,8 +70,8 @@ def explain(module: nn.Module, error: RuntimeError) -> str | None:
         return (
             f"{_name(module)} gave a norm an input in float32 and weights in 16 bits, in which FSDP puts weights "
             "together under mixed precision, and the CPU has no kernel for that. Cast the weights, too: "
-            "F.layer_norm(x.float(), shape, weight.float(), bias.float()); a subclass of torch.nn.LayerNorm, GroupNorm "
-            f"or InstanceNorm gets them in float32 by itself. torch says: {text}"
+            "F.layer_norm(x.float(), shape, weight.float(), bias.float()); under mixed precision a subclass of "
+            f"torch.nn.LayerNorm, GroupNorm or InstanceNorm gets them in float32 by itself. torch says: {text}"
         )
     if "already been lazily initialized" in text:
         return (

@@ -226,8 +226,12 @@ class ShardedStrategy(Strategy):
         provenance.check_has_graph(loss)
         marks, leaves = provenance.origins([loss])
         engines = {engine for mark in marks for ref in mark.states if (engine := ref()) is not None}
-        stray = next((leaf for leaf in leaves if isinstance(leaf, nn.Parameter)), None)
-        if stray is not None and not any(id(stray) in engine.names for engine in self._engines()):
+        # A loss that reaches the model may also reach its whole weights another way, by what a hook has kept, say.
+        known = [engine.whole_parameters() for engine in engines] if leaves else []
+        known += [engine.names for engine in self._engines()]
+        strays = (leaf for leaf in leaves if isinstance(leaf, nn.Parameter))
+        stray = next((leaf for leaf in strays if not any(id(leaf) in names for names in known)), None)
+        if stray is not None:
             inside = next((engine for engine in self._engines() if engine.within), None)
             if inside is not None:
                 raise UsageError(
@@ -237,7 +241,7 @@ class ShardedStrategy(Strategy):
                     "'step': self.critic_step} in configure_optimizers), or strategy='ddp'."
                 )
             for engine in self._engines():
-                name = engine.holding(stray)
+                name = engine.whole_parameters().get(id(stray))
                 if name is not None:
                     raise UsageError(remedies.past_model(engine.module, name))
             raise UsageError(

@@ -275,15 +275,12 @@ class ShardedEngine(Engine):
 
     # ---- optimizers and the way back
 
-    def holding(self, parameter: Tensor) -> str | None:
-        """The name of the parameter that this is, put together over the ranks; None where it is none of the model's."""
-        for part in self.module.modules():
-            if isinstance(part, FSDPModule):
-                for group in part._get_fsdp_state()._fsdp_param_groups:
-                    for held in group.fsdp_params:
-                        if getattr(held, "_unsharded_param", None) is parameter:
-                            return self.names[id(held.sharded_param)]
-        return None
+    def whole_parameters(self) -> dict[int, str]:
+        """The names of the parameters by the identity of what they are when put together over the ranks."""
+        states = [part._get_fsdp_state() for part in self.module.modules() if isinstance(part, FSDPModule)]
+        held = [param for state in states for group in state._fsdp_param_groups for param in group.fsdp_params]
+        wholes = ((getattr(param, "_unsharded_param", None), param.sharded_param) for param in held)
+        return {id(whole): self.names[id(sharded)] for whole, sharded in wholes if whole is not None}
 
     def successor(self, parameter: Tensor) -> nn.Parameter | None:
         """What took the place of a parameter that the model had before it was sharded."""

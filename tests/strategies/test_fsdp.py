@@ -564,12 +564,13 @@ class Layered(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.blocks = nn.Linear(4, 4), nn.Sequential(Layer(), Layer())
-        self.last: Any = None
+        self.first: Any = nn.Linear(4, 4)
+        self.blocks = nn.Sequential(Layer(), Layer())
+        self.kept: Any = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.last = self.blocks(self.first(x))
-        return self.last
+        self.kept = self.blocks[0](self.first(x))
+        return self.blocks[1](self.kept)
 
     def loss(self, batch: Batch) -> torch.Tensor:
         return self.blocks(self.first(batch.x)).pow(2).mean()
@@ -586,9 +587,22 @@ class Layered(nn.Module):
         return self(x).pow(2).mean() * norm
 
 
+class Deciding(Layered):
+    """Its forward takes a number of a weight."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * self.norm()
+
+
+class First(nn.Sequential):
+    """A layer within one that is computed again in backward."""
+
+
 def used_first(wrapped: type | None) -> list[float]:
-    lite = start(FSDPStrategy(auto_wrap={wrapped}) if wrapped else "auto", "64-true")
+    strategy = FSDPStrategy(auto_wrap={wrapped}, activation_checkpointing={First}) if wrapped else "auto"
+    lite = start(strategy, "64-true")
     model, share = Layered(), torch.arange(32.0, dtype=torch.float64).view(8, 4)
+    model.first = First(model.first)
     model, optimizer = lite.setup(model, torch.optim.SGD(model.parameters(), lr=1e-3))
     losses = []
     for _ in range(2):
@@ -608,6 +622,38 @@ def test_a_method_without_tensors_may_be_the_first_use(wrapped: type) -> None:
         assert losses == pytest.approx(one, abs=1e-12)  # sums of 64-bit floats in another order
 
 
+def reached_past_the_outputs(steps: int, wrapped: type | None) -> tuple[list[float], list[float]]:
+    lite = start(FSDPStrategy(auto_wrap={wrapped}) if wrapped else "auto", "64-true")
+    torch.manual_seed(2)
+    model = Layered()
+    model, optimizer = lite.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    features: list[torch.Tensor] = []
+    model.blocks[0].register_forward_hook(lambda layer, inputs, output: features.append(output))
+    window, losses = lite.accumulate(model, steps=steps), []
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(4):
+        x = torch.randn(8, 4, dtype=torch.float64, generator=generator).chunk(lite.world_size)[lite.global_rank]
+        with window():
+            loss = model(x).pow(2).mean() + features.pop().pow(3).mean() + model.kept.abs().mean()
+            lite.backward(loss)
+        if window.ready:
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(lite.all_reduce(loss.detach()).item())
+    lite.teardown()
+    return losses, torch.cat([p.detach().flatten() for p in model.parameters()]).tolist()
+
+
+@pytest.mark.parametrize("wrapped", [Layer, nn.Linear])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_loss_may_also_reach_weights_by_what_hooks_and_layers_keep(steps: int, wrapped: type) -> None:
+    """Beside the outputs; losses and weights are one process's."""
+    one = reached_past_the_outputs(steps, None)
+    for found in run_distributed(reached_past_the_outputs, steps, wrapped):
+        for mine, wanted in zip(found, one, strict=True):
+            assert mine == pytest.approx(wanted, abs=1e-12)  # sums of 64-bit floats in another order
+
+
 def past_the_model() -> dict[str, str]:
     lite = start(FSDPStrategy(auto_wrap={Layer}), "64-true")
     model, x = lite.setup(Layered()), torch.arange(8.0, dtype=torch.float64).view(2, 4)
@@ -618,12 +664,16 @@ def past_the_model() -> dict[str, str]:
         "decision": told(lambda: model.decided(x)),
     }
     whole_number = model.blocks[0][0].weight.full_tensor().norm().item()  # type: ignore[index, operator, union-attr]
+    deciding = lite.setup(Deciding())
+    facts["number in forward"] = told(lambda: deciding(x))
     facts["remedy"] = str(model.scaled(x, whole_number).item() > 0)
     # Outside of the model torch's own number is the part's.
     facts["part"] = str(model.blocks[0][0].weight.detach().norm().item() < whole_number)  # type: ignore[index, operator, union-attr]
     model.zero_grad()
-    facts["weight"] = told(lambda: lite.backward(model(x).sum() + model.first.weight.pow(2).sum()))
-    facts["layer again"] = told(lambda: lite.backward(model(x).sum() + model.first(x).sum()))
+    model(x)
+    facts["weight"] = told(lambda: lite.backward(model.first.weight.pow(2).sum()))
+    model(x)
+    facts["what is kept"] = told(lambda: lite.backward(model.kept.sum()))
     model(x)
     facts["method"] = told(lambda: lite.backward(model.loss(Batch(x))))
     lite.teardown()
@@ -641,17 +691,18 @@ def past_the_model() -> dict[str, str]:
 def test_what_is_computed_past_a_sharded_model_is_refused_with_the_remedy() -> None:
     """Numbers of a rank's part, layers that are called outside of the model, and losses of its weights."""
     parts = {
+        "number in forward": "UsageError: Deciding asked for the Python number",
         "number": "UsageError: Layered asked for the Python number",
         "decision": "from weight.full_tensor(), and pass it on",
         "layer": "UsageError: 'first', a layer of Layered, was called outside of Layered",
         "layer of keywords": "'first', a layer of Layered, was called outside of Layered",
         "remedy": "True",
         "part": "True",
-        "weight": "depends on Layered's parameter 'first.weight' past its forward and methods",
-        "layer again": "layers are called in there. A penalty on weights is differentiated by itself",
+        "weight": "depends on Layered's parameter 'first.weight' past what its forward and methods return",
+        "what is kept": "Return what the loss needs (a hook's features, say)",
         "method": "nothing was raised",
         "after teardown": "torch.Size([2, 4])",
-        "sharded weight": "depends on Layered's weights past its forward and methods",
+        "sharded weight": "depends on Layered's weights past what its forward and methods return",
         "layer first": "a layer of Layered was called outside of it before its own first call",
     }
     for facts in run_distributed(past_the_model):
