@@ -136,6 +136,7 @@ def warn_if_same(first: Any, rank: int, sync: Callable[[Any], Any]) -> None:
     if rank > 0 and mine is not None and mine == theirs:
         warnings.warn(
             "this rank reads the same first batch as rank 0: an IterableDataset is not split unless you say so. Use "
-            "lite.setup_dataloaders(loader, shard='stride'), or split it in the dataset by rank and worker.",
+            "lite.setup_dataloaders(loader, shard='stride'); or split it in the dataset by rank and worker, under a "
+            "Trainer, too.",
             stacklevel=3,
         )

@@ -234,13 +234,7 @@ def epochs_and_steps(
 ) -> tuple[int, int, int, int]:
     """min_epochs, max_epochs, min_steps, max_steps as numbers; -1 is no limit."""
     if max_epochs is None:
-        if max_steps == -1 and not timed:
-            warnings.warn(
-                "no limit is given: training ends after 1000 epochs; set max_epochs=-1 for none.", stacklevel=5
-            )
-            max_epochs = 1000
-        else:
-            max_epochs = -1
+        max_epochs = 1000 if max_steps == -1 and not timed else -1
     whole("max_epochs", max_epochs, -1)
     whole("max_steps", max_steps, -1)
     if min_epochs is None:

@@ -47,15 +47,16 @@ def running(
         trainer.state.status = TrainerStatus.INTERRUPTED
         module.attach(None, None)
         raise
-    ready, outcome = False, "failed"
+    hooked, ready, outcome = False, False, "failed"
     try:
         with _torch_settings(trainer):
-            find()
-            _prepare_data(trainer, module, datamodule)
             trainer.hooks = Hooks(trainer, module, trainer.callbacks, (Callback, LightningModule), trainer.wrap_hook)
+            hooked = True
             check_old_hooks(module)
             for callback in trainer.callbacks:
                 tell_of_gone(callback, GONE_FROM_CALLBACKS)
+            find()
+            _prepare_data(trainer, module, datamodule)
             ready = True
             if datamodule is not None:
                 datamodule.setup(stage)
@@ -76,7 +77,7 @@ def running(
         if isinstance(error, SystemExit) and trainer.fit_loop.stopped_by_signal:
             outcome = "finished"
             raise
-        told = [partial(method, error) for method in trainer.hooks.on_exception] if ready else []
+        told = [partial(method, error) for method in trainer.hooks.on_exception] if hooked else []
         if isinstance(datamodule, LightningDataModule):
             told.append(partial(datamodule.on_exception, error))
         _call_all(told)

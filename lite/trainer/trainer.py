@@ -46,7 +46,8 @@ class Trainer(Evaluating, Interruption, Serving):
         num_nodes: See above.
         precision: See above.
         plugins: See above.
-        lite: A ready Lite object instead of these, with its loggers.
+        lite: A ready Lite object instead of these, with its loggers. A run ends with its `teardown`, so it gives back
+            what a loop of your own has set up on it, too: set that up again, or give the Trainer a Lite of its own.
         logger: True or None: TensorBoard where it is installed, else CSV, in `default_root_dir`; False: none; one or
             several Loggers, of `lite.trainer.loggers`, say.
         callbacks: One or several; those of entry-point group `lite.callbacks` and `configure_callbacks` come too.
@@ -55,7 +56,8 @@ class Trainer(Evaluating, Interruption, Serving):
         min_epochs: Epochs before which `should_stop` does not count.
         max_steps: Optimizer steps in all; -1 for no limit.
         min_steps: As `min_epochs`.
-        max_time: "DD:HH:MM:SS", a timedelta or a dict of its arguments.
+        max_time: "DD:HH:MM:SS", a timedelta or a dict of its arguments; by rank 0's clock, which on several processes
+            counts every `log_every_n_steps` steps.
         limit_train_batches: A number of batches (int) or a share of each loader (float); 0 switches off. A number is of
             each rank's batches, as `batch_size` is each rank's: n of them on 2 ranks have twice the samples that they
             have on one.
@@ -166,6 +168,7 @@ class Trainer(Evaluating, Interruption, Serving):
             val_check_interval, check_val_every_n_epoch = 1.0, 1
             enable_checkpointing = False
         timed = max_time is not None or arguments.has_timer(callbacks)
+        self._is_endless = max_epochs is None and max_steps == -1 and not timed
         limits = arguments.epochs_and_steps(max_epochs, min_epochs, max_steps, min_steps, timed=timed)
         arguments.clipping(gradient_clip_val, gradient_clip_algorithm)
         arguments.flags(
@@ -368,6 +371,8 @@ class Trainer(Evaluating, Interruption, Serving):
             self.hooks.call("on_fit_start")
             self._log_hyperparameters()
             if checkpoint is not None:
+                # Those that were in use: whoever makes them may ask for the epoch.
+                self.fit_loop.progress.epoch = contents.epoch_of_loaders(checkpoint, parts)
                 self.load_data(self.fit_loop, "train")
                 self.load_data(self.fit_loop, "val")
                 contents.restore_training(self, checkpoint, parts, str(self.ckpt_path))

@@ -481,6 +481,38 @@ def test_saves_that_are_made_up_for_are_whole_and_train_no_further(tmp_path: Pat
     assert fit(5, late) == whole
 
 
+class OfTheEpoch(Tiny):
+    """Its data are those of the epoch in which they are asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[int] = []
+
+    def train_dataloader(self) -> Any:
+        self.asked.append(self.trainer.current_epoch)
+        return DataLoader(Numbers(8).rows + self.trainer.current_epoch, batch_size=2, shuffle=True)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_resumed_run_asks_for_the_loaders_that_were_in_use(every: int, tmp_path: Path) -> None:
+    """By the epoch in which they were asked for."""
+
+    def fit(path: Path | None = None) -> tuple[list[float], list[int]]:
+        saves = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+        options = {"reload_dataloaders_every_n_epochs": every, "limit_val_batches": 0, "enable_checkpointing": True}
+        seed_everything(1)
+        module = OfTheEpoch()
+        trainer(max_epochs=4, callbacks=saves, **options).fit(module, ckpt_path=path)
+        return weights(module), module.asked
+
+    whole, asked = fit()
+    assert asked == list(range(0, 4, every))
+    for step in (3, 4, 6, 8, 11):
+        again, asked = fit(tmp_path / f"step={step}.ckpt")
+        assert again == whole
+        assert asked[0] == (step - 1) // 4 // every * every
+
+
 def test_what_is_made_up_for_at_a_cut_off_end_knows_that_epochs_metrics(tmp_path: Path) -> None:
     """max_steps ends the second epoch within; its metrics so far decide, and are what a resumed run shows."""
 

@@ -272,8 +272,10 @@ def test_arguments_of_1_8_have_their_present_form() -> None:
         assert trainer(replace_sampler_ddp=False).use_distributed_sampler is False
     run = trainer(accumulate_grad_batches={0: 1, 1: 3})
     assert any(isinstance(c, GradientAccumulationScheduler) for c in run.callbacks)
+    run = trainer(max_epochs=None)  # says nothing, as it may be made for an evaluation alone
+    assert run.max_epochs == 1000
     with pytest.warns(UserWarning, match="1000 epochs"):
-        assert trainer(max_epochs=None).max_epochs == 1000
+        run.plan(Tiny(), numbers(4), numbers(4), limit=1)
     assert trainer(max_epochs=None, max_steps=5).max_epochs == -1
     assert trainer(max_epochs=None, max_time=timedelta(hours=1)).max_epochs == -1
 

@@ -156,6 +156,17 @@ def test_behaviour_26_an_exception_is_told_and_everything_is_torn_down() -> None
     assert told == ["ValueError", "KeyboardInterrupt"]
     assert run.fit_loop.progress.batch == 1
 
+    class Unprepared(Tiny):
+        def prepare_data(self) -> None:
+            raise OSError("no download")
+
+        def teardown(self, stage: str) -> None:
+            told.append("teardown")  # of what was never set up
+
+    with pytest.raises(OSError, match="no download"):
+        trainer(callbacks=Told()).fit(Unprepared(), numbers(), numbers())
+    assert told[2:] == ["OSError"]
+
 
 def test_behaviour_48_ctrl_c_ends_at_the_batch_so_that_the_run_goes_on_exactly(tmp_path: Path) -> None:
     """The state after an interrupt is that of a batch that is done."""

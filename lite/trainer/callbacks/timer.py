@@ -16,6 +16,8 @@ from lite.trainer.callbacks.base import Callback
 class Timer(Callback):
     """Stops training by rank 0's clock, and measures training, validation and test.
 
+    On several processes the ranks hear of it when they look together, every `log_every_n_steps` steps.
+
     Args:
         duration: "DD:HH:MM:SS", a timedelta or a dict of its arguments; None only measures.
         interval: "step" looks after each batch, "epoch" after each epoch.

@@ -201,6 +201,13 @@ def restore_callbacks(
         warnings.warn(f"the checkpoint has states of callbacks that this Trainer doesn't have: {left}.", stacklevel=4)
 
 
+def epoch_of_loaders(checkpoint: dict[str, Any], parts: frozenset[str]) -> int:
+    """The epoch for which the loaders were asked that were in use."""
+    loops = checkpoint.get("loops", {}).get("fit_loop") or {}
+    progress = loops.get("progress", {}) if "loops" in parts else {}
+    return max(int(progress.get("reloaded", 0)), 0)
+
+
 def restore_training(trainer: Any, checkpoint: dict[str, Any], parts: frozenset[str], path: str) -> None:
     """Give the rest back: optimizers, schedulers, loops, random states, positions."""
     fit = trainer.fit_loop

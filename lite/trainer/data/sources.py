@@ -25,6 +25,7 @@ class Sources(View):
     multiple_trainloader_mode: str
     use_distributed_sampler: bool | str
     _given: dict[str, Any]
+    _is_endless: bool
     _loaded: set[str]
 
     def load_data(self, fit: FitLoop, which: str = "both", again: bool = False) -> None:
@@ -60,6 +61,10 @@ class Sources(View):
 
     def _check_fit(self, model: Any, datamodule: Any) -> None:
         name = type(model).__name__
+        if self._is_endless and self.is_global_zero and self.fit_loop.max_epochs == 1000:
+            warnings.warn(
+                "no limit is given: training ends after 1000 epochs; set max_epochs=-1 for none.", stacklevel=4
+            )
         if overrides(model, "training_step", LightningModule):
             step_caller(model.training_step)
         elif not (model.automatic_optimization and overrides(model, "configure_optimizers", LightningModule)):

@@ -89,6 +89,8 @@ class FitLoop:
         hooks, metrics, progress = trainer.hooks, trainer.metrics, self.progress
         metrics.at(metrics.place("train", "on_train_start"))
         hooks.call("on_train_start")
+        if trainer.world_size > 1:
+            self.vote()  # time may be over before it begins
         progress.start_clock()
         self.epoch_loop.old = find_old_hooks(trainer.module, "train")
         epoch_done = Event("epoch", trainer)
