@@ -27,7 +27,7 @@ class OutsideCheck:
         self._handles = []
         for name, layer in layers.items():
             check = partial(_check, remedies.outside(module, name))
-            handle = layer.register_forward_pre_hook(check)
+            handle = layer.register_forward_pre_hook(check, with_kwargs=True)
             self._handles.append(handle)
             self._hooks.append((layer._forward_pre_hooks, handle.id, check))
 
@@ -50,6 +50,8 @@ class OutsideCheck:
             handle.remove()
 
 
-def _check(text: str, layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+def _check(text: str, layer: nn.Module, inputs: tuple[Any, ...], by_keyword: dict[str, Any]) -> None:
+    if not inputs and not by_keyword:  # computes with its weights alone: a parametrization, whenever its weight is read
+        return
     if any(map(is_sharded, layer._parameters.values())) and not any(map(is_sharded, inputs)):
         raise UsageError(text)

@@ -710,6 +710,24 @@ def test_what_is_computed_past_a_sharded_model_is_refused_with_the_remedy() -> N
         assert facts.keys() == parts.keys()
 
 
+def parametrized() -> bool:
+    torch.manual_seed(3)
+    raw = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.Tanh())
+    expected = raw[0].weight.detach()
+    lite = start()
+    model = lite.setup(raw)
+    for _ in range(2):  # before and after the first forward
+        torch.testing.assert_close(whole(model[0].weight), expected)
+        model(torch.ones(2, 4)).sum().backward()
+    lite.teardown()
+    return True
+
+
+def test_a_parametrized_weight_is_read_outside_of_the_model() -> None:
+    """A parametrization is a layer without inputs, which is called as its weight is read."""
+    assert run_distributed(parametrized) == [True, True]
+
+
 class TiedNorms(nn.Module):
     """Two norms with one weight, which is also used without them."""
 
