@@ -13,6 +13,11 @@ _BY_ITSELF = (
     "sum(p.full_tensor().pow(2).sum() for p in model.parameters()).mul(0.01).backward(), say; what that adds up to is "
     "also the optimizer's weight_decay."
 )
+_ON_PARTS = (
+    "Change each rank's part in place, under torch.no_grad(), in the loop after the step, or in a method that is given "
+    "no tensors and calls no layers: for a, b in zip(model.q.parameters(), model.k.parameters()): "
+    "b.lerp_(a, 1 - momentum), say, or b.copy_(...)."
+)
 
 
 def past_hooks(module: nn.Module) -> str:
@@ -60,6 +65,23 @@ def part_as_number(module: nn.Module) -> str:
         "sharded weights or outputs, and each rank would go on with that of its own part. Compute it before the "
         "model is called, on all ranks, from weight.full_tensor(), and pass it on; or in the forward of the layer that "
         "holds the weight, where it is whole."
+    )
+
+
+def written_copy(module: nn.Module, parameter: str) -> str:
+    """A weight was changed while FSDP had put it together."""
+    return (
+        f"{_name(module)}'s parameter {parameter!r} was changed while FSDP had put it together from all ranks' parts, "
+        "as it does for a forward, or a method that computes; the change would be lost when it is taken apart again. "
+        f"{_ON_PARTS}"
+    )
+
+
+def assigned_data(module: nn.Module, parameter: str) -> str:
+    """`parameter.data = value` of a sharded parameter."""
+    return (
+        f"{_name(module)}'s parameter {parameter!r} was assigned by parameter.data = ..., which leaves a sharded "
+        f"parameter as it was. {_ON_PARTS}"
     )
 
 

@@ -28,6 +28,7 @@ from lite.precision.base import Precision
 from lite.sharded import cut, is_sharded, whole
 from lite.strategies import provenance, remedies
 from lite.strategies.base import Engine
+from lite.strategies.lost_writes import LostWrites
 from lite.strategies.numbers import WholeNumbers
 from lite.strategies.outside import OutsideCheck
 from lite.strategies.repointing import loading_into_shards, repoint
@@ -91,6 +92,9 @@ class ShardedEngine(Engine):
         states = [part._get_fsdp_state() for part in module.modules() if isinstance(part, FSDPModule)]
         groups: list[Any] = [group for state in states for group in state._fsdp_param_groups]
         sharded: list[Any] = [p.sharded_param for group in groups for p in group.fsdp_params]
+        self._writes = LostWrites(
+            lambda: self.module, {self.names[id(p.sharded_param)]: p for group in groups for p in group.fsdp_params}
+        )
         self._over_data = {p.device_mesh for p in sharded}
         self._mark = provenance.Mark(frozenset({weakref.ref(self)}), ())
         self._numbers = WholeNumbers(lambda: remedies.part_as_number(self.module))
@@ -157,11 +161,14 @@ class ShardedEngine(Engine):
             return run(*args, **kwargs)
         if not torch.is_grad_enabled():
             outputs = run(*args, **kwargs)
+            self._writes.check_written()
             self._reshard()
             return outputs
         if self.syncs_buffers and self.module.training:
             self._take_buffers()
         outputs = run(*args, **kwargs)
+        self._writes.check_written()
+        self._writes.check_assigned()
         provenance.tag(outputs, self._mark, [])
         return outputs
 
@@ -185,6 +192,8 @@ class ShardedEngine(Engine):
         ):
             self._take_buffers()
         outputs = self._unsharded(state, run, args, kwargs) if state is not None else run(*args, **kwargs)
+        self._writes.check_written()
+        self._writes.check_assigned()
         if torch.is_grad_enabled():
             computed = (leaf for leaf in tree_leaves(outputs) if is_sharded(leaf) and leaf.grad_fn is not None)
             if any(leaf.device_mesh in self._over_data for leaf in computed):  # others are split logits, say
