@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase  # BatchNorm, SyncBatchNorm and InstanceNorm
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
@@ -77,43 +77,86 @@ def _checkpoint(layer: nn.Module, *, selective: bool) -> Callable[[], None]:
     options: dict[str, Any] = {"use_reentrant": False}
     if selective:
         options["context_fn"] = _keeping_products
-    norms = [part for part in layer.modules() if isinstance(part, _NormBase) and part.running_mean is not None]
-    layer.forward = functools.partial(_recomputed, layer.forward, options, norms)
+    _let_compile()
+    owners = [part for part in layer.modules() if any(buffer is not None for buffer in part._buffers.values())]
+    layer.forward = functools.partial(_recomputed, layer.forward, options, owners)
     return functools.partial(layer.__dict__.pop, "forward", None)
 
 
 def _recomputed(
-    forward: Callable[..., Any], options: dict[str, Any], norms: list[_NormBase], /, *args: Any, **kwargs: Any
+    forward: Callable[..., Any], options: dict[str, Any], owners: list[nn.Module], /, *args: Any, **kwargs: Any
 ) -> Any:
     """A layer's checkpointed forward: a function that torch.compile enters by itself, as it doesn't `checkpoint`."""
-    # A compiled graph writes the statistics once, at the end of its forward.
-    if norms and not torch.compiler.is_compiling():
-        contexts = functools.partial(_contexts, options.get("context_fn"), norms)
-        options = {**options, "context_fn": contexts}
-    return checkpoint(forward, *args, **options, **kwargs)
+    if not owners:
+        return checkpoint(forward, *args, **options, **kwargs)
+    return checkpoint(_run, forward, _Written(owners), *args, **options, **kwargs)
 
 
-def _contexts(others: Callable[[], tuple[Any, Any]] | None, norms: list[_NormBase]) -> tuple[Any, Any]:
-    """The contexts of the first computation and of the one in backward."""
-    first, again = others() if others is not None else (nullcontext(), nullcontext())
-    return first, _sparing(norms, again)
+class _Written:
+    """The buffers that a layer's first computation writes (statistics of norms, spectral_norm's vectors, codebooks).
 
-
-@contextmanager
-def _sparing(norms: list[_NormBase], context: Any) -> Iterator[None]:
-    """`context`, in which norms update copies of their statistics: the first computation has updated their own.
-
-    Without statistics they would give the same output, but checkpoint refuses a computation that saves fewer tensors.
+    The computation in backward begins with what the first one has found in them, and leaves them as they are then.
     """
-    own = [(norm._buffers, dict(norm._buffers)) for norm in norms if norm.training]
-    for buffers, values in own:
-        buffers.update((name, None if value is None else value.clone()) for name, value in values.items())
-    try:
-        with context:
+
+    def __init__(self, owners: list[nn.Module]) -> None:
+        self._owners = owners
+        self._before: list[tuple[dict[str, Any], str, Tensor]] | None = None
+
+    def run(self) -> AbstractContextManager[None]:
+        """A context for either computation."""
+        return self._noted() if self._before is None else self._again(self._before)
+
+    @contextmanager
+    def _noted(self) -> Iterator[None]:
+        everything = [
+            (part, name, buffer, buffer.detach().clone(), _version(buffer))
+            for part in self._owners
+            for name, buffer in part._buffers.items()
+            if buffer is not None
+        ]
+        yield
+        self._before = [
+            (part._buffers, name, before)
+            for part, name, buffer, before, version in everything
+            # torch 2.13: norms' own functions write without a new version.
+            if _version(buffer) != version
+            or part._buffers.get(name) is not buffer
+            or (isinstance(part, _NormBase) and part.training)
+        ]
+
+    @contextmanager
+    def _again(self, before: list[tuple[dict[str, Any], str, Tensor]]) -> Iterator[None]:
+        now = [(buffers, name, buffers.get(name)) for buffers, name, _ in before]
+        for buffers, name, buffer in before:
+            buffers[name] = buffer.clone()
+        try:
             yield
-    finally:
-        for buffers, values in own:
-            buffers.update(values)
+        finally:
+            for buffers, name, value in now:
+                buffers[name] = value
+
+
+def _version(buffer: Tensor) -> int:
+    return -1 if buffer.is_inference() else buffer._version
+
+
+def _run(forward: Callable[..., Any], written: _Written, /, *args: Any, **kwargs: Any) -> Any:
+    """Either computation of a layer with buffers."""
+    with written.run() if torch.is_grad_enabled() else nullcontext():
+        return forward(*args, **kwargs)
+
+
+def _traced(forward: Callable[..., Any], written: _Written, /, *args: Any, **kwargs: Any) -> Any:
+    """The same in a graph of torch.compile, which writes buffers once, at the end of its forward."""
+    return forward(*args, **kwargs)
+
+
+@functools.cache
+def _let_compile() -> None:
+    """Let torch.compile put `_traced` into a graph that holds the whole layer, and else leave `_run` to Python."""
+    global _run
+    _run = torch.compiler.disable(_run, recursive=False)  # type: ignore[no-untyped-call]
+    torch.compiler.substitute_in_graph(_run, skip_signature_check=True)(_traced)
 
 
 def _keeping_products() -> tuple[Any, Any]:

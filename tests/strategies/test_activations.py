@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.nn.utils.parametrizations import spectral_norm
 
 from lite import FSDPStrategy, Lite
 from tests.support.processes import run_distributed
@@ -90,6 +91,79 @@ def test_compiled_layers_are_checkpointed_in_the_graphs_that_they_have_without()
             for mine, wanted in ((list(buffers.values()), list(expected[0].values())), (gradients, expected[1])):
                 for a, b in zip(mine, wanted, strict=True):
                     torch.testing.assert_close(torch.tensor(a), torch.tensor(b))  # graphs may round otherwise
+
+
+class Broken(nn.Module):
+    """A layer that no one graph holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.linear(x))
+        torch._dynamo.graph_break()
+        return x + y.tanh()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch 2.13's compiler asks
+@pytest.mark.parametrize("checkpointing", [{Broken}, "selective"])
+def test_statistics_are_updated_once_where_the_compiler_breaks_a_layers_graph(checkpointing: Any) -> None:
+    torch._dynamo.reset()
+    strategy = FSDPStrategy(activation_checkpointing=checkpointing)
+    lite = Lite(accelerator="cpu", strategy=strategy)
+    model = lite.setup(nn.Sequential(Broken(), Broken()))
+    for layer in model:
+        layer.compile(backend="aot_eager")
+    for _ in range(3):
+        lite.backward(model(torch.randn(8, 4)).pow(2).mean())
+    assert [layer.norm.num_batches_tracked.item() for layer in model] == [3, 3]
+
+
+class Codebook(nn.Module):
+    """Buffers that its forward reads, and writes in place and by assignment."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = spectral_norm(nn.Linear(4, 4))
+        self.register_buffer("codes", torch.ones(4))
+        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("fixed", torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x) * self.codes.clone() * self.scale + self.fixed
+        with torch.no_grad():
+            self.codes.lerp_(y.mean(0), 0.5)
+            self.scale = self.scale * 0.5 + y.std() * 0.5
+        return y * self.codes.clone()
+
+
+def of_codebooks(checkpointing: Any, *, twice: bool = False) -> Any:
+    lite = Lite(accelerator="cpu", strategy=FSDPStrategy(auto_wrap={Codebook}, activation_checkpointing=checkpointing))
+    torch.manual_seed(0)
+    model = lite.setup(nn.Sequential(Codebook(), Codebook()))
+    x = torch.randn(3, 8, 4, generator=torch.Generator().manual_seed(lite.global_rank))
+    lite.backward((model(x[0]) + model(x[1])).pow(2).mean())  # two computations before one backward
+    loss = model(x[2]).pow(2).mean()
+    lite.backward(loss, retain_graph=twice)
+    if twice:
+        lite.backward(loss)
+    with torch.no_grad():
+        model(x[2])
+    lite.teardown()
+    return {name: b.tolist() for name, b in model.named_buffers()}, [p.grad.tolist() for p in model.parameters()]
+
+
+def codebooks() -> list[Any]:
+    ways = [[of_codebooks(checkpointing) for checkpointing in (None, "selective")]]
+    return [*ways, [of_codebooks(checkpointing, twice=True) for checkpointing in (None, {Codebook})]]
+
+
+def test_what_is_computed_again_reads_and_leaves_buffers_as_the_first_computation_did() -> None:
+    """Gradients and buffers are those of a run without checkpointing, bit for bit, on one and two processes."""
+    for once, twice in (codebooks(), *run_distributed(codebooks)):
+        assert once[1] == once[0]
+        assert twice[1] == twice[0] != once[0]
 
 
 @pytest.mark.parametrize("checkpointing", [{Block}, "selective"])
