@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrize import ParametrizationList
 
 from lite.errors import ConfigError, choose
 from lite.precision.base import Precision
@@ -19,6 +20,7 @@ from lite.strategies.meshes import make_mesh, settle_sizes
 from lite.strategies.sharded import ShardedStrategy
 
 SHARDINGS = ("full", "grad", "hybrid")
+_FLOAT32 = (_BatchNorm, ParametrizationList)
 
 
 class FSDPStrategy(ShardedStrategy):
@@ -32,8 +34,8 @@ class FSDPStrategy(ShardedStrategy):
 
     With precision "bf16-mixed" or "16-mixed" parameters, gradients and state stay float32, blocks compute in 16 bits,
     and gradients are reduced in float32 (torch's MixedPrecisionPolicy, under autocast; BatchNorms, whose statistics are
-    float32, by themselves in float32). With "bf16-true" and the
-    like they are reduced in the parameters' own dtype.
+    float32, and parametrizations (torch.nn.utils.parametrize) by themselves in float32). With "bf16-true" and the like
+    they are reduced in the parameters' own dtype.
 
     Args:
         auto_wrap: What is sharded by itself, besides the model: None or "transformer blocks found" finds the layers
@@ -235,11 +237,11 @@ def shard_over_data(
     offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if cpu_offload else OffloadPolicy()
     described = describe_blocks(blocks)
     name = type(module).__name__
-    for part in [*_normalising(module, policy, blocks), *reversed(blocks.values()), module]:
+    for part in [*_in_float32(module, policy, blocks), *reversed(blocks.values()), module]:
         if not placed:
             place(part, device)
         chosen = policy(part is module)
-        if isinstance(part, _BatchNorm) and part is not module:  # whose statistics stay float32
+        if isinstance(part, _FLOAT32) and part is not module:
             chosen = replace(chosen, param_dtype=None, output_dtype=None, cast_forward_inputs=False)
         options: dict[str, Any] = {"mesh": mesh, "mp_policy": chosen, "offload_policy": offload}
         if replicated:
@@ -249,12 +251,16 @@ def shard_over_data(
     return f"{described} and {name} itself" if blocks else f"{name} as a whole, in which no layers repeat"
 
 
-def _normalising(module: nn.Module, policy: Policies, blocks: dict[str, nn.Module]) -> list[nn.Module]:
-    """The BatchNorms with weights, which no 16-bit policy can be for: their statistics are float32."""
+def _in_float32(module: nn.Module, policy: Policies, blocks: dict[str, nn.Module]) -> list[nn.Module]:
+    """The parts with weights that no 16-bit policy can be for.
+
+    BatchNorms' statistics are float32. A parametrization (orthogonal, spectral_norm) computes a weight from its
+    parameters outside of autocast's reach, with buffers in float32, or to NaN.
+    """
     if policy(False).param_dtype is None:
         return []
     given = {id(block) for block in (module, *blocks.values())}
-    found = [part for part in module.modules() if isinstance(part, _BatchNorm) and id(part) not in given]
+    found = [part for part in module.modules() if isinstance(part, _FLOAT32) and id(part) not in given]
     return [part for part in found if any(True for _ in part.parameters())]
 
 

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
@@ -108,6 +109,10 @@ class ShardedEngine(Engine):
         self._outside = OutsideCheck(module, {name: part for name, part in module.named_modules() if part in owners})
         self._undo.append(self._outside.remove)
         for part in module.modules():
+            if isinstance(part, FSDPModule) and isinstance(part, ParametrizationList):
+                # It runs whenever its weight is read, which may be before the model does.
+                settle = part.register_forward_pre_hook(lambda *unused: self._state._lazy_init(), prepend=True)
+                self._undo.append(settle.remove)
             handle = part.register_load_state_dict_pre_hook(_cut_for_loading)  # type: ignore[no-untyped-call]
             self._undo.append(handle.remove)
         if full_state:

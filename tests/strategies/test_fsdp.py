@@ -728,6 +728,34 @@ def test_a_parametrized_weight_is_read_outside_of_the_model() -> None:
     assert run_distributed(parametrized) == [True, True]
 
 
+def parametrizations(strategy: str) -> tuple[list[float], list[Any]]:
+    kinds = nn.utils.parametrizations
+    torch.manual_seed(3)
+    raw = nn.Sequential(*(f(nn.Linear(4, 4)) for f in (kinds.orthogonal, kinds.spectral_norm, kinds.weight_norm)))
+    lite = start(strategy, "bf16-mixed")
+    model = lite.setup(raw)
+    read = [whole(model[2].weight).tolist()]  # before the model runs
+    optimizer = lite.setup_optimizers(torch.optim.SGD(model.parameters(), lr=0.1))
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(lite.global_rank))
+    losses = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = model(x).float().pow(2).mean()
+        lite.backward(loss)
+        optimizer.step()
+        losses.append(loss.item())
+    read.append(whole(model[2].weight).tolist())
+    lite.teardown()
+    return losses, read
+
+
+def test_parametrizations_compute_in_float32_under_16_bit_precisions() -> None:
+    """As under DDP, to the rounding of 16 bits: autocast leaves their own operations alone."""
+    for sharded, copied in zip(*(run_distributed(parametrizations, name) for name in ("fsdp", "ddp")), strict=True):
+        assert sharded[0] == pytest.approx(copied[0], rel=1e-2)
+        torch.testing.assert_close(torch.tensor(sharded[1]), torch.tensor(copied[1]), rtol=0, atol=1e-2)
+
+
 class TiedNorms(nn.Module):
     """Two norms with one weight, which is also used without them."""
 
