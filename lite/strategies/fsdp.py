@@ -175,11 +175,11 @@ def names_of_blocks(module: nn.Module, blocks: dict[str, nn.Module]) -> tuple[tu
     return tuple(map(tuple, owned.values()))
 
 
-Policies = Callable[[bool], Any]
+Policies = Callable[[nn.Module, bool], Any]
 
 
 def policies(precision: Precision, own: Any) -> Policies:
-    """For whether it is the whole model: torch's MixedPrecisionPolicy.
+    """For a part, and whether it is the whole model: torch's MixedPrecisionPolicy.
 
     Args:
         precision: The job's.
@@ -190,7 +190,12 @@ def policies(precision: Precision, own: Any) -> Policies:
     if own is not None and not isinstance(own, MixedPrecisionPolicy):
         raise ConfigError(f"mixed_precision={own!r} must be a torch.distributed.fsdp.MixedPrecisionPolicy.")
 
-    def policy(root: bool) -> Any:
+    def policy(part: nn.Module, root: bool) -> Any:
+        if isinstance(part, _FLOAT32) and not root:
+            # A policy of the user's is without autocast, which else casts the weight that a parametrization gives.
+            output = None if own is None else own.param_dtype
+            chosen = policy(part, True)
+            return replace(chosen, param_dtype=None, output_dtype=output, cast_forward_inputs=False)
         if own is not None:
             return own
         if precision.compute_dtype is None:
@@ -240,10 +245,7 @@ def shard_over_data(
     for part in [*_in_float32(module, policy, blocks), *reversed(blocks.values()), module]:
         if not placed:
             place(part, device)
-        chosen = policy(part is module)
-        if isinstance(part, _FLOAT32) and part is not module:
-            chosen = replace(chosen, param_dtype=None, output_dtype=None, cast_forward_inputs=False)
-        options: dict[str, Any] = {"mesh": mesh, "mp_policy": chosen, "offload_policy": offload}
+        options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy(part, part is module), "offload_policy": offload}
         if replicated:
             _replicate()(part, **options)
         else:
@@ -257,7 +259,7 @@ def _in_float32(module: nn.Module, policy: Policies, blocks: dict[str, nn.Module
     BatchNorms' statistics are float32. A parametrization (orthogonal, spectral_norm) computes a weight from its
     parameters outside of autocast's reach, with buffers in float32, or to NaN.
     """
-    if policy(False).param_dtype is None:
+    if policy(module, True).param_dtype is None:
         return []
     given = {id(block) for block in (module, *blocks.values())}
     found = [part for part in module.modules() if isinstance(part, _FLOAT32) and id(part) not in given]

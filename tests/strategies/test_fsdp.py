@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from lite import ConfigError, FSDPStrategy, Lite, UsageError
 from lite.sharded import is_sharded, local, whole
@@ -728,11 +729,13 @@ def test_a_parametrized_weight_is_read_outside_of_the_model() -> None:
     assert run_distributed(parametrized) == [True, True]
 
 
-def parametrizations(strategy: str) -> tuple[list[float], list[Any]]:
+def parametrizations(name: str, precision: str = "bf16-mixed") -> tuple[list[float], list[Any]]:
+    own = MixedPrecisionPolicy(torch.bfloat16, torch.float32)  # without autocast
+    strategy = FSDPStrategy(mixed_precision=own) if name == "fsdp with a policy" else name
     kinds = nn.utils.parametrizations
     torch.manual_seed(3)
     raw = nn.Sequential(*(f(nn.Linear(4, 4)) for f in (kinds.orthogonal, kinds.spectral_norm, kinds.weight_norm)))
-    lite = start(strategy, "bf16-mixed")
+    lite = start(strategy, precision)
     model = lite.setup(raw)
     read = [whole(model[2].weight).tolist()]  # before the model runs
     optimizer = lite.setup_optimizers(torch.optim.SGD(model.parameters(), lr=0.1))
@@ -751,9 +754,11 @@ def parametrizations(strategy: str) -> tuple[list[float], list[Any]]:
 
 def test_parametrizations_compute_in_float32_under_16_bit_precisions() -> None:
     """As under DDP, to the rounding of 16 bits: autocast leaves their own operations alone."""
-    for sharded, copied in zip(*(run_distributed(parametrizations, name) for name in ("fsdp", "ddp")), strict=True):
-        assert sharded[0] == pytest.approx(copied[0], rel=1e-2)
-        torch.testing.assert_close(torch.tensor(sharded[1]), torch.tensor(copied[1]), rtol=0, atol=1e-2)
+    copied = run_distributed(parametrizations, "ddp")
+    for case in (("fsdp",), ("fsdp with a policy", "32-true")):
+        for mine, theirs in zip(run_distributed(parametrizations, *case), copied, strict=True):
+            assert mine[0] == pytest.approx(theirs[0], rel=1e-2)
+            torch.testing.assert_close(torch.tensor(mine[1]), torch.tensor(theirs[1]), rtol=0, atol=1e-2)
 
 
 class TiedNorms(nn.Module):
