@@ -31,6 +31,8 @@ class FSDPStrategy(ShardedStrategy):
     keys, with DTensors as values. An optimizer that was made before `setup` holds the sharded parameters afterwards.
     Call the model, and methods of it that compute, on all ranks, and its layers within them. There a number of a
     sharded weight (`weight.norm().item()`) is refused: compute it from `weight.full_tensor()` before.
+    Change weights by operations in place (`lerp_`, `copy_`) between its runs, or in a method without tensors; what a
+    forward writes into them, and `parameter.data = value`, would be lost and is refused.
 
     With precision "bf16-mixed" or "16-mixed" parameters, gradients and state stay float32, blocks compute in 16 bits,
     and gradients are reduced in float32 (torch's MixedPrecisionPolicy, under autocast; BatchNorms, whose statistics are
