@@ -19,6 +19,7 @@ from lite.strategies.footprint import Footprint, parts
 from lite.strategies.fsdp import names_of_blocks, place, policies, shard_over_data
 from lite.strategies.meshes import make_mesh, settle_sizes
 from lite.strategies.sharded import ShardedStrategy
+from lite.strategies.split_lengths import watch_lengths
 from lite.strategies.split_outputs import watch_first_outputs
 
 
@@ -41,8 +42,8 @@ class ModelParallelStrategy(ShardedStrategy):
         loss_parallel: Whether a loss may be computed from logits that stay split over the classes
             (`ColwiseParallel(use_local_output=False)`), as in torch's `loss_parallel`; until the job ends. A layer's
             part as a plain tensor, which a loss would take for the whole, is refused where the model's first forward
-            returns it. Evaluate split logits under `torch.no_grad()`: torch 2.13 can't within
-            `torch.inference_mode()`.
+            returns nothing else, and warned about where there are whole tensors beside it. Evaluate split logits under
+            `torch.no_grad()`: torch 2.13 can't within `torch.inference_mode()`.
         auto_wrap: What is sharded over data by itself, as for FSDPStrategy.
         reshard_after_forward: As for FSDPStrategy.
         mixed_precision: As for FSDPStrategy.
@@ -207,6 +208,7 @@ class ModelParallelStrategy(ShardedStrategy):
         parallel_plan.tie_again(module, tied)
         if self._tensor > 1:
             watch_first_outputs(named, self._plan)
+            watch_lengths(named, self._plan, self._tensor)
         how = f"layers split over {self._tensor} ranks"
         if self._data == 1:
             return how

@@ -1,7 +1,12 @@
-"""A model's first forward must return no plain part of a layer's output, which losses would take for the whole."""
+"""Plain parts of layers' outputs that a model returns, and losses would take for the whole: told at its first forward.
+
+Where they are all that it returns, a loss can take nothing else, and they are refused. Beside whole tensors they may be
+for looking at only, and one warning says what they are.
+"""
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Mapping
 from functools import partial
@@ -9,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import keystr, tree_leaves_with_path
 
 from lite.errors import ConfigError
 from lite.sharded import is_sharded
@@ -17,7 +22,7 @@ from lite.strategies.parallel_plan import column_layers, matches
 
 
 def watch_first_outputs(module: nn.Module, plan: Mapping[str, Any] | None) -> None:
-    """Look at the outputs of layers that stay split until a forward of the model has returned none of them.
+    """Look at the outputs of layers that stay split until a forward of the model has not been refused for them.
 
     Later forwards cost nothing. What the compiler runs is not looked at.
 
@@ -37,10 +42,17 @@ def watch_first_outputs(module: nn.Module, plan: Mapping[str, Any] | None) -> No
     def check(model: nn.Module, inputs: Any, outputs: Any) -> None:
         if torch.compiler.is_compiling():
             return
-        returned = {id(leaf) for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)}
-        for name, part in parts.items():
-            if id(part()) in returned:
-                raise ConfigError(_refusal(model, name, keys[name]))
+        returned = {
+            id(leaf): keystr(path)
+            for path, leaf in tree_leaves_with_path(outputs)
+            if isinstance(leaf, Tensor) and leaf.is_floating_point()
+        }
+        split = {name: returned[id(part())] for name, part in parts.items() if id(part()) in returned}
+        if split and len(set(split.values())) == len(returned):
+            name = next(iter(split))
+            raise ConfigError(_refusal(model, name, keys[name]))
+        if split:
+            warnings.warn(_warning(model, split, keys), stacklevel=2)
         for handle in handles:
             handle.remove()
 
@@ -69,8 +81,24 @@ def _hands_on_parts(style: Any) -> bool:
 
 def _refusal(model: nn.Module, name: str, key: str) -> str:
     return (
-        f"{key} leaves the output of {name!r} split, and {type(model).__name__.removeprefix('FSDP')} returned it as it "
-        "is: a plain tensor with this rank's part, which a loss would take for the whole. Use output_layouts="
-        "Replicate() for that layer; or, for a cross-entropy of logits that stay split, ColwiseParallel("
-        "use_local_output=False) and ModelParallelStrategy(loss_parallel=True)."
+        f"{key} leaves the output of {name!r} split, and {_name(model)} returned it as it is: a plain tensor with this "
+        f"rank's part, which a loss would take for the whole. {_REMEDY}"
     )
+
+
+def _warning(model: nn.Module, split: Mapping[str, str], keys: Mapping[str, str]) -> str:
+    what = "; ".join(f"outputs{path} is that of {name!r} ({keys[name]})" for name, path in split.items())
+    return (
+        f"{_name(model)} returns outputs of layers that stay split as they are, plain tensors with this rank's part, "
+        f"and a loss of them would take the part for the whole: {what}. {_REMEDY}"
+    )
+
+
+_REMEDY = (
+    "Use output_layouts=Replicate() for that layer; or, for a cross-entropy of logits that stay split, ColwiseParallel("
+    "use_local_output=False) and ModelParallelStrategy(loss_parallel=True)."
+)
+
+
+def _name(model: nn.Module) -> str:
+    return type(model).__name__.removeprefix("FSDP")

@@ -10,12 +10,19 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.tensor import Replicate, Shard
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 from torch.utils.data import DataLoader, TensorDataset
 
 from lite import ConfigError, Lite, ModelParallelStrategy, UsageError
 from lite.sharded import is_sharded, whole
 from lite.strategies.parallel_plan import matches
+from lite.strategies.split_lengths import _check
 from lite.trainer import LightningModule, Trainer
 from tests.contracts.test_numbers import PLAN, SEQUENCE_PLAN
 from tests.support.models import TinyGPT, next_token_loss, sentences
@@ -299,11 +306,18 @@ class Net(nn.Module):
         self.head = nn.Linear(4, 6)
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        hidden = self.blocks(self.tokens(x))
-        return {"logits": self.head(hidden), "hidden": hidden}
+        return {"logits": self.head(self.blocks(self.tokens(x)))}
 
     def loss(self, x: torch.Tensor) -> torch.Tensor:
         return self(x)["logits"].pow(2).mean()
+
+
+class Keeping(Net):
+    """Returns what it does not train on, too."""
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        logits = super().forward(x)
+        return {**logits, "inner": self.blocks[0].up(self.tokens(x)), "tokens": x}
 
 
 def split_head(model: nn.Module, mesh: Any) -> None:
@@ -350,11 +364,20 @@ def split_outputs() -> dict[str, Any]:
         facts[name] = len(model._forward_hooks) + len(model.blocks[0].up._forward_hooks)
     lite = start(parallelize={**BLOCKS, "head": ColwiseParallel(use_local_output=False)}, loss_parallel=True)
     facts["loss parallel"] = is_sharded(lite.setup(Net())(tokens)["logits"])
+    lite = start(parallelize=BLOCKS)
+    model = lite.setup(Keeping())
+    with pytest.warns(UserWarning) as caught:
+        lite.backward(model(tokens)["logits"].sum())
+    (facts["beside"],) = [str(warning.message) for warning in caught]
+    model(tokens)  # warnings are errors here
     return facts
 
 
 def test_what_is_returned_split_is_refused_at_the_first_forward() -> None:
-    """By the plan's key; and what split outputs don't fit is explained by the styles that the plan has."""
+    """By the plan's key, or warned about once, where whole tensors are beside it.
+
+    And what split outputs don't fit is explained by the styles that the plan has.
+    """
     returned = "returned it as it is: a plain tensor with this rank's part, which a loss would take for the whole"
     parts = {
         "head": f"parallelize['*ead']=ColwiseParallel leaves the output of 'head' split, and Net {returned}",
@@ -370,9 +393,69 @@ def test_what_is_returned_split_is_refused_at_the_first_forward() -> None:
         assert facts.pop("loss parallel")
         assert facts.pop("whole") == facts.pop("all") == 1  # the style's own
         assert facts["sequence"].endswith("The outputs of blocks.0.up, blocks.1.up have 1/2 of their features.")
+        assert "with this rank's part" in facts["beside"]
+        assert "outputs['inner'] is that of 'blocks.0.up' (parallelize['blocks.*.up']=ColwiseP" in facts.pop("beside")
         assert facts["norms"].endswith("leave SequenceParallel and Shard(1) out of parallelize.")
         for key, part in parts.items():
             assert part in facts[key] and part in facts[f"{key} again"], key
+
+
+class Prepared(nn.Module):
+    """A block that is split by what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.block = nn.Embedding(6, 4), Block()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.block(self.tokens(x))
+
+
+OVER_BLOCK = {"up": ColwiseParallel(input_layouts=Shard(1)), "down": RowwiseParallel(output_layouts=Shard(1))}
+PREPARED = {
+    "block": PrepareModuleInput(input_layouts=(WHOLE,), desired_input_layouts=(Shard(1),), use_local_output=True),
+    "block.norm": SequenceParallel(),
+    **{f"block.{name}": style for name, style in OVER_BLOCK.items()},
+}
+
+
+def odd_lengths() -> dict[str, Any]:
+    facts: dict[str, Any] = {}
+    even, odd = torch.ones(2, 6, dtype=torch.long), torch.ones(2, 5, dtype=torch.long)
+    rows = {"0": COLUMN, "2": RowwiseParallel(output_layouts=Shard(1)), "3": SequenceParallel()}
+    for name, plan, model, inputs in (
+        ("embedding", OVER_SEQUENCE, Net(), (even, odd)),
+        ("prepared", PREPARED, Prepared(), (even, odd)),
+        ("rows", rows, nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 4), nn.LayerNorm(4)), None),
+        ("whole", BLOCKS, Net(), None),
+    ):
+        lite = start(parallelize=plan)
+        lite.setup(model)
+        if inputs is not None:
+            model(inputs[0])
+            facts[name] = told(lambda model=model, inputs=inputs: model(inputs[1]))
+        watched = [
+            key
+            for key, layer in model.named_modules()
+            if any(getattr(hook, "func", None) is _check for hook in layer._forward_pre_hooks.values())
+        ]
+        facts[f"{name} looks at"] = watched
+    return facts
+
+
+def test_a_length_that_ranks_do_not_divide_is_refused() -> None:
+    """Where the sequence is first split, and with what to pad it to; other layers look at nothing."""
+    for facts in run_distributed(odd_lengths):
+        assert facts["embedding"].startswith(
+            "parallelize['tokens']=RowwiseParallel splits dimension 1, the sequence, over tensor_parallel=2 ranks, and "
+            "Net was given one of length 5"
+        )
+        assert "Pad it to 6 (a multiple of 2)" in facts["embedding"]
+        assert facts["prepared"].startswith("parallelize['block']=PrepareModuleInput splits dimension 1")
+        assert facts["embedding looks at"] == ["tokens"]
+        assert facts["prepared looks at"] == ["block"]
+        assert facts["rows looks at"] == ["2"]
+        assert facts["whole looks at"] == []
 
 
 def test_arguments_are_checked_before_any_process_starts() -> None:
