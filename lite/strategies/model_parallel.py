@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from glob import escape
 from typing import Any
@@ -150,9 +150,7 @@ class ModelParallelStrategy(ShardedStrategy):
         self.check_world_size(self._world_size)
         self._mesh = make_mesh(device.type, {"data": self._data, "tensor": self._tensor})
         if self._loss_parallel:
-            from torch.distributed.tensor.parallel import loss_parallel
-
-            self._contexts.enter_context(loss_parallel())
+            self._contexts.enter_context(_loss_parallel())
 
     def check_module(self, module: nn.Module) -> None:
         super().check_module(module)
@@ -228,3 +226,28 @@ class ModelParallelStrategy(ShardedStrategy):
     def close(self) -> None:
         self._contexts.close()
         super().close()
+
+
+_within: list[Any] = []  # torch's one context, for each strategy of this process that is within it
+
+
+@contextmanager
+def _loss_parallel() -> Iterator[None]:
+    """torch's `loss_parallel`, from the first strategy that enters it until the last one leaves.
+
+    torch 2.13 keeps one table for the whole process, and fails where it is taken away a second time: also by a block of
+    the user's own.
+    """
+    from torch.distributed.tensor.parallel import loss_parallel
+
+    context = _within[0] if _within else loss_parallel()
+    if not _within:
+        context.__enter__()
+    _within.append(context)
+    try:
+        yield
+    finally:
+        _within.pop()
+        if not _within:
+            with suppress(KeyError):
+                context.__exit__(None, None, None)

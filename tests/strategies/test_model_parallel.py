@@ -15,12 +15,14 @@ from torch.distributed.tensor.parallel import (
     PrepareModuleInput,
     RowwiseParallel,
     SequenceParallel,
+    loss_parallel,
     parallelize_module,
 )
 from torch.utils.data import DataLoader, TensorDataset
 
 from lite import ConfigError, Lite, ModelParallelStrategy, UsageError
 from lite.sharded import is_sharded, whole
+from lite.strategies.numbers import _handlers
 from lite.strategies.parallel_plan import matches
 from lite.strategies.split_lengths import _check
 from lite.trainer import LightningModule, Trainer
@@ -118,6 +120,31 @@ def test_a_loss_of_split_logits_says_what_to_evaluate_it_under() -> None:
     for text in run_distributed(evaluated):
         assert text.startswith("TinyGPT computed a loss within torch.inference_mode()")
         assert "use torch.no_grad(), or Trainer(inference_mode=False)" in text
+
+
+def loss_parallel_twice() -> Any:
+    """Two jobs in one process, and a block of the user's own; the second goes on when the first has left."""
+    losses = []
+    strategies = []
+    for _ in range(2):
+        lite = start(parallelize=SEQUENCE_PLAN, loss_parallel=True)
+        strategies.append(lite.strategy)
+        losses.append(lite.setup(TinyGPT()).loss(sentences(2)[:][0]))
+        lite.backward(losses[-1])
+        lite.teardown()
+    strategies[0]._contexts.close()
+    within = torch.ops.aten._log_softmax.default in _handlers()
+    with loss_parallel():
+        pass
+    strategies[1]._contexts.close()
+    return [whole(loss.detach()).item() for loss in losses], within, torch.ops.aten._log_softmax.default in _handlers()
+
+
+def test_several_jobs_of_one_process_share_loss_parallel() -> None:
+    """torch's table is taken away once, by the last."""
+    for (first, second), within, after in run_distributed(loss_parallel_twice):
+        assert first == second
+        assert within and not after
 
 
 # ---- again
