@@ -91,10 +91,12 @@ class Steps(Facet):
         """A context for a loop whose ranks may run out of batches at different steps, under DDP.
 
         Collective: call on all ranks. A rank that has left the loop waits at the block's end and answers the others'
-        gradient averaging with zeros; at the very end all ranks have the model and the optimizers' state of the last
-        one that trained (schedulers and loss scales are each rank's own). Loaders
-        from `setup_dataloaders` don't need it: they give every rank the same number of batches, also of an uneven
-        dataset. It is for streams of your own, whose lengths nobody knows. Within the block only forward, backward and
+        gradient averaging with zeros: the forward and then the backward of each model, in the order in which they are
+        given here. So each forward under gradients is followed by its own `backward` before the next one, and with
+        several models each is called once per batch, in that order; anything else is refused. At the very end all ranks
+        have the model and the optimizers' state of the last one that trained (schedulers and loss scales are each
+        rank's own). Loaders from `setup_dataloaders` don't need it: they give every rank the same number of batches,
+        also of an uneven dataset. It is for streams of your own, whose lengths nobody knows. Within the block only forward, backward and
         optimizer steps may communicate: no `all_reduce`, `save` or `check_sync`, which the others would not answer.
 
         The n-th backward of each rank must synchronise on all of them or on none, whoever has an n-th one. So a window
@@ -104,13 +106,14 @@ class Steps(Facet):
         `no_backward_sync` must follow the same count on all ranks.
 
         Args:
-            *models: The set-up models that are trained in the block.
+            *models: The set-up models that are trained in the block, each on every batch.
             divide_by_initial_world_size: Gradients are divided by the number of all ranks; False divides by the number
                 of those that still train.
             throw_on_early_termination: Raise RuntimeError on all ranks as soon as one runs out.
 
         Raises:
-            UsageError: A model is not set up, or the strategy has nothing of the kind.
+            UsageError: A model is not set up, or the strategy has nothing of the kind; within the block, a forward that
+                the ranks without batches would not answer.
 
         Source: https://docs.pytorch.org/docs/stable/distributed.algorithms.join.html
         """

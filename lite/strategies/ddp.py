@@ -192,10 +192,13 @@ class DDPStrategy(Strategy):
                 "lite.join does not go with DDPStrategy(zero_optimizer=True): a rank without batches gets no gradients "
                 "for its share of the parameters; leave zero_optimizer out, or give all ranks equally many batches."
             )
+        from lite.strategies.ddp_engine import DDPEngine
         from lite.strategies.ddp_join import join
 
         refuse_alone("lite.join")
-        return join([ddp for engine in engines if (ddp := getattr(engine, "ddp", None))], optimizers, **options)
+        assert self._engines is not None
+        joined = [engine for engine in engines if isinstance(engine, DDPEngine)]
+        return join(joined, optimizers, self._engines, **options)
 
     def norms_agree(self) -> bool:
         return self._engines is None or all(engine.gradients_agree for engine in self._engines)

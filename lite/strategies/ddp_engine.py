@@ -1,8 +1,8 @@
 """What stands around one model under DDP: whose gradients are averaged, by which backward, and who is told when not.
 
 Relies on parts of torch that it doesn't document, as they are in torch 2.13: `AccumulateGrad.variable`,
-`DistributedDataParallel.require_forward_param_sync`, `require_backward_grad_sync` and `_join_config`,
-the texts of DDP's errors, and `torch._C._current_graph_task_id`.
+`DistributedDataParallel.require_forward_param_sync`, `require_backward_grad_sync` and `_join_config`
+(with what disables it), the texts of DDP's errors, and `torch._C._current_graph_task_id`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms.join import _JoinConfig
 from torch.optim import Optimizer
 
 from lite.errors import UsageError, some
@@ -23,6 +24,7 @@ from lite.strategies import provenance
 from lite.strategies.base import Engine, refuse_foreign
 from lite.strategies.comm_hooks import Register
 from lite.strategies.ddp_parameters import Averaged
+from lite.strategies.turns import Turns
 
 _WITHOUT_GRADIENT = re.compile(r"indices which did not receive grad for rank \d+: ((?:\d+ ?)+)")
 _NO_OUTPUT = (
@@ -39,10 +41,12 @@ class Engines:
     Attributes:
         running: Engines of which a method other than forward runs now, the innermost last.
         begun: Those that average gradients in the backward that runs now.
+        turns: Whose forward is next, within `lite.join`.
     """
 
     def __init__(self) -> None:
         self.running: list[DDPEngine] = []
+        self.turns: Turns | None = None
         self.begun: set[DDPEngine] = set()
         self._all: list[weakref.ref[DDPEngine]] = []
 
@@ -96,6 +100,16 @@ class Engines:
         begun, self.begun = self.begun, set()
         for engine in begun:
             engine.finish_backward()
+
+    @contextmanager
+    def in_turn(self, engines: Iterable[DDPEngine]) -> Iterator[None]:
+        """A context in which these run one after another, each with its backward, as `Turns` says."""
+        before, self.turns = self.turns, Turns({engine: type(engine._averaged.module).__name__ for engine in engines})
+        try:
+            yield
+            self.turns.end()
+        finally:
+            self.turns = before
 
     def check_optimizer(self, optimizer: Optimizer) -> None:
         """Refuse an optimizer with parameters that no engine knows."""
@@ -233,7 +247,9 @@ class DDPEngine(Engine):
         self.backwards += 1
         if self._unused and self._averaged.ddp is not None:
             # DDP has looked for unused parameters in the last outputs alone; the loss knows better.
-            return self._prepare(self._averaged.ddp, loss)  # type: ignore[no-any-return]
+            loss = self._prepare_again(self._averaged.ddp, loss)
+        if self._engines.turns is not None:
+            self._engines.turns.finish(self)
         return loss
 
     def finish_backward(self) -> None:
@@ -247,6 +263,14 @@ class DDPEngine(Engine):
             self._explain_unused(error)
             raise
 
+    def _prepare_again(self, ddp: nn.parallel.DistributedDataParallel, loss: Tensor) -> Tensor:
+        # Within `lite.join` the other ranks have answered the forward already.
+        before, ddp._join_config = ddp._join_config, _JoinConfig.construct_disabled_join_config()  # type: ignore[no-untyped-call]
+        try:
+            return self._prepare(ddp, loss)  # type: ignore[no-any-return]
+        finally:
+            ddp._join_config = before
+
     def _prepare(self, ddp: nn.parallel.DistributedDataParallel, outputs: Any) -> Any:
         # Broadcasting buffers now would change what the backward needs, and methods communicate nothing.
         before, ddp.require_forward_param_sync = ddp.require_forward_param_sync, False
@@ -257,6 +281,8 @@ class DDPEngine(Engine):
             raise
 
     def _through(self, ddp: nn.parallel.DistributedDataParallel, run: Callable[..., Any], *args: Any, **kw: Any) -> Any:
+        if self._engines.turns is not None and ddp._join_config.enable:
+            self._engines.turns.begin(self, synchronised=self.synchronise)
         try:
             return ddp(run, *args, **kw)
         except RuntimeError as error:

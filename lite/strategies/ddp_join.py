@@ -1,4 +1,8 @@
-"""Loops whose ranks run out of batches at different steps, under DDP."""
+"""Loops whose ranks run out of batches at different steps, under DDP.
+
+Relies on parts of torch that it doesn't document, as they are in torch 2.13: `Joinable._join_config`, which torch
+leaves as it was in the block, and `DistributedDataParallel.reducer._set_forward_pass_work_handle`.
+"""
 
 from __future__ import annotations
 
@@ -9,31 +13,41 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.algorithms.join import Join, Joinable, JoinHook
+from torch.distributed.algorithms.join import Join, Joinable, JoinHook, _JoinConfig
 from torch.optim import Optimizer
 
 from lite import collectives
+from lite.strategies.ddp_engine import DDPEngine, Engines
 
 
 @contextmanager
 def join(
-    ddps: Sequence[nn.parallel.DistributedDataParallel],
+    engines: Sequence[DDPEngine],
     optimizers: Sequence[Optimizer],
+    job: Engines,
     *,
     divide_by_initial_world_size: bool,
     throw_on_early_termination: bool,
 ) -> Iterator[None]:
     """Let ranks that are done answer the others; give everyone the last rank's model and optimizer state at the end."""
+    trained = {engine: ddp for engine in engines if (ddp := engine.ddp) is not None}
+    ddps = list(trained.values())
     if not ddps:
         yield
         return
     last = _Last(ddps[0])
-    with Join(
+    answering = Join(
         [*ddps, last],
         throw_on_early_termination=throw_on_early_termination,
         divide_by_initial_world_size=divide_by_initial_world_size,
-    ):
-        yield
+    )
+    try:
+        with answering, job.in_turn(trained):
+            yield
+    finally:
+        for ddp in ddps:  # else each later forward would tell ranks that no longer answer, and go by how many did
+            ddp._join_config = _JoinConfig.construct_disabled_join_config()  # type: ignore[no-untyped-call]
+            ddp.reducer._set_forward_pass_work_handle(None, True)  # type: ignore[arg-type]
     # DDP sends the model alone, and a rank that stopped early would step on with old momentum.
     source = max(rank for rank, is_last in enumerate(collectives.all_gather_objects(last.is_last)) if is_last)
     for optimizer in optimizers:

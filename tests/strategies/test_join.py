@@ -181,3 +181,89 @@ def test_what_would_make_ranks_wait_in_a_window_is_refused_on_all() -> None:
         assert ended.startswith("window(last=False) within lite.join")
         assert last.startswith("window(last=True) within lite.join") and "leave last out" in last
         assert weight == weighed and weight.startswith("weight=3 of a window within lite.join")
+
+
+def turns() -> Any:
+    """Two models, in their order and in others; then one step of both at once, after the block."""
+    lite = Lite(accelerator="cpu", precision="64-true", strategy="ddp")
+    first, one = lite.setup(model := MLP(torch.float64), torch.optim.SGD(model.parameters(), lr=0.1))
+    second, two = lite.setup(model := nn.Linear(4, 1), torch.optim.SGD(model.parameters(), lr=0.1))
+    x = torch.ones(2, 4, dtype=torch.float64)
+
+    def train(*models: nn.Module) -> None:
+        lite.backward(sum(model(x * (lite.global_rank + 1)).pow(2).mean() for model in models))
+        for optimizer in (one, two):
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def told(*batches: tuple[nn.Module, ...], of: tuple[nn.Module, ...] = (first, second)) -> str:
+        with pytest.raises(UsageError) as caught, lite.join(*of):
+            for models in batches:
+                train(*models)
+        lite.check_sync()
+        return str(caught.value)
+
+    facts: dict[str, Any] = {"joint": told((first, second)), "twice": told((first, first), of=(first,))}
+    facts["order"] = told((second,), (first,))
+    facts["left out"] = told((first,), (first,))
+    facts["incomplete"] = told((first,))
+    with pytest.raises(UsageError) as caught, lite.join(first):
+        first(x)
+    facts["no backward"] = str(caught.value)
+    with pytest.raises(ValueError, match="mine"), lite.join(first):
+        train(first)
+        raise ValueError("mine")
+    with lite.join(first, second, divide_by_initial_world_size=False):
+        for _ in range(BATCHES[lite.global_rank]):
+            train(first)
+            train(second)
+            with torch.no_grad():
+                first(x)
+    lite.check_sync()
+    assert not any(lite._modules[model].ddp._join_config.enable for model in (first, second))
+    before = [p.detach().clone() for p in first.parameters()]
+    train(first, second)  # any way, and averaged over all ranks
+    lite.check_sync()
+    alone = MLP(torch.float64)
+    for p, value in zip(alone.parameters(), before, strict=True):
+        p.data.copy_(value)
+    (sum(alone(x * (rank + 1)).pow(2).mean() for rank in range(2)) / 2).backward()
+    for p, now in zip(alone.parameters(), first.parameters(), strict=True):
+        torch.testing.assert_close(now, p - 0.1 * p.grad, rtol=0, atol=1e-12)
+    return facts
+
+
+def test_what_the_others_would_not_answer_is_refused_on_all() -> None:
+    """Two forwards in one loss, another order, a model left out; errors come out, and nothing of a block is left."""
+    pending = "came before the lite.backward of the forward of"
+    parts = {
+        "joint": f"lite.join: a forward of Linear (model 2 of 2) {pending} MLP (model 1 of 2)",
+        "twice": f"lite.join: a forward of MLP {pending} MLP, and ranks",
+        "order": "lite.join: a forward of Linear (model 2 of 2) came where one of MLP (model 1 of 2) was due",
+        "left out": "lite.join: a forward of MLP (model 1 of 2) came where one of Linear (model 2 of 2) was due",
+        "incomplete": "lite.join: the block ended where a forward of Linear (model 2 of 2) was due",
+        "no backward": "lite.join: the block ended before the lite.backward of the last forward of MLP, for which",
+    }
+    for facts in run_distributed(turns):
+        assert {key: text for key, text in facts.items() if not text.startswith(parts[key])} == {}
+        assert facts.keys() == parts.keys()
+
+
+def some_unused() -> list[Any]:
+    lite = Lite(accelerator="cpu", precision="64-true", strategy=DDPStrategy(find_unused_parameters=True))
+    model = nn.ModuleDict({"used": nn.Linear(4, 1), "unused": nn.Linear(4, 1)}).double()
+    model.forward = lambda x: (model["used"](x), model["unused"](x))
+    model, optimizer = lite.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    with lite.join(model):
+        for step in range(BATCHES[lite.global_rank]):
+            optimizer.zero_grad()
+            lite.backward(model(batch(lite.global_rank, step))[0].pow(2).mean())
+            optimizer.step()
+    lite.check_sync()
+    return model["used"].weight.tolist()
+
+
+def test_unused_parameters_are_looked_for_in_a_block() -> None:
+    """By the loss, once its forward has been answered."""
+    first, second = run_distributed(some_unused)
+    assert first == second
