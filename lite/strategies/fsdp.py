@@ -34,6 +34,10 @@ class FSDPStrategy(ShardedStrategy):
     Change weights by operations in place (`lerp_`, `copy_`) between its runs, or in a method without tensors; what a
     forward writes into them, and `parameter.data = value`, would be lost and is refused.
 
+    In a loop of your own such a number is that of this rank's part, as in torch, of weights and of gradients
+    (`p.grad.norm().item()`). Use `weight.full_tensor()`, or `grad.norm().full_tensor().item()`, which gathers less, on
+    all ranks; the norm of all gradients is what `lite.clip_gradients` returns.
+
     With precision "bf16-mixed" or "16-mixed" parameters, gradients and state stay float32, blocks compute in 16 bits,
     and gradients are reduced in float32 (torch's MixedPrecisionPolicy, under autocast; BatchNorms, whose statistics are
     float32, and parametrizations (torch.nn.utils.parametrize) by themselves in float32). With "bf16-true" and the like
