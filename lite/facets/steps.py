@@ -96,8 +96,9 @@ class Steps(Facet):
         several models each is called once per batch, in that order; anything else is refused. At the very end all ranks
         have the model and the optimizers' state of the last one that trained (schedulers and loss scales are each
         rank's own). Loaders from `setup_dataloaders` don't need it: they give every rank the same number of batches,
-        also of an uneven dataset. It is for streams of your own, whose lengths nobody knows. Within the block only forward, backward and
-        optimizer steps may communicate: no `all_reduce`, `save` or `check_sync`, which the others would not answer.
+        also of an uneven dataset. It is for streams of your own, whose lengths nobody knows. Within the block only
+        forward, backward and optimizer steps may communicate: no `all_reduce`, `save` or `check_sync`, which the others
+        would not answer.
 
         The n-th backward of each rank must synchronise on all of them or on none, whoever has an n-th one. So a window
         of `accumulate` takes no `last=` in the block, and no `weight=`, for which all ranks are asked: windows complete

@@ -14,7 +14,7 @@ from torch import nn
 from lite.errors import ConfigError
 from lite.sharded import is_sharded
 from lite.state import uncompiled
-from lite.strategies import parallel_plan
+from lite.strategies import parallel_plan, remedies
 from lite.strategies.footprint import Footprint, parts
 from lite.strategies.fsdp import names_of_blocks, place, policies, shard_over_data
 from lite.strategies.meshes import make_mesh, settle_sizes
@@ -173,6 +173,11 @@ class ModelParallelStrategy(ShardedStrategy):
         if told is not None or self._tensor == 1:
             return told
         return parallel_plan.explain_forward_error(named, error, self._plan, self._tensor)
+
+    def explain_backward_error(self, error: RuntimeError) -> str | None:
+        if self._loss_parallel and self._tensor > 1 and remedies.MIXED in str(error):
+            return remedies.of_both_kinds(error)
+        return super().explain_backward_error(error)
 
     def check_new_optimizer(self, optimizer: Any) -> None:
         from lite.strategies.repointing import check_kernels

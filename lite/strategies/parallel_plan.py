@@ -12,6 +12,7 @@ from torch import nn
 
 from lite.errors import ConfigError, some
 from lite.sharded import is_sharded
+from lite.strategies.remedies import MIXED
 
 # What models call the number of their attention heads.
 _HEADS = (
@@ -26,7 +27,7 @@ _HEADS = (
 )
 
 # What torch's errors say of tensors that don't fit together.
-_OF_SHAPES = ("shape", "size", "elements", "reduction dim", "must match", "mixed torch.Tensor and DTensor")
+_OF_SHAPES = ("shape", "size", "elements", "reduction dim", "must match", MIXED)
 
 
 def check_plan(plan: Mapping[str, Any]) -> None:
@@ -232,10 +233,17 @@ def explain_forward_error(
             where = called
         trace = trace.tb_next
     name = f"{names[id(where)]!r}, a {type(where).__name__}," if where is not module else "its own forward"
-    return (
-        f"{type(module).__name__} could not compute: {name} got what does not fit it ({error}). Under "
-        f"tensor_parallel={size} {_what_is_split(module, plan, size)}"
-    )
+    advice = f"Under tensor_parallel={size} {_what_is_split(module, plan, size)}"
+    styles = matches(module, plan) if plan is not None else {}
+    marked = [name for name, style in styles.items() if _hands_on_marked(style)]
+    if MIXED in str(error) and where is module and marked:
+        over_sequence = any(map(_splits_sequence, styles.values()))
+        advice = (
+            f"The outputs of {some(marked)} stay split and marked as such, DTensors (use_local_output=False), which go "
+            "into a cross-entropy; what else is computed from them with plain tensors (tokens to append, say) takes "
+            "logits.full_tensor(), on all ranks." + (f" If it was another tensor: {advice}" if over_sequence else "")
+        )
+    return f"{type(module).__name__} could not compute: {name} got what does not fit it ({error}). {advice}"
 
 
 def _what_is_split(module: nn.Module, plan: Mapping[str, Any] | None, size: int) -> str:
@@ -278,6 +286,13 @@ def _splits_sequence(style: Any) -> bool:
         return True
     known = isinstance(style, (ColwiseParallel, RowwiseParallel))
     return known and any(layout.is_shard() and layout.dim != -1 for layout in style.output_layouts)
+
+
+def _hands_on_marked(style: Any) -> bool:
+    """Whether its outputs are DTensors that are split over the features."""
+    from torch.distributed.tensor.parallel import ColwiseParallel
+
+    return isinstance(style, ColwiseParallel) and not style.use_local_output and _is_split(style.output_layouts)
 
 
 def _takes_parts(style: Any) -> bool:

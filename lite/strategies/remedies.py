@@ -54,7 +54,8 @@ def outside(module: nn.Module, layer: str) -> str:
     return (
         f"{layer!r}, a layer of {_name(module)}, was called outside of {_name(module)}, whose weights are put together "
         "while it runs itself; call the model, or put these lines into a method of it and call that, with the tensors "
-        "that it works on."
+        "that it works on. The body of a generator (a method with yield) runs when the method has returned already: "
+        "let it call a method that computes one item and returns it."
     )
 
 
@@ -64,7 +65,17 @@ def part_as_number(module: nn.Module) -> str:
         f"{_name(module)} asked for the Python number (item(), float(), bool(), max(), if) of a tensor that comes from "
         "sharded weights or outputs, and each rank would go on with that of its own part. Compute it before the "
         "model is called, on all ranks, from weight.full_tensor(), and pass it on; or in the forward of the layer that "
-        "holds the weight, where it is whole."
+        "holds the weight, where it is whole. A number of outputs that stay split is that of outputs.full_tensor(), "
+        "which all ranks must call."
+    )
+
+
+def of_both_kinds(error: RuntimeError) -> str:
+    """A loss adds up what has come from split logits and what has not."""
+    return (
+        "lite.backward got a loss that adds up a term of split logits, a DTensor, and one of plain tensors (a hidden "
+        "state, another output), which would get a DTensor for its gradient; make the former plain before they are "
+        f"added: loss.full_tensor() + penalty, on all ranks. torch says: {error}"
     )
 
 

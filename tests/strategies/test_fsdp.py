@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -584,6 +584,9 @@ class Layered(nn.Module):
         weight = self.blocks[0][0].weight  # type: ignore[index, union-attr]
         return max(1.0, weight.abs().max()) if weight.mean() > 0 else float(weight.sum())
 
+    def stream(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
+        yield self.first(x)
+
     def scaled(self, x: torch.Tensor, norm: float) -> torch.Tensor:
         return self(x).pow(2).mean() * norm
 
@@ -661,6 +664,7 @@ def past_the_model() -> dict[str, str]:
     facts = {
         "layer": told(lambda: model.blocks(model.first(x))),
         "layer of keywords": told(lambda: model.first(input=x)),
+        "generator": told(lambda: next(model.stream(x))),
         "number": told(model.norm),
         "decision": told(lambda: model.decided(x)),
     }
@@ -669,7 +673,9 @@ def past_the_model() -> dict[str, str]:
     facts["number in forward"] = told(lambda: deciding(x))
     facts["remedy"] = str(model.scaled(x, whole_number).item() > 0)
     # Outside of the model torch's own number is the part's.
-    facts["part"] = str(model.blocks[0][0].weight.detach().norm().item() < whole_number)  # type: ignore[index, operator, union-attr]
+    norm = model.blocks[0][0].weight.detach().norm()  # type: ignore[index, operator, union-attr]
+    facts["part"] = str(norm.item() < whole_number)
+    facts["documented"] = str(norm.full_tensor().item() == pytest.approx(whole_number, abs=1e-12))  # another order
     model.zero_grad()
     model(x)
     facts["weight"] = told(lambda: lite.backward(model.first.weight.pow(2).sum()))
@@ -696,6 +702,8 @@ def test_what_is_computed_past_a_sharded_model_is_refused_with_the_remedy() -> N
         "number": "UsageError: Layered asked for the Python number",
         "decision": "from weight.full_tensor(), and pass it on",
         "layer": "UsageError: 'first', a layer of Layered, was called outside of Layered",
+        "generator": "The body of a generator (a method with yield) runs when the method has returned already",
+        "documented": "True",
         "layer of keywords": "'first', a layer of Layered, was called outside of Layered",
         "remedy": "True",
         "part": "True",

@@ -122,6 +122,57 @@ def test_a_loss_of_split_logits_says_what_to_evaluate_it_under() -> None:
         assert "use torch.no_grad(), or Trainer(inference_mode=False)" in text
 
 
+class Generating(TinyGPT):
+    """Uses logits for more than a loss."""
+
+    @torch.no_grad()
+    def append(self, tokens: torch.Tensor, full: bool) -> torch.Tensor:
+        logits = self(tokens)
+        logits = logits.full_tensor() if full else logits
+        return torch.cat([tokens, logits[:, -1].argmax(-1, keepdim=True)], 1)
+
+    def mean(self, tokens: torch.Tensor) -> float:
+        return self(tokens).mean().item()
+
+
+def mixed_kinds(sequence: bool) -> dict[str, Any]:
+    head = ColwiseParallel(use_local_output=False)
+    lite = start(parallelize=SEQUENCE_PLAN if sequence else {**PLAN, "head": head}, loss_parallel=True)
+    model, (tokens,) = Generating(), sentences(2)[:]
+    kept: list[torch.Tensor] = []
+    model.blocks[0].register_forward_hook(lambda layer, inputs, output: kept.append(output))
+    prompt = tokens[:, :4]
+    logits = model(prompt)
+    wanted = torch.cat([prompt, logits[:, -1].argmax(-1, keepdim=True)], 1)
+    loss = next_token_loss(model(tokens[:, :-1]), tokens)
+    (loss + kept[-1].pow(2).sum()).backward()
+    gradient = model.tokens.weight.grad
+    model.zero_grad()
+    lite.setup(model)
+    facts: dict[str, Any] = {"cat": told(lambda: model.append(prompt, full=False))}
+    assert torch.equal(model.append(prompt, full=True), wanted)
+    facts["item"] = told(lambda: model.mean(prompt))
+    loss = next_token_loss(model(tokens[:, :-1]), tokens)
+    facts["sum"] = told(lambda: lite.backward(loss + kept[-1].pow(2).sum()))
+    model.zero_grad()
+    loss = next_token_loss(model(tokens[:, :-1]), tokens)
+    lite.backward(loss.full_tensor() + kept[-1].pow(2).sum())
+    torch.testing.assert_close(whole(model.tokens.weight.grad), gradient)
+    return facts
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+def test_split_logits_among_plain_tensors_are_told_from_what_else_is_split(sequence: bool) -> None:
+    """With `full_tensor()`, which gives one process's numbers."""
+    for facts in run_distributed(mixed_kinds, sequence):
+        cat = "The outputs of head stay split and marked as such, DTensors (use_local_output=False)"
+        assert cat in facts["cat"] and "takes logits.full_tensor(), on all ranks." in facts["cat"]
+        assert ("are split over the sequence" in facts["cat"]) == sequence
+        assert "that stay split is that of outputs.full_tensor(), which all ranks must call" in facts["item"]
+        assert facts["sum"].startswith("lite.backward got a loss that adds up a term of split logits, a DTensor")
+        assert "loss.full_tensor() + penalty" in facts["sum"]
+
+
 def loss_parallel_twice() -> Any:
     """Two jobs in one process, and a block of the user's own; the second goes on when the first has left."""
     losses = []
