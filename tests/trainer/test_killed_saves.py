@@ -132,6 +132,37 @@ def test_a_file_that_was_written_later_stays(tmp_path: Path) -> None:
     assert not newer.exists()
 
 
+def test_a_last_that_was_written_later_stays(tmp_path: Path) -> None:
+    """It is another run's, too."""
+    full(4, callbacks=[EpochLast(tmp_path, "{epoch}", save_last=True)])
+    os.utime(tmp_path / "last-epoch0.ckpt", (1e10, 1e10))
+    fit(tmp_path, path=tmp_path / "epoch1.ckpt", epochs=2, kind=EpochLast, save_last=True)
+    assert names(tmp_path) == ["epoch1.ckpt", "last-epoch0.ckpt", "last-epoch1.ckpt"]
+
+
+def test_a_save_before_the_last_that_is_due_keeps_its_name(tmp_path: Path) -> None:
+    """In a run that makes up for nothing, as not all is restored."""
+    settings: dict[str, Any] = {"save_last": True, "every_n_train_steps": 1}
+    with pytest.raises(KilledError):
+        fit(tmp_path, DiesAt(2), **settings)
+    saves = ModelCheckpoint(tmp_path, "{epoch}", **settings)
+    run = trainer(callbacks=saves, enable_checkpointing=True, limit_val_batches=0)
+    run.fit(Tiny(), numbers(), ckpt_path=tmp_path / "epoch=0.ckpt", restore_except="random")
+    assert [name for name in names(tmp_path) if "last" in name] == ["last.ckpt"]
+
+
+def test_a_fit_from_the_beginning_owes_no_last(tmp_path: Path) -> None:
+    """Though the fit before it did, and failed."""
+    settings: dict[str, Any] = {"save_last": True, "every_n_epochs": 2}
+    full(2, callbacks=[EpochLast(tmp_path, "{epoch}", **settings)])
+    saves = EpochLast(tmp_path, "{epoch}", **settings)
+    for other, path in ((Fails(1), tmp_path / "epoch1.ckpt"), (DiesAt(4), None)):
+        run = trainer(callbacks=[saves, other], max_epochs=3, enable_checkpointing=True, limit_val_batches=0)
+        with pytest.raises((OSError, KilledError)):
+            run.fit(Tiny(), numbers(), ckpt_path=path)
+    assert names(tmp_path) == ["epoch1.ckpt"]
+
+
 def test_a_lock_that_a_killed_writer_left_goes_as_a_fit_begins(tmp_path: Path) -> None:
     """Whatever its file is called."""
     fit(tmp_path, epochs=1)
@@ -145,3 +176,119 @@ def test_the_newest_score_is_restored(tmp_path: Path) -> None:
     fit(tmp_path, epochs=2, monitor="step", mode="max")
     saves = fit(tmp_path, path=tmp_path / "epoch=1.ckpt", epochs=2, monitor="step", mode="max")
     assert saves.current_score == saves.best_model_score == 6
+
+
+class Fails(Callback):
+    """The disk is full at the saves of those numbers."""
+
+    def __init__(self, *at: int) -> None:
+        self.at, self.count = at, 0
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        self.count += 1
+        if self.count in self.at:
+            raise OSError(28, "No space left on device")
+
+
+class States(Callback):
+    """A ModelCheckpoint's state as each epoch begins, but for the steps that it has seen."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, Any]] = []
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        self.seen.append(state_of(trainer.checkpoint_callback))
+
+
+def state_of(saves: ModelCheckpoint) -> dict[str, Any]:
+    return {**saves.state_dict(), "seen_step": None}
+
+
+def full(*at: int, callbacks: Any) -> Any:
+    """A fit of three epochs with a disk that is full at those saves; returns its Trainer."""
+    run = trainer(max_epochs=3, callbacks=[*callbacks, Fails(*at)], enable_checkpointing=True, limit_val_batches=0)
+    with pytest.raises(OSError, match="No space"):
+        run.fit(Tiny(), numbers())
+    return run
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_a_file_that_was_never_written_takes_no_files_place(by_hand: bool, tmp_path: Path) -> None:
+    """Another callback's file, or one saved by hand, is gone on with after the best one's save failed."""
+    settings: dict[str, Any] = {"monitor": "step", "mode": "max"}
+
+    def other() -> list[Callback]:
+        options: dict[str, Any] = {"every_n_epochs": 3, "save_on_exception": True}
+        return [] if by_hand else [ModelCheckpoint(tmp_path / "other", "x", **options)]
+
+    run = full(3, callbacks=[ModelCheckpoint(tmp_path, "{epoch}", **settings), *other()])
+    if by_hand:
+        run.save_checkpoint(tmp_path / "other" / "x.ckpt")
+    assert names(tmp_path) == ["epoch=1.ckpt", "other"]
+    with pytest.raises(OSError, match="No space"):
+        fit(tmp_path, Fails(1), *other(), path=tmp_path / "other" / "x.ckpt", **settings)
+    assert names(tmp_path) == ["epoch=1.ckpt", "other"]
+
+
+@pytest.mark.parametrize("monitor", [None, "step"])
+@pytest.mark.parametrize("save_last", [None, True])
+def test_a_failed_save_changes_nothing(monitor: Any, save_last: Any, tmp_path: Path) -> None:
+    """Of the callback's state, so that it names files that are there."""
+    mode = {"monitor": monitor, "mode": "max"}
+    saves, states = EpochLast(tmp_path, "{epoch}", save_last=save_last, **mode), States()
+    full(5 if save_last else 3, callbacks=[saves, states])
+    assert state_of(saves) == states.seen[2] and saves.best_model_path.endswith("epoch1.ckpt")
+    assert names(tmp_path) == ["epoch1.ckpt", *["last-epoch1.ckpt"] * bool(save_last)]
+
+
+@pytest.mark.parametrize("mode", ["max", "min"])
+def test_a_failed_last_leaves_the_last_before(mode: str, tmp_path: Path) -> None:
+    """Whether or not a best file was written before it; the step counts as not saved."""
+    saves, states = EpochLast(tmp_path, "{epoch}", save_last=True, monitor="step", mode=mode), States()
+    full(6 if mode == "max" else 4, callbacks=[saves, states])
+    best = "epoch2.ckpt" if mode == "max" else "epoch0.ckpt"
+    assert names(tmp_path) == [best, "last-epoch1.ckpt"]
+    now, before = state_of(saves), states.seen[2]
+    written = {"best_model_path", "best_model_score", "best_k_models", "kth_best_model_path", "kth_value"}
+    written |= {"current_score"}
+    assert {key for key in now if now[key] != before[key]} == (written if mode == "max" else set())
+    assert os.path.basename(saves.best_model_path) == best
+
+
+def test_without_save_last_the_last_before_stays(tmp_path: Path) -> None:
+    """Where the run that goes on from a file never writes the "last" that comes after it, or has not yet."""
+    full(4, callbacks=[EpochLast(tmp_path, "{epoch}", save_last=True)])
+    kept = ["epoch1.ckpt", "last-epoch0.ckpt"]
+    assert names(tmp_path) == kept
+    with pytest.raises(OSError, match="No space"):
+        fit(tmp_path, Fails(1), path=tmp_path / "epoch1.ckpt", kind=EpochLast, save_last=True)
+    assert names(tmp_path) == kept
+    saves = fit(tmp_path, path=tmp_path / "epoch1.ckpt", epochs=2, kind=EpochLast)
+    assert names(tmp_path) == kept and os.path.basename(saves.last_model_path) == kept[1]
+    assert saves.state_dict()["last_model_path"] == saves.last_model_path
+    saves = fit(tmp_path, path=tmp_path / "epoch1.ckpt", kind=EpochLast)
+    assert names(tmp_path) == ["epoch1.ckpt", "epoch2.ckpt", "last-epoch0.ckpt"]  # what was resumed from stays
+
+
+class SavesBeside(Fails):
+    """Saves elsewhere while a file is being written, of which nothing comes."""
+
+    def __init__(self, path: Path, *at: int) -> None:
+        super().__init__(*at)
+        self.path = path
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        if self.count + 1 in self.at:
+            self.at = (self.count + 2,)
+            trainer.save_checkpoint(self.path)
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+
+
+def test_a_file_takes_the_place_of_what_it_says_itself(tmp_path: Path) -> None:
+    """Not of what another says that is being written, or was once, under another name."""
+    with pytest.raises(OSError, match="No space"):
+        fit(tmp_path, SavesBeside(tmp_path / "other.ckpt", 2))
+    assert names(tmp_path) == ["epoch=0.ckpt", "other.ckpt"]
+    with pytest.raises(KilledError):
+        fit(tmp_path, DiesAt(7), path=tmp_path / "other.ckpt")
+    assert "epoch=0.ckpt" in names(tmp_path)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,7 +21,17 @@ from lite.errors import ConfigError, choose, some
 from lite.storage import is_url, joined, sweep_locks
 from lite.trainer.callbacks.base import Checkpoint
 from lite.trainer.callbacks.naming import checkpoint_name, expanded, fields_of, free_name
-from lite.trainer.callbacks.ranking import as_score, best_of, is_better, is_newer, lost, may_go, places_of, worst_of
+from lite.trainer.callbacks.ranking import (
+    as_score,
+    best_of,
+    is_better,
+    is_newer,
+    lies_in,
+    lost,
+    may_go,
+    places_of,
+    worst_of,
+)
 from lite.trainer.callbacks.save_schedule import SaveSchedule
 from lite.trainer.loggers import checkpoint_folder
 from lite.trainer.logging.monitored import looks_at_epoch_ends, may_still_come, monitored, nobody_logged
@@ -103,9 +116,9 @@ class ModelCheckpoint(Checkpoint):
         self.kth_value = torch.tensor(lost(mode))
         self._asked_at = 0
         self._last_saved = ""
-        self._last_is_due = False  # the file that is being written comes before "last"
-        self._next_last = ""  # whose path it knows
-        self._superseded: list[str] = []  # what goes when the file that is being written is there
+        self._last_is_due = False  # the file that comes before it is being written, or was before a kill
+        self._next_last = ""  # where it goes, if known
+        self._instead_of: dict[str, Any] = {}  # of what a file takes the place, while it is written or gone on with
         self._resumed: frozenset[str] = frozenset()  # where the file lies that the run goes on from
         self._told: set[str] = set()  # fields of names that nobody has logged
 
@@ -137,7 +150,7 @@ class ModelCheckpoint(Checkpoint):
         if stage == "fit":
             if self._given_dirpath is None:
                 self.dirpath = collectives.broadcast(checkpoint_folder(trainer.logger, trainer.default_root_dir))
-            self._last_is_due, self._next_last, self._superseded = False, "", []
+            self._last_is_due, self._next_last, self._instead_of = False, "", {}
             self._resumed = places_of(trainer.ckpt_path)  # now: a link may point elsewhere later
             if trainer.is_global_zero and self.dirpath and not self._is_off(trainer):
                 sweep_locks(self.dirpath)
@@ -147,11 +160,16 @@ class ModelCheckpoint(Checkpoint):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         if self.schedule.seen is None and not trainer.fit_loop.is_unsettled:
             self.schedule.seen = trainer.global_step
-        if self._superseded:  # a kill came before its removal; a file of that name that is newer is another run's
-            left = [path for path in self._superseded if not is_newer(path, trainer.ckpt_path)]
-            self._superseded = collectives.broadcast(left)
-        if not self._last_is_due and not self._is_off(trainer):
-            self._remove_superseded(trainer)
+        by, old = self._instead_of.get("by", ""), self._instead_of.get("old", [])
+        self._instead_of = {}
+        # A kill came before their removal. Only by the file itself is it known to have been written.
+        if not self._is_off(trainer) and lies_in(by, self._resumed):
+            for path in old:
+                if not is_newer(path, trainer.ckpt_path):  # or it is another run's, of that name
+                    self._remove(trainer, path)
+        if self._next_last and self.last_model_path not in ("", self._next_last):
+            newer = collectives.broadcast(is_newer(self.last_model_path, trainer.ckpt_path))
+            self.last_model_path = "" if newer else self.last_model_path
 
     def after_batch(self, trainer: Any, *, validated: bool) -> None:
         if self._is_off(trainer):
@@ -215,24 +233,22 @@ class ModelCheckpoint(Checkpoint):
             metrics[self.monitor] = value
         else:
             value = None
-        before = self.schedule.saved
-        self.schedule.done(trainer.global_step)  # so the file itself says so, too
-        self._superseded = []
-        self._last_is_due = bool(self.save_last)
-        if self.save_last:
-            self._next_last = self._last_path(metrics)
-            if self.last_model_path and self.last_model_path != self._next_last:
-                self._superseded.append(self.last_model_path)
+        score = None if value is None else as_score(torch.as_tensor(value), self.mode)
+        before = copy.copy(self.schedule), self._last_is_due, self._next_last
         try:
-            if value is not None:
-                self._save_if_among_best(trainer, metrics, as_score(torch.as_tensor(value), self.mode))
+            self.schedule.done(trainer.global_step)  # so the file itself says so, too
+            if self.save_last:
+                self._last_is_due, self._next_last = True, self._last_path(metrics)
+            if score is not None:
+                self._save_if_among_best(trainer, metrics, score)
             elif self.save_top_k:
                 self._save_newest(trainer, metrics)
             if self.save_last:
-                self._save_last(trainer, self._next_last)
+                self._save_last(trainer, self._next_last, {"current_score": score})
         except BaseException:
-            self.schedule.saved = before
+            self.schedule, self._last_is_due, self._next_last = before
             raise
+        self.current_score = score
 
     def score(self, trainer: Any) -> Any:
         """The monitor's value, the same on all ranks; None where it may still be logged. Collective.
@@ -250,8 +266,7 @@ class ModelCheckpoint(Checkpoint):
         return value
 
     def _save_if_among_best(self, trainer: Any, metrics: dict[str, Any], value: Tensor) -> None:
-        self.current_score = value
-        models, mode = self.best_k_models, self.mode
+        models, mode = dict(self.best_k_models), self.mode
         full = 0 < self.save_top_k <= len(models)
         if full and not is_better(value, models[self.kth_best_model_path], mode):
             if self.verbose:
@@ -262,66 +277,84 @@ class ModelCheckpoint(Checkpoint):
             del models[removed]
         path = self._path(trainer, metrics, but=removed)
         models[path] = value
+        best = best_of(models, mode)
+        changes = {"best_k_models": models, "best_model_path": best, "best_model_score": models[best]}
         if self.save_top_k == -1 or 0 < self.save_top_k <= len(models):
-            self.kth_best_model_path = worst_of(models, mode)
-            self.kth_value = models[self.kth_best_model_path]
-        self.best_model_path = best_of(models, mode)
-        self.best_model_score = models[self.best_model_path]
+            worst = worst_of(models, mode)
+            changes |= {"kth_best_model_path": worst, "kth_value": models[worst]}
         if self.verbose:
             self._tell(trainer, f"{self.monitor} = {value:g}: saved {path}")
-        self._write(trainer, path, instead_of=removed)
+        self._write(trainer, path, instead_of=removed, current_score=value, **changes)
 
     def _save_newest(self, trainer: Any, metrics: dict[str, Any]) -> None:
         before = self.best_model_path
         path = self._path(trainer, metrics, but=before if self.save_top_k == 1 else None)
-        self.current_score = None
-        self.best_model_path = path
-        self._write(trainer, path, instead_of=before if self.save_top_k == 1 else None)
+        instead_of = before if self.save_top_k == 1 else None
+        self._write(trainer, path, instead_of=instead_of, current_score=None, best_model_path=path)
 
     def _finish_last(self, trainer: Any) -> None:
         """The run that is gone on with had saved, and not yet its "last"."""
         self._last_saved = self._last_saved or trainer.ckpt_path or ""
-        path = self.last_model_path or self._last_path({**trainer.callback_metrics, **_counters(trainer)})
-        self._save_last(trainer, path)
+        path = self._next_last or self._last_path({**trainer.callback_metrics, **_counters(trainer)})
+        self._save_last(trainer, path, {})
 
     def _last_path(self, metrics: dict[str, Any]) -> str:
         """Where the next "last" goes."""
         path = self.format_checkpoint_name(metrics, self.CHECKPOINT_NAME_LAST)
         if self.enable_version_counter:
-            path = free_name(path, self.FILE_EXTENSION, self.STARTING_VERSION, self.last_model_path)
+            path = free_name(path, self.FILE_EXTENSION, self.STARTING_VERSION, self._next_last or self.last_model_path)
         found: str = collectives.broadcast(path)
         return found
 
-    def _save_last(self, trainer: Any, path: str) -> None:
-        self._last_is_due, self._next_last = False, ""
-        self.last_model_path = path
+    def _save_last(self, trainer: Any, path: str, changes: dict[str, Any]) -> None:
+        before = self.last_model_path
+        changes = {**changes, "_last_is_due": False, "_next_last": "", "last_model_path": path}
         if self.save_last == "link" and self._last_saved and self.save_top_k and not is_url(path + self._last_saved):
-            if trainer.is_global_zero:
-                _link(self._last_saved, path)
-            trainer.lite.barrier()
+            with self._changing(changes):
+                if trainer.is_global_zero:
+                    _link(self._last_saved, path)
+                trainer.lite.barrier()
+            self._remove_other(trainer, before, path)
         else:
-            self._write_file(trainer, path)
-        self._remove_superseded(trainer)
+            self._write_file(trainer, path, before, changes)
 
-    def _write(self, trainer: Any, path: str, instead_of: str | None = None) -> None:
-        self._last_saved = path
-        gone = [instead_of] if instead_of and instead_of != path else []
-        self._superseded += gone
-        self._write_file(trainer, path)
-        for old in gone:
-            self._superseded.remove(old)
-            self._remove(trainer, old)
+    def _write(self, trainer: Any, path: str, instead_of: str | None = None, **changes: Any) -> None:
+        self._write_file(trainer, path, instead_of, {**changes, "_last_saved": path})
 
-    def _write_file(self, trainer: Any, path: str) -> None:
-        trainer.save_checkpoint(path, self.save_weights_only)
+    def _write_file(self, trainer: Any, path: str, instead_of: str | None, changes: dict[str, Any]) -> None:
+        """Write a file, then remove the one of which it takes the place.
+
+        Args:
+            trainer: Who writes it.
+            path: Its path.
+            instead_of: That other's, if any; may be `path`.
+            changes: What this callback's attributes are from then on, and in the file.
+        """
+        old = [instead_of] if instead_of and instead_of != path else []
+        with self._changing(changes), self._changing({"_instead_of": {"by": path, "old": old}}, back=True):
+            trainer.save_checkpoint(path, self.save_weights_only)
         if trainer.is_global_zero:
             for logger in trainer.loggers:
                 logger.after_save_checkpoint(self)
+        self._remove_other(trainer, instead_of, path)
 
-    def _remove_superseded(self, trainer: Any) -> None:
-        for path in self._superseded:
-            self._remove(trainer, path)
-        self._superseded = []
+    @contextmanager
+    def _changing(self, changes: dict[str, Any], *, back: bool = False) -> Iterator[None]:
+        """Attributes have those values within the block and, unless it fails or `back`, after it."""
+        before = {name: getattr(self, name) for name in changes}
+        vars(self).update(changes)
+        try:
+            yield
+        except BaseException:
+            back = True
+            raise
+        finally:
+            if back:
+                vars(self).update(before)
+
+    def _remove_other(self, trainer: Any, old: str | None, new: str) -> None:
+        if old and old != new:
+            self._remove(trainer, old)
 
     def _remove(self, trainer: Any, path: str) -> None:
         """Remove a checkpoint that need not be kept; never the one resumed from, nor one that lies elsewhere."""
@@ -387,13 +420,15 @@ class ModelCheckpoint(Checkpoint):
             "seen_step": self.schedule.seen,
             "saved_step": self.schedule.saved,
             "last_is_due": self._last_is_due,
-            "superseded": list(self._superseded),
+            "last_before": self.last_model_path,
+            "instead_of": dict(self._instead_of),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.schedule.seen = state_dict.get("seen_step")
         self.schedule.saved = state_dict.get("saved_step", -1)
-        self._last_is_due = bool(self.save_last) and state_dict.get("last_is_due", False)
+        last_was_due = state_dict.get("last_is_due", False)
+        self._last_is_due = bool(self.save_last) and last_was_due
         self.best_model_path = str(state_dict["best_model_path"])
         if state_dict.get("dirpath", self.dirpath) != self.dirpath:
             warnings.warn(
@@ -408,7 +443,10 @@ class ModelCheckpoint(Checkpoint):
         self.kth_value = state_dict.get("kth_value", self.kth_value)
         self.best_k_models = {str(p): torch.as_tensor(v) for p, v in state_dict.get("best_k_models", {}).items()}
         self.last_model_path = str(state_dict.get("last_model_path", ""))
-        self._superseded = [str(path) for path in state_dict.get("superseded", [])]
+        if last_was_due:
+            self._next_last = self.last_model_path if self._last_is_due else ""
+            self.last_model_path = str(state_dict.get("last_before", ""))
+        self._instead_of = dict(state_dict.get("instead_of", {}))
 
 
 def _check(

@@ -45,9 +45,16 @@ def worst_of(scores: dict[str, Tensor], mode: str) -> str:
 def may_go(path: str, folder: str, kept: Collection[str]) -> bool:
     """Whether a checkpoint that is not among the best any more may be removed: not what lies in one of the places
     `kept` (see `places_of`), nor what lies elsewhere than in `folder`."""
+    if lies_in(path, kept):
+        return False
     if is_url(path):
-        return path not in kept and path.startswith(f"{folder.rstrip('/')}/")
-    return _place(path) not in kept and Path(folder).resolve() in Path(path).resolve().parents
+        return path.startswith(f"{folder.rstrip('/')}/")
+    return Path(folder).resolve() in Path(path).resolve().parents
+
+
+def lies_in(path: str, places: Collection[str]) -> bool:
+    """Whether a checkpoint lies in one of those places (see `places_of`)."""
+    return (path if is_url(path) else _place(path)) in places
 
 
 def places_of(path: str | None) -> frozenset[str]:
