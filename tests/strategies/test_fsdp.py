@@ -818,6 +818,10 @@ class Function(nn.Module):
         return nn.functional.layer_norm(x.float(), (8,), self.scale)
 
 
+def fails(norm: nn.Module, input: torch.Tensor) -> torch.Tensor:
+    raise UsageError("a norm's own")
+
+
 def float32_norms(precision: str) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     x = torch.arange(16.0).view(2, 8) / 16
@@ -831,6 +835,14 @@ def float32_norms(precision: str) -> dict[str, Any]:
             model, optimizer = lite.setup(model, torch.optim.SGD(model.parameters(), lr=1.0))
             lite.backward(model(x).pow(2).mean())
             optimizer.step()
+            key, forward = f"{name} {wrap is not None}", type(own).forward
+            type(own).forward = fails
+            facts[f"{key} failed"] = told(lambda model=model: model(x))  # type: ignore[misc]
+            type(own).forward = forward
+            lent = [p for p in model.own.parameters() if p.dtype == torch.float32 and not is_sharded(p)]
+            with torch.no_grad():
+                model(x)
+            facts[f"{key} kept"] = not lent and all(map(is_sharded, model.own.parameters()))
             lite.teardown()
             assert (
                 not model.own._forward_pre_hooks and not model.own._forward_hooks and not model.norm._forward_pre_hooks
@@ -849,12 +861,13 @@ def float32_norms(precision: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
 def test_norms_that_compute_in_float32_run_in_16_bits(precision: str) -> None:
-    """Subclasses get their weights in float32; a function's error says that it needs them."""
+    """Subclasses get their weights in float32, for the forward alone; a function's error says that it needs them."""
     for facts in run_distributed(float32_norms, precision):
         assert "F.layer_norm(x.float(), shape, weight.float(), bias.float())" in facts.pop("function")
         for name in ("layer", "groups"):
             for wrapped in (False, True):
                 assert facts[f"{name} {wrapped} dtype"] == torch.float32
+                assert facts[f"{name} {wrapped} kept"] and "a norm's own" in facts[f"{name} {wrapped} failed"]
                 assert facts[f"{name} {wrapped}"] < 5e-2  # bfloat16 keeps 8 bits
 
 
