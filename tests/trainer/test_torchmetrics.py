@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lite.errors import ConfigError
 from lite.trainer import Callback
+from lite.trainer.callbacks import ModelCheckpoint
 from tests.support.processes import run_distributed
 from tests.trainer.modules import Recorder, Tiny, numbers, trainer
 
@@ -119,3 +120,24 @@ def test_behaviour_6_the_attribute_is_found_or_asked_for() -> None:
 
     with pytest.raises(ConfigError, match=r"set it as self\.NAME in __init__"):
         trainer(limit_val_batches=0).fit(Loose(), numbers())
+
+
+@pytest.mark.filterwarnings("ignore:nothing is left to train")
+def test_a_run_that_goes_on_from_its_cut_off_end_has_reset_metrics(tmp_path: Path) -> None:
+    """As the run had that ended there, though a longer one goes on with their sums."""
+
+    class Means(Tiny):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mean = torchmetrics.MeanMetric()
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            self.mean(float(self.global_step))
+            self.log("mean", self.mean, on_step=False, on_epoch=True)
+            return self.loss(batch)
+
+    for path in (None, tmp_path / "step=2.ckpt"):
+        saves, module = ModelCheckpoint(tmp_path, "{step}"), Means()
+        run = trainer(max_steps=2, limit_val_batches=0, callbacks=saves, enable_checkpointing=True)
+        run.fit(module, numbers(), ckpt_path=path)
+        assert (float(run.callback_metrics["mean"]), module.mean.update_called) == (0.5, False)
