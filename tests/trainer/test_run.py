@@ -450,6 +450,19 @@ def test_learning_rates_are_monitored(tmp_path: Path) -> None:
         trainer(callbacks=LearningRateMonitor()).fit(Tiny(), datamodule=TinyData())
 
 
+def test_learning_rate_monitors_are_told_apart_and_leave_no_traces(tmp_path: Path) -> None:
+    """Several in one run, by their settings; a run that goes on without them isn't warned; another fit begins anew."""
+    options = {"log_every_n_steps": 1, "limit_val_batches": 0, "max_steps": 1}
+    monitors = [LearningRateMonitor("epoch"), LearningRateMonitor("step", log_momentum=True)]
+    run = trainer(callbacks=monitors, logger=CSVLogger(tmp_path), **options)
+    run.fit(Tiny(), numbers())
+    run.save_checkpoint(tmp_path / "x.ckpt")
+    assert [list(monitor.lrs) for monitor in monitors] == [["lr-SGD"], ["lr-SGD", "lr-SGD-momentum"]]
+    trainer(**{**options, "max_steps": 2}).fit(Tiny(), numbers(), ckpt_path=tmp_path / "x.ckpt")
+    trainer(callbacks=monitors, logger=CSVLogger(tmp_path), **options).fit(Tiny(), numbers())
+    assert [monitor.lrs["lr-SGD"] for monitor in monitors] == [[0.05], [0.05]]
+
+
 def test_settings_can_be_read(tmp_path: Path) -> None:
     """Under the names that Lightning has."""
     run = trainer(val_check_interval=0.5, logger=CSVLogger(tmp_path))

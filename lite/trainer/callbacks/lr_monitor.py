@@ -41,12 +41,24 @@ class LearningRateMonitor(Callback):
         self.log_key_prefix = log_key_prefix or ""
         self.lrs: dict[str, list[float]] = {}
         self._written_at = -1
+        self._progress: Any = None
         if logging_interval == "epoch":
             self.on_train_batch_start = None  # type: ignore[assignment, method-assign]  # costs nothing per step
 
+    @property
+    def state_key(self) -> str:
+        """Names the settings, so that several live together."""
+        settings = {
+            "logging_interval": self.logging_interval,
+            "log_momentum": self.log_momentum,
+            "log_weight_decay": self.log_weight_decay,
+            "log_key_prefix": self.log_key_prefix,
+        }
+        return f"{type(self).__qualname__}{settings!r}"
+
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if stage == "fit":
-            self._written_at = -1  # a checkpoint that the fit goes on from has it, as its window may be open
+            self._written_at, self._progress = -1, trainer.fit_loop.progress
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         if not trainer.loggers:
@@ -73,7 +85,9 @@ class LearningRateMonitor(Callback):
             trainer.write_row({"step": trainer.fit_loop.progress.stepped, **row})
 
     def state_dict(self) -> dict[str, Any]:
-        return {"written_at": self._written_at}
+        """Only within an open window whose step's row has been written: a run that goes on doesn't write it again."""
+        written = self._progress is not None and self._written_at == self._progress.stepped
+        return {"written_at": self._written_at} if written else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._written_at = state_dict.get("written_at", -1)
