@@ -149,10 +149,42 @@ def test_behaviour_20_evaluation_takes_loaders_in_any_nesting() -> None:
         {"n/dataloader_idx_1": 5},
         {"n/dataloader_idx_2": 6},
     ]
+
+    class Mine:
+        def __iter__(self) -> Any:
+            return iter(batches)
+
+        def __len__(self) -> int:
+            return 2
+
+    own = {"a": [Mine(), [Mine()]], "b": [{"x": Mine()}]}
+    assert run.validate(Sizes(), own, verbose=False) == [{f"{name}/n": 3} for name in ("a/0", "a/1/0", "b/0/x")]
+    assert run.validate(Sizes(), [Mine(), Mine()], verbose=False) == [{f"n/dataloader_idx_{i}": 3} for i in (0, 1)]
+    for ready in ([{"x": batch} for batch in batches], [tuple(batches)] * 2):
+        for given in (ready, {"a": ready}):
+            assert run.predict(Sizes(), given) == [(0, len(batch)) for batch in ready]
+    with pytest.raises(ConfigError, match=r"have a Numbers at 'a/0', where a loader belongs"):
+        run.validate(Sizes(), {"a": [Numbers(4), Numbers(4)]})
     with pytest.raises(ConfigError, match=r"to validate have a Tensor at 'a/x', where a loader belongs: pass a loader"):
         run.validate(Sizes(), {"a": {"x": torch.ones(2)}})
     with pytest.raises(ConfigError, match=r"two loaders named 'a/0'; give their keys different names"):
         run.validate(Sizes(), {"a": [numbers(4)], "a/0": numbers(4)})
+
+
+def test_a_list_of_ready_batches_trains_wherever_it_stands() -> None:
+    """Alone, or drawn from together with loaders; also where the batches are dicts."""
+    seen: list[Any] = []
+
+    class Takes(Tiny):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            seen.append(batch)
+            return self.loss(batch["x"])
+
+    ready = [{"x": batch} for batch in numbers(8)]
+    trainer(limit_val_batches=0).fit(Takes(), ready)
+    trainer(limit_val_batches=0).fit(Takes(), {"x": numbers(8), "y": ready})
+    assert all(given is batch for given, batch in zip(seen[:2], ready, strict=True))
+    assert all(given["y"] is batch for given, batch in zip(seen[2:], ready, strict=True))
 
 
 @pytest.mark.parametrize(("mode", "lengths"), [("min_size", [4]), ("max_size_cycle", [4, 4]), ("max_size", [4, 0])])

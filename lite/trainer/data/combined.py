@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.data import Dataset
 
 from lite.errors import UsageError, choose
 
@@ -170,16 +171,20 @@ def where_to_go_on(loader: Any, under_way: bool) -> Any:
 _NOTHING = object()
 
 
+def has_loader(value: Any) -> bool:
+    """Whether anything in dicts, lists and tuples is a loader; a list without is one itself, of ready batches.
+
+    A loader is what can be iterated over and is no tensor, array or text, whatever its class; and a dataset, which
+    is refused as one later on, rather than taken for a batch.
+    """
+    if isinstance(value, Mapping):
+        return any(map(has_loader, value.values()))
+    if isinstance(value, (list, tuple)):
+        return any(map(has_loader, value))
+    iterates = hasattr(value, "__iter__") and not isinstance(value, (str, bytes)) and not hasattr(value, "shape")
+    return iterates or isinstance(value, Dataset)
+
+
 def _is_loader(value: Any) -> bool:
     """Dicts, lists and tuples are nesting, unless they hold plain data instead of loaders."""
-    if isinstance(value, dict):
-        return False
-    if isinstance(value, (list, tuple)):
-        return not any(_may_be_loader(part) for part in value)
-    return True
-
-
-def _may_be_loader(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return any(_may_be_loader(part) for part in value)
-    return hasattr(value, "__iter__") and not isinstance(value, (str, bytes)) and not hasattr(value, "shape")
+    return not isinstance(value, dict) and (not isinstance(value, (list, tuple)) or not has_loader(value))

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sequent
 from lite import collectives
 from lite.data.loader import copied, in_order
 from lite.errors import ConfigError
-from lite.trainer.data.combined import CombinedLoader
+from lite.trainer.data.combined import CombinedLoader, has_loader
 from lite.trainer.data.counting import INFINITE, length, limit_batches
 from lite.trainer.datamodule import LightningDataModule
 from lite.trainer.hooks import overrides
@@ -139,7 +139,7 @@ def train_data(
 ) -> StageData:
     """Training's loader, or several drawn from together; those that `before` has too go on as they are."""
     combined = raw
-    if isinstance(raw, (Mapping, list, tuple)) and not _is_data(raw):
+    if isinstance(raw, Mapping) or (isinstance(raw, (list, tuple)) and has_loader(raw)):
         combined = CombinedLoader(raw, mode)
     several = isinstance(combined, CombinedLoader)
     if several and combined.mode == "sequential":
@@ -227,7 +227,7 @@ def _flattened(raw: Any, stage: str) -> tuple[list[str] | None, list[Any]]:
         has_keys = has_keys or isinstance(part, Mapping)
         if isinstance(part, Mapping):
             entries = [(str(key), value) for key, value in part.items()]
-        elif isinstance(part, (list, tuple)) and (_has_loader(part) if place else not _is_data(part)):
+        elif isinstance(part, (list, tuple)) and has_loader(part):
             entries = [(str(number), value) for number, value in enumerate(part)]
         else:
             if len(place) > 1 and (isinstance(part, str) or hasattr(part, "shape") or not hasattr(part, "__iter__")):
@@ -249,15 +249,6 @@ def _flattened(raw: Any, stage: str) -> tuple[list[str] | None, list[Any]]:
     return names if has_keys else None, [loader for _, loader in found]
 
 
-def _has_loader(part: Any) -> bool:
-    """Whether loaders are nested in it, so that it is not one itself: a list of ready batches."""
-    if isinstance(part, Mapping):
-        return any(map(_has_loader, part.values()))
-    if isinstance(part, (list, tuple)):
-        return any(map(_has_loader, part))
-    return isinstance(part, (DataLoader, CombinedLoader))
-
-
 def _made_before(raw: Any, before: StageData | None, taken: list[tuple[Any, Any]]) -> Any:
     """What was made of the same loader before, and is not taken yet; None where there is nothing."""
     for given, made in before.sources if before is not None else ():
@@ -277,16 +268,3 @@ def without_shuffling(loader: Any) -> Any:
         return loader
     warnings.warn("overfit_batches trains on the same batches in each epoch: shuffling is off.", stacklevel=5)
     return in_order(loader)
-
-
-def _is_data(value: Any) -> bool:
-    """Whether a list is a loader itself, of ready batches, instead of several loaders."""
-    if isinstance(value, Mapping):
-        return False
-    return not any(isinstance(part, (DataLoader, Mapping)) or _iterates(part) for part in value)
-
-
-def _iterates(part: Any) -> bool:
-    if isinstance(part, (list, tuple)):
-        return any(isinstance(one, DataLoader) for one in part)
-    return hasattr(part, "__iter__") and not hasattr(part, "shape") and not isinstance(part, (str, bytes))
