@@ -78,18 +78,41 @@ def _checkpoint(layer: nn.Module, *, selective: bool) -> Callable[[], None]:
     if selective:
         options["context_fn"] = _keeping_products
     _let_compile()
-    owners = [part for part in layer.modules() if any(buffer is not None for buffer in part._buffers.values())]
-    layer.forward = functools.partial(_recomputed, layer.forward, options, owners)
+    buffers = _Buffers(layer)
+    layer.forward = functools.partial(_recomputed, layer.forward, options, buffers)
     return functools.partial(layer.__dict__.pop, "forward", None)
 
 
 def _recomputed(
-    forward: Callable[..., Any], options: dict[str, Any], owners: list[nn.Module], /, *args: Any, **kwargs: Any
+    forward: Callable[..., Any], options: dict[str, Any], buffers: _Buffers, /, *args: Any, **kwargs: Any
 ) -> Any:
     """A layer's checkpointed forward: a function that torch.compile enters by itself, as it doesn't `checkpoint`."""
-    if not owners:
+    if not buffers.owners:
         return checkpoint(forward, *args, **options, **kwargs)
-    return checkpoint(_run, forward, _Written(owners), *args, **options, **kwargs)
+    return checkpoint(_run, forward, _Written(buffers), *args, **options, **kwargs)
+
+
+class _Buffers:
+    """A layer's modules that have buffers, and which of these their forward is known to write.
+
+    Attributes:
+        owners: The modules.
+        written: By whether the layer trains, the buffers that a computation has written; None before the first one.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.owners = [part for part in layer.modules() if any(b is not None for b in part._buffers.values())]
+        self.written: dict[bool, set[tuple[nn.Module, str]] | None] = {True: None, False: None}
+
+    def of(self) -> Iterator[tuple[nn.Module, str, Tensor]]:
+        """All of them."""
+        for part in self.owners:
+            yield from ((part, name, buffer) for name, buffer in part._buffers.items() if buffer is not None)
+
+    @property
+    def trains(self) -> bool:
+        """Whether a part of the layer does."""
+        return any(part.training for part in self.owners)
 
 
 class _Written:
@@ -98,8 +121,8 @@ class _Written:
     The computation in backward begins with what the first one has found in them, and leaves them as they are then.
     """
 
-    def __init__(self, owners: list[nn.Module]) -> None:
-        self._owners = owners
+    def __init__(self, buffers: _Buffers) -> None:
+        self._buffers = buffers
         self._before: list[tuple[dict[str, Any], str, Tensor]] | None = None
 
     def run(self) -> AbstractContextManager[None]:
@@ -108,21 +131,24 @@ class _Written:
 
     @contextmanager
     def _noted(self) -> Iterator[None]:
+        trains = self._buffers.trains
+        known = self._buffers.written[trains]  # masks and tables, which may be large, are copied once to find out
         everything = [
-            (part, name, buffer, buffer.detach().clone(), _version(buffer))
-            for part in self._owners
-            for name, buffer in part._buffers.items()
-            if buffer is not None
+            (part, name, buffer, buffer.detach().clone() if known is None or (part, name) in known else None)
+            for part, name, buffer in self._buffers.of()
         ]
+        versions = [_version(buffer) for _, _, buffer, _ in everything]
         yield
-        self._before = [
-            (part._buffers, name, before)
-            for part, name, buffer, before, version in everything
+        written = [
+            (part, name, before)
+            for (part, name, buffer, before), version in zip(everything, versions, strict=True)
             # torch 2.13: norms' own functions write without a new version.
             if _version(buffer) != version
             or part._buffers.get(name) is not buffer
             or (isinstance(part, _NormBase) and part.training)
         ]
+        self._buffers.written[trains] = (known or set()) | {(part, name) for part, name, _ in written}
+        self._before = [(part._buffers, name, before) for part, name, before in written if before is not None]
 
     @contextmanager
     def _again(self, before: list[tuple[dict[str, Any], str, Tensor]]) -> Iterator[None]:
