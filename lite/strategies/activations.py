@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase  # BatchNorm, SyncBatchNorm and InstanceNorm
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from lite.errors import ConfigError
+from lite.errors import ConfigError, UsageError
 from lite.strategies.blocks import choose_blocks, find_blocks
+
+_SMALL = 1 << 16  # elements of a buffer that is copied in each forward
 
 
 def prepare_blocks(
@@ -132,11 +134,14 @@ class _Written:
     @contextmanager
     def _noted(self) -> Iterator[None]:
         trains = self._buffers.trains
-        known = self._buffers.written[trains]  # masks and tables, which may be large, are copied once to find out
-        everything = [
-            (part, name, buffer, buffer.detach().clone() if known is None or (part, name) in known else None)
-            for part, name, buffer in self._buffers.of()
-        ]
+        known = self._buffers.written[trains]
+
+        def copy(part: nn.Module, name: str, buffer: Tensor) -> Tensor | None:
+            # Masks and tables, which may be large, are copied once to find out.
+            wanted = known is None or (part, name) in known or buffer.numel() <= _SMALL
+            return buffer.detach().clone() if wanted else None
+
+        everything = [(part, name, buffer, copy(part, name, buffer)) for part, name, buffer in self._buffers.of()]
         versions = [_version(buffer) for _, _, buffer, _ in everything]
         yield
         written = [
@@ -148,6 +153,13 @@ class _Written:
             or (isinstance(part, _NormBase) and part.training)
         ]
         self._buffers.written[trains] = (known or set()) | {(part, name) for part, name, _ in written}
+        late = next((f"{type(part).__name__}.{name}" for part, name, before in written if before is None), None)
+        if late is not None:
+            raise UsageError(
+                f"activation_checkpointing: the buffer {late} was written in a forward after the first one, and what "
+                "it was before, from which the layer is computed again, was not kept; write it in each forward of "
+                "training, or outside of the layer, or leave that layer out of activation_checkpointing."
+            )
         self._before = [(part._buffers, name, before) for part, name, before in written if before is not None]
 
     @contextmanager

@@ -23,13 +23,14 @@ class OutsideCheck:
 
     def __init__(self, module: nn.Module, layers: Mapping[str, nn.Module]) -> None:
         self._runs = 0
-        self._hooks: list[tuple[Any, int, Any]] = []
+        self._hooks: list[tuple[Any, int, Any]] = []  # each table that torch keeps of them, the key and the value in it
         self._handles = []
         for name, layer in layers.items():
             check = partial(_check, remedies.outside(module, name))
             handle = layer.register_forward_pre_hook(check, with_kwargs=True)
             self._handles.append(handle)
             self._hooks.append((layer._forward_pre_hooks, handle.id, check))
+            self._hooks.append((layer._forward_pre_hooks_with_kwargs, handle.id, True))
 
     def __enter__(self) -> None:
         self._runs += 1
@@ -40,8 +41,8 @@ class OutsideCheck:
     def __exit__(self, *unused: Any) -> None:
         self._runs -= 1
         if self._runs == 0:
-            for table, key, check in self._hooks:
-                table[key] = check
+            for table, key, value in self._hooks:
+                table[key] = value
 
     def remove(self) -> None:
         """Take the hooks off for good."""

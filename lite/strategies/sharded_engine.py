@@ -10,7 +10,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from functools import partial
+from functools import cached_property, partial
 from itertools import zip_longest
 from typing import Any
 
@@ -93,9 +93,6 @@ class ShardedEngine(Engine):
         states = [part._get_fsdp_state() for part in module.modules() if isinstance(part, FSDPModule)]
         groups: list[Any] = [group for state in states for group in state._fsdp_param_groups]
         sharded: list[Any] = [p.sharded_param for group in groups for p in group.fsdp_params]
-        self._writes = LostWrites(
-            lambda: self.module, {self.names[id(p.sharded_param)]: p for group in groups for p in group.fsdp_params}
-        )
         self._over_data = {p.device_mesh for p in sharded}
         self._mark = provenance.Mark(frozenset({weakref.ref(self)}), ())
         self._numbers = WholeNumbers(lambda: remedies.part_as_number(self.module))
@@ -155,6 +152,13 @@ class ShardedEngine(Engine):
         except RuntimeError as error:
             self._raise_explained(error)
             raise
+
+    @cached_property
+    def _writes(self) -> LostWrites:
+        # Made with the first run: until then fully_shard has those of the meta device, where the model was made there.
+        groups = [group for part in self.module.modules() if isinstance(part, FSDPModule) for group in _groups_of(part)]
+        held = {self.names[id(p.sharded_param)]: p for group in groups for p in group.fsdp_params}
+        return LostWrites(lambda: self.module, held)
 
     def _raise_explained(self, error: RuntimeError) -> None:
         text = None if isinstance(error, LiteError) else self._explain(self.module, error)
@@ -291,8 +295,8 @@ class ShardedEngine(Engine):
 
     def whole_parameters(self) -> dict[int, str]:
         """The names of the parameters by the identity of what they are when put together over the ranks."""
-        states = [part._get_fsdp_state() for part in self.module.modules() if isinstance(part, FSDPModule)]
-        held = [param for state in states for group in state._fsdp_param_groups for param in group.fsdp_params]
+        groups = [group for part in self.module.modules() if isinstance(part, FSDPModule) for group in _groups_of(part)]
+        held = [param for group in groups for param in group.fsdp_params]
         wholes = ((getattr(param, "_unsharded_param", None), param.sharded_param) for param in held)
         return {id(whole): self.names[id(sharded)] for whole, sharded in wholes if whole is not None}
 
@@ -334,6 +338,11 @@ def _refuse_copy(module: nn.Module, *unused: Any) -> Any:
         f"this {name} is sharded, and a rank's part of its weights can't be pickled or copied as the model; store it "
         "by lite.save or lite.export, or call lite.teardown() before."
     )
+
+
+def _groups_of(part: FSDPModule) -> list[Any]:
+    groups: list[Any] = part._get_fsdp_state()._fsdp_param_groups
+    return groups
 
 
 def _cut_for_loading(module: nn.Module, state_dict: dict[str, Any], prefix: str, *unused: Any) -> None:

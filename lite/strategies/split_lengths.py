@@ -45,6 +45,8 @@ def _check(what: str, model: str, position: int, dim: int, size: int, layer: Any
     tensor = inputs[position] if position < len(inputs) else None
     if not isinstance(tensor, Tensor) or not -tensor.ndim <= dim < tensor.ndim:
         return
+    if dim % tensor.ndim == tensor.ndim - 1 and not isinstance(layer, nn.Embedding):  # the features, by their number
+        return
     length = tensor.shape[dim]
     if length % size:
         raise UsageError(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.nn.utils.parametrizations import spectral_norm
 
-from lite import FSDPStrategy, Lite
+from lite import FSDPStrategy, Lite, UsageError
 from tests.support.processes import run_distributed
 
 
@@ -176,3 +176,40 @@ def test_copies_and_pickles_have_layers_of_their_own(checkpointing: Any) -> None
         assert {block.norm.num_batches_tracked.item() for block in other.blocks} == {1}
         assert all(p.grad is not None for p in other.parameters())
     assert {block.norm.num_batches_tracked.item() for block in model.blocks} == {0}
+
+
+class Warms(nn.Module):
+    """Writes a buffer from its third forward on."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.layer, self.runs = nn.Linear(4, 4), 0
+        self.register_buffer("shift", torch.zeros(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x + self.shift[:4])
+        if self.runs >= 2:
+            self.shift.add_(0.1)
+        return y.tanh()
+
+
+def warmed_up(size: int, **options: Any) -> tuple[list[float], float]:
+    torch.manual_seed(0)
+    model = nn.Sequential(Warms(size), Warms(size))
+    lite = Lite(accelerator="cpu", strategy=FSDPStrategy(**options), precision="64-true")
+    model, optimizer = lite.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    for step in range(4):
+        for part in model:
+            part.runs = step
+        optimizer.zero_grad()
+        lite.backward(model(torch.ones(2, 4, dtype=torch.float64)).pow(2).sum())
+        optimizer.step()
+    lite.teardown()
+    return [p.sum().item() for p in model.parameters()], model[0].shift[0].item()
+
+
+def test_a_buffer_that_is_first_written_later_is_right_or_refused() -> None:
+    """A large one, which is not copied each time, is refused at its first write."""
+    assert warmed_up(4, activation_checkpointing={Warms}) == warmed_up(4)
+    with pytest.raises(UsageError, match=r"Warms\.shift was written in a forward after the first one"):
+        warmed_up(1 << 17, activation_checkpointing={Warms})

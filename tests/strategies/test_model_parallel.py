@@ -518,6 +518,13 @@ def odd_lengths() -> dict[str, Any]:
             if any(getattr(hook, "func", None) is _check for hook in layer._forward_pre_hooks.values())
         ]
         facts[f"{name} looks at"] = watched
+    lite = start(
+        parallelize={"0": ColwiseParallel(output_layouts=Shard(1)), "1": RowwiseParallel(input_layouts=Shard(1))}
+    )
+    features = nn.Sequential(nn.Linear(7, 16), nn.Linear(16, 8))
+    whole = copy.deepcopy(features)
+    rows = torch.ones(2, 7)
+    facts["features"] = torch.allclose(lite.setup(features)(rows), whole(rows))
     return facts
 
 
@@ -534,6 +541,7 @@ def test_a_length_that_ranks_do_not_divide_is_refused() -> None:
         assert facts["prepared looks at"] == ["block"]
         assert facts["rows looks at"] == ["2"]
         assert facts["whole looks at"] == []
+        assert facts["features"]  # by their number rather than by -1
 
 
 def test_arguments_are_checked_before_any_process_starts() -> None:
