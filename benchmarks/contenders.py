@@ -251,7 +251,8 @@ def _loop(model: Any, optimizer: Any, backward: Callable[[Tensor], Any]) -> Trai
     def train(batches: Iterator[Batch]) -> None:
         for x, y in batches:
             optimizer.zero_grad()
-            backward(F.cross_entropy(model(x), y))
+            loss = F.cross_entropy(model(x), y)  # kept until the next one, as raw's: freeing a graph takes time, too
+            backward(loss)
             optimizer.step()
 
     return train

@@ -3,8 +3,9 @@
 A tiny MLP with a batch of 4, where overhead shows most, with preloaded batches and with a DataLoader; and a small GPT,
 where it should vanish. Each in 32-true and bf16-mixed. Then the MLP in epochs of ten batches, where the beginning and
 the end of an epoch show, and batches of its evaluation. All contenders run in turn, an epoch at a time, in one
-process; "raw again" is raw against itself. "trainer" is lite's Trainer, bare; "defaults" with progress bar, CSV logger
-and one log per step; "20 logs" bare with twenty. "L ..." are the same by Lightning's.
+process, and are built anew every few rounds; "raw again" is raw against itself. "trainer" is lite's Trainer, bare;
+"defaults" with progress bar, CSV logger and one log per step; "20 logs" bare with twenty. "L ..." are the same by
+Lightning's.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader, TensorDataset
 
 from benchmarks.contenders import evaluate_lightning, evaluate_raw, evaluate_trainer, installed, quiet
-from benchmarks.harness import arguments, compare, finish, interleave
+from benchmarks.harness import arguments, compare, finish, interleave_builds
 
 
 def mlp() -> nn.Module:
@@ -58,35 +59,43 @@ def measure(
     rounds: int,
     steps: int,
 ) -> list[dict[str, Any]]:
-    contenders: dict[str, Callable[[], None]] = {}
-    for name, contender in installed().items():
-        train, loader = contender(make, precision, DataLoader(dataset, batch_size=batch_size) if use_loader else None)
-        if use_loader:
-            epochs = max(1, steps // len(loader))
-            contenders[name] = lambda train=train, loader=loader, epochs=epochs: [train(loader) for _ in range(epochs)]
-            count = epochs * len(loader)
-        else:
-            batches = list(DataLoader(dataset, batch_size=batch_size))
-            contenders[name] = lambda train=train, batches=batches: train(
-                itertools.islice(itertools.cycle(batches), steps)
-            )
-            count = steps
-    return compare(title, interleave(contenders, rounds, count))
+    source = DataLoader(dataset, batch_size=batch_size)
+    epochs = max(1, steps // len(source)) if use_loader else 1
+
+    def build() -> dict[str, Callable[[], Any]]:
+        contenders: dict[str, Callable[[], Any]] = {}
+        for name, contender in installed().items():
+            loader = DataLoader(dataset, batch_size=batch_size) if use_loader else None
+            train, loader = contender(make, precision, loader)
+            if use_loader:
+                contenders[name] = lambda train=train, loader=loader: [train(loader) for _ in range(epochs)]
+            else:
+                batches = list(source)
+                contenders[name] = lambda train=train, batches=batches: train(
+                    itertools.islice(itertools.cycle(batches), steps)
+                )
+        return contenders
+
+    return compare(title, interleave_builds(build, rounds, epochs * len(source) if use_loader else steps))
 
 
 def measure_evaluation(dataset: TensorDataset, rounds: int) -> list[dict[str, Any]]:
     """Batches of an evaluation, whose beginning and end are among them."""
     loader = DataLoader(ConcatDataset([dataset] * 3), batch_size=4)
-    contenders = {
-        "raw": evaluate_raw(mlp, loader),
-        "raw again": evaluate_raw(mlp, loader),
-        "trainer": evaluate_trainer(mlp, loader, logs=False),
-        "one log": evaluate_trainer(mlp, loader, logs=True),
-    }
-    if "fabric" in installed():
-        contenders["L trainer"] = evaluate_lightning(mlp, loader, logs=False)
-        contenders["L one log"] = evaluate_lightning(mlp, loader, logs=True)
-    return compare("MLP, evaluation, batch 4, DataLoader", interleave(contenders, rounds, len(loader)))
+
+    def build() -> dict[str, Callable[[], Any]]:
+        contenders = {
+            "raw": evaluate_raw(mlp, loader),
+            "raw again": evaluate_raw(mlp, loader),
+            "trainer": evaluate_trainer(mlp, loader, logs=False),
+            "one log": evaluate_trainer(mlp, loader, logs=True),
+        }
+        if "fabric" in installed():
+            contenders["L trainer"] = evaluate_lightning(mlp, loader, logs=False)
+            contenders["L one log"] = evaluate_lightning(mlp, loader, logs=True)
+        return contenders
+
+    return compare("MLP, evaluation, batch 4, DataLoader", interleave_builds(build, rounds, len(loader)))
 
 
 def main() -> None:

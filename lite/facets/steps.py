@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -428,6 +429,8 @@ def _plain_backward(precision: Precision) -> Callable[..., None]:
 def one_call_backward(lite: Steps) -> Callable[..., None]:
     """`lite.backward` of one process, done in a single call where nothing but a loss is passed: it is paid per step."""
     plain, general = _plain_backward(lite.precision), lite.backward
+    if plain is Tensor.backward:
+        plain = torch.autograd.backward  # to which that one hands on a plain tensor
 
     @functools.wraps(Steps.backward)
     def backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:

@@ -18,7 +18,6 @@ from lite.errors import UsageError
 
 _NUMBER = torch.ops.aten._local_scalar_dense.default
 
-
 _running: list[WholeNumbers] = []  # the newest last; threads may leave in another order than they came
 
 

@@ -23,7 +23,7 @@ _ON_PARTS = (
 def past_hooks(module: nn.Module) -> str:
     """A method computed with sharded parameters and plain tensors."""
     return (
-        f"a method of {_name(module)} used sharded parameters past the module that holds them: a layer's own "
+        f"a method of {class_name(module)} used sharded parameters past the module that holds them: a layer's own "
         "weight, or a method of a wrapped layer other than its forward. Call layers by their forward, give the method "
         "the tensors that it works on, or keep that layer's class out of auto_wrap. A penalty on weights is "
         f"{_BY_ITSELF}"
@@ -33,7 +33,7 @@ def past_hooks(module: nn.Module) -> str:
 def of_weights_alone(module: nn.Module) -> str:
     """A method returned what has come from sharded parameters."""
     return (
-        f"a method of {_name(module)} returned what it has computed from sharded weights, of which each rank "
+        f"a method of {class_name(module)} returned what it has computed from sharded weights, of which each rank "
         f"has a part, so that it doesn't go with the loss. A penalty on weights is {_BY_ITSELF}"
     )
 
@@ -42,28 +42,28 @@ def past_model(module: nn.Module, parameter: str | None = None) -> str:
     """A loss depends on a weight of the model, and not by way of its forward and methods."""
     which = f"parameter {parameter!r}" if parameter else "weights"
     return (
-        f"lite.backward got a loss that depends on {_name(module)}'s {which} past what its forward and methods return, "
-        "so that the gradient would not be reduced over the ranks. Return what the loss needs (a hook's features, "
-        "say), and differentiate within the model (a gradient penalty, say), by a method of it, in which layers are "
-        f"called. A penalty on weights is {_BY_ITSELF}"
+        f"lite.backward got a loss that depends on {class_name(module)}'s {which} past what its forward and methods "
+        "return, so that the gradient would not be reduced over the ranks. Return what the loss needs (a hook's "
+        "features, say), and differentiate within the model (a gradient penalty, say), by a method of it, in which "
+        f"layers are called. A penalty on weights is {_BY_ITSELF}"
     )
 
 
 def outside(module: nn.Module, layer: str) -> str:
     """A layer whose weights are put together with the model's was called by itself."""
     return (
-        f"{layer!r}, a layer of {_name(module)}, was called outside of {_name(module)}, whose weights are put together "
-        "while it runs itself; call the model, or put these lines into a method of it and call that, with the tensors "
-        "that it works on. The body of a generator (a method with yield) runs when the method has returned already: "
-        "let it call a method that computes one item and returns it."
+        f"{layer!r}, a layer of {class_name(module)}, was called outside of {class_name(module)}, whose weights are "
+        "put together while it runs itself; call the model, or put these lines into a method of it and call that, with "
+        "the tensors that it works on. The body of a generator (a method with yield) runs when the method has returned "
+        "already: let it call a method that computes one item and returns it."
     )
 
 
 def part_as_number(module: nn.Module) -> str:
     """A number was asked of a tensor of which each rank has a part."""
     return (
-        f"{_name(module)} asked for the Python number (item(), float(), bool(), max(), if) of a tensor that comes from "
-        "sharded weights or outputs, and each rank would go on with that of its own part. Compute it before the "
+        f"{class_name(module)} asked for the Python number (item(), float(), bool(), max(), if) of a tensor that comes "
+        "from sharded weights or outputs, and each rank would go on with that of its own part. Compute it before the "
         "model is called, on all ranks, from weight.full_tensor(), and pass it on; or in the forward of the layer that "
         "holds the weight, where it is whole. A number of outputs that stay split is that of outputs.full_tensor(), "
         "which all ranks must call."
@@ -82,17 +82,25 @@ def of_both_kinds(error: RuntimeError) -> str:
 def written_copy(module: nn.Module, parameter: str) -> str:
     """A weight was changed while FSDP had put it together."""
     return (
-        f"{_name(module)}'s parameter {parameter!r} was changed while FSDP had put it together from all ranks' parts, "
-        "as it does for a forward, or a method that computes; the change would be lost when it is taken apart again. "
-        f"{_ON_PARTS}"
+        f"{class_name(module)}'s parameter {parameter!r} was changed while FSDP had put it together from all ranks' "
+        "parts, as it does for a forward, or a method that computes; the change would be lost when it is taken apart "
+        f"again. {_ON_PARTS}"
     )
 
 
 def assigned_data(module: nn.Module, parameter: str) -> str:
     """`parameter.data = value` of a sharded parameter."""
     return (
-        f"{_name(module)}'s parameter {parameter!r} was assigned by parameter.data = ..., which leaves a sharded "
+        f"{class_name(module)}'s parameter {parameter!r} was assigned by parameter.data = ..., which leaves a sharded "
         f"parameter as it was. {_ON_PARTS}"
+    )
+
+
+def copied(module: nn.Module) -> str:
+    """A rank's part was to be pickled or copied as the model."""
+    return (
+        f"this {class_name(module)} is sharded, and a rank's part of its weights can't be pickled or copied as the "
+        "model; store it by lite.save or lite.export, or call lite.teardown() before."
     )
 
 
@@ -101,19 +109,20 @@ def explain(module: nn.Module, error: RuntimeError) -> str | None:
     text = str(error)
     if text.startswith("mixed dtype (CPU)"):
         return (
-            f"{_name(module)} gave a norm an input in float32 and weights in 16 bits, in which FSDP puts weights "
+            f"{class_name(module)} gave a norm an input in float32 and weights in 16 bits, in which FSDP puts weights "
             "together under mixed precision, and the CPU has no kernel for that. Cast the weights, too: "
             "F.layer_norm(x.float(), shape, weight.float(), bias.float()); under mixed precision a subclass of "
             f"torch.nn.LayerNorm, GroupNorm or InstanceNorm gets them in float32 by itself. torch says: {text}"
         )
     if "already been lazily initialized" in text:
         return (
-            f"a layer of {_name(module)} was called outside of it before its own first call, and can't be part of it "
-            "any more; call lite.teardown(), set the model up again, and call it, or a method of it that calls the "
+            f"a layer of {class_name(module)} was called outside of it before its own first call, and can't be part of "
+            "it any more; call lite.teardown(), set the model up again, and call it, or a method of it that calls the "
             f"layer. torch says: {text}"
         )
     return None
 
 
-def _name(module: nn.Module) -> str:
+def class_name(module: nn.Module) -> str:
+    """The name of the user's class, which fully_shard's subclass hides."""
     return type(module).__name__.removeprefix("FSDP")

@@ -90,10 +90,10 @@ class ShardedEngine(Engine):
             if buffer is not None and name not in part._non_persistent_buffers_set and not is_sharded(buffer)
         ]
         self.syncs_buffers = buffers and bool(self._buffers)
-        states = [part._get_fsdp_state() for part in module.modules() if isinstance(part, FSDPModule)]
-        groups: list[Any] = [group for state in states for group in state._fsdp_param_groups]
-        sharded: list[Any] = [p.sharded_param for group in groups for p in group.fsdp_params]
-        self._over_data = {p.device_mesh for p in sharded}
+        groups = _groups_of(module)
+        held = _sharded_over_data(groups)
+        self._groups = [weakref.ref(group) for group in groups]
+        self._over_data = {one.sharded_param.device_mesh for one in held}
         self._mark = provenance.Mark(frozenset({weakref.ref(self)}), ())
         self._numbers = WholeNumbers(lambda: remedies.part_as_number(self.module))
         self.body = dict.fromkeys(("__reduce_ex__", "__deepcopy__"), _refuse_copy)
@@ -102,7 +102,7 @@ class ShardedEngine(Engine):
             for name, part in module.named_modules():
                 if any(True for _ in part.parameters(recurse=False)):
                     self._undo.append(part.register_forward_pre_hook(partial(self._note_run, name)).remove)
-        owners = set(self._owners(self._state)) if states else set()
+        owners = set(self._owners(self._state)) if held else set()
         self._outside = OutsideCheck(module, {name: part for name, part in module.named_modules() if part in owners})
         self._undo.append(self._outside.remove)
         for part in module.modules():
@@ -156,8 +156,7 @@ class ShardedEngine(Engine):
     @cached_property
     def _writes(self) -> LostWrites:
         # Made with the first run: until then fully_shard has those of the meta device, where the model was made there.
-        groups = [group for part in self.module.modules() if isinstance(part, FSDPModule) for group in _groups_of(part)]
-        held = {self.names[id(p.sharded_param)]: p for group in groups for p in group.fsdp_params}
+        held = {self.names[id(one.sharded_param)]: one for one in _sharded_over_data(_groups_of(self.module))}
         return LostWrites(lambda: self.module, held)
 
     def _raise_explained(self, error: RuntimeError) -> None:
@@ -295,9 +294,8 @@ class ShardedEngine(Engine):
 
     def whole_parameters(self) -> dict[int, str]:
         """The names of the parameters by the identity of what they are when put together over the ranks."""
-        groups = [group for part in self.module.modules() if isinstance(part, FSDPModule) for group in _groups_of(part)]
-        held = [param for group in groups for param in group.fsdp_params]
-        wholes = ((getattr(param, "_unsharded_param", None), param.sharded_param) for param in held)
+        held = _sharded_over_data(_groups_of(self.module))
+        wholes = ((getattr(one, "_unsharded_param", None), one.sharded_param) for one in held)
         return {id(whole): self.names[id(sharded)] for whole, sharded in wholes if whole is not None}
 
     def successor(self, parameter: Tensor) -> nn.Parameter | None:
@@ -311,6 +309,14 @@ class ShardedEngine(Engine):
         if optimizer not in self._optimizers:
             self._optimizers.add(optimizer)
             self._undo.append(optimizer.register_load_state_dict_pre_hook(loading_into_shards).remove)
+            self._undo.append(optimizer.register_step_pre_hook(self._before_step).remove)
+
+    def _before_step(self, *unused: Any) -> None:
+        # A forward without a backward leaves parameters whole, and the next one would not see the step.
+        for reference in self._groups:
+            group = reference()
+            if group is not None:
+                group.reshard()
 
     def close(self) -> None:
         """Give the model back with plain, whole parameters on every rank. Collective: call on all ranks."""
@@ -319,8 +325,8 @@ class ShardedEngine(Engine):
         self.closed = True
         if not dist.is_initialized():
             warnings.warn(
-                f"{type(self.module).__name__} stays sharded: its processes have left their group, so its parts can't "
-                "be put together any more; call lite.teardown() before the group ends.",
+                f"{remedies.class_name(self.module)} stays sharded: its processes have left their group, so its parts "
+                "can't be put together any more; call lite.teardown() before the group ends.",
                 stacklevel=2,
             )
             return
@@ -333,16 +339,18 @@ class ShardedEngine(Engine):
 
 
 def _refuse_copy(module: nn.Module, *unused: Any) -> Any:
-    name = type(module).__name__.removeprefix("FSDP")
-    raise UsageError(
-        f"this {name} is sharded, and a rank's part of its weights can't be pickled or copied as the model; store it "
-        "by lite.save or lite.export, or call lite.teardown() before."
-    )
+    raise UsageError(remedies.copied(module))
 
 
-def _groups_of(part: FSDPModule) -> list[Any]:
-    groups: list[Any] = part._get_fsdp_state()._fsdp_param_groups
-    return groups
+def _groups_of(module: nn.Module) -> list[Any]:
+    """What fully_shard keeps for the parameters of a model that it puts together at once."""
+    states = [part._get_fsdp_state() for part in module.modules() if isinstance(part, FSDPModule)]
+    return [group for state in states for group in state._fsdp_param_groups]
+
+
+def _sharded_over_data(groups: list[Any]) -> list[Any]:
+    """What it keeps for each of these parameters."""
+    return [param for group in groups for param in group.fsdp_params]
 
 
 def _cut_for_loading(module: nn.Module, state_dict: dict[str, Any], prefix: str, *unused: Any) -> None:

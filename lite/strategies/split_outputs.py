@@ -19,6 +19,7 @@ from torch.utils._pytree import keystr, tree_leaves_with_path
 from lite.errors import ConfigError
 from lite.sharded import is_sharded
 from lite.strategies.parallel_plan import column_layers, matches
+from lite.strategies.remedies import class_name
 
 
 def watch_first_outputs(module: nn.Module, plan: Mapping[str, Any] | None) -> None:
@@ -81,16 +82,16 @@ def _hands_on_parts(style: Any) -> bool:
 
 def _refusal(model: nn.Module, name: str, key: str) -> str:
     return (
-        f"{key} leaves the output of {name!r} split, and {_name(model)} returned it as it is: a plain tensor with this "
-        f"rank's part, which a loss would take for the whole. {_REMEDY}"
+        f"{key} leaves the output of {name!r} split, and {class_name(model)} returned it as it is: a plain tensor with "
+        f"this rank's part, which a loss would take for the whole. {_REMEDY}"
     )
 
 
 def _warning(model: nn.Module, split: Mapping[str, str], keys: Mapping[str, str]) -> str:
     what = "; ".join(f"outputs{path} is that of {name!r} ({keys[name]})" for name, path in split.items())
     return (
-        f"{_name(model)} returns outputs of layers that stay split as they are, plain tensors with this rank's part, "
-        f"and a loss of them would take the part for the whole: {what}. {_REMEDY}"
+        f"{class_name(model)} returns outputs of layers that stay split as they are, plain tensors with this rank's "
+        f"part, and a loss of them would take the part for the whole: {what}. {_REMEDY}"
     )
 
 
@@ -98,7 +99,3 @@ _REMEDY = (
     "Use output_layouts=Replicate() for that layer; or, for a cross-entropy of logits that stay split, ColwiseParallel("
     "use_local_output=False) and ModelParallelStrategy(loss_parallel=True)."
 )
-
-
-def _name(model: nn.Module) -> str:
-    return type(model).__name__.removeprefix("FSDP")

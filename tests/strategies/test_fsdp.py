@@ -222,6 +222,30 @@ def test_optimizers_follow_the_parameters() -> None:
         assert "use an optimizer that works element by element" in facts["lbfgs"]
 
 
+def forwards_between(sharding: str) -> tuple[float, float]:
+    """The loss after a step that a forward without a backward came before, and after a step alone."""
+    losses = []
+    for looks in (True, False):
+        lite = start(FSDPStrategy(sharding=sharding))
+        model = TinyGPT()
+        model, optimizer = lite.setup(model, torch.optim.SGD(model.parameters(), lr=1.0))
+        tokens = sentences(2)[:][0]
+        lite.backward(next_token_loss(model(tokens[:, :-1]), tokens))
+        if looks:
+            model(tokens[:, :-1])
+        optimizer.step()
+        losses.append(next_token_loss(model(tokens[:, :-1]), tokens).item())
+        lite.teardown()
+    return losses[0], losses[1]
+
+
+@pytest.mark.parametrize("sharding", ["full", "grad"])
+def test_a_step_is_seen_by_the_next_forward_whatever_ran_before_it(sharding: str) -> None:
+    """torch's fully_shard computes with the weights of before where a forward without a backward kept them whole."""
+    for seen, wanted in run_distributed(forwards_between, sharding):
+        assert seen == wanted
+
+
 # ---- buffers, scalars, frozen weights
 
 

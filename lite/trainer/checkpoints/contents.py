@@ -24,7 +24,7 @@ from lite.trainer.callbacks.base import Checkpoint
 from lite.trainer.checkpoints.foreign import progress_of_foreign
 from lite.trainer.data.combined import where_to_go_on
 from lite.trainer.hparams import storable
-from lite.trainer.logging.metric_objects import restore_torchmetrics, torchmetrics_state
+from lite.trainer.logging.metric_objects import epoch_sums, restore_torchmetrics
 from lite.trainer.loops.train_epoch import discard
 
 PARTS = {
@@ -122,19 +122,15 @@ def dump(trainer: Any, weights_only: bool = False) -> dict[str, Any]:
 
 def _exact_state(trainer: Any, checkpoint: dict[str, Any]) -> dict[str, Any]:
     """What only an exact resume needs: positions in the data, and of every rank its random states, sums and buffers."""
-    fit, metrics = trainer.fit_loop, trainer.metrics
+    fit = trainer.fit_loop
     loader = fit.data.loaders[0] if fit.data.loaders else None
     where = where_to_go_on(loader, fit.epoch_loop.under_way) if is_stateful(loader) else None
     per_rank = bool(getattr(loader, "state_is_per_rank", False))
     under_way = fit.epoch_loop.under_way or fit.val_loop.under_way
-    sums = fit.sums_before or {
-        "metrics": metrics.state_dict(under_way=under_way),
-        "torchmetrics": torchmetrics_state(trainer.module),
-    }
     mine: dict[str, Any] = {
         "random": RandomState.capture(cuda=True).state_dict(),
         "strategy": trainer.lite.strategy.own_state(*_trained(trainer, checkpoint)),
-        **sums,
+        **(fit.sums_before or epoch_sums(trainer, under_way=under_way)),
         "position": where if per_rank else None,
         "validation": fit.val_loop.state_dict()["position"],
         "val_loaders": [loader.state_dict() if is_stateful(loader) else None for loader in fit.val_data.loaders],

@@ -1,4 +1,4 @@
-"""The states of a module's torchmetrics, which `state_dict` leaves out."""
+"""The states of a module's torchmetrics, which `state_dict` leaves out, and an epoch's sums with them."""
 
 from __future__ import annotations
 
@@ -24,6 +24,12 @@ def torchmetrics_state(module: Any) -> dict[str, Any]:
         name: {"state": _copied(metric.metric_state), "count": metric._update_count, "newest": metric._forward_cache}
         for name, metric in torchmetrics_of(module).items()
     }
+
+
+def epoch_sums(trainer: Any, *, under_way: bool = False) -> dict[str, Any]:
+    """What was logged so far, as checkpoints have it; without the sums of a batch that is under way."""
+    logged = trainer.metrics.state_dict(under_way=under_way)
+    return {"metrics": logged, "torchmetrics": torchmetrics_state(trainer.module)}
 
 
 def restore_torchmetrics(module: Any, states: dict[str, Any]) -> None:

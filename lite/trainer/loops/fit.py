@@ -21,7 +21,7 @@ from lite.seed import RandomState
 from lite.trainer.data.counting import INFINITE, sizes_of
 from lite.trainer.data.stage import StageData
 from lite.trainer.events import Event
-from lite.trainer.logging.metric_objects import torchmetrics_state
+from lite.trainer.logging.metric_objects import epoch_sums
 from lite.trainer.loops.evaluate import EvaluationLoop
 from lite.trainer.loops.saves import Saves
 from lite.trainer.loops.train_epoch import TrainEpochLoop, discard
@@ -142,7 +142,7 @@ class FitLoop:
         """Hooks, metrics, schedulers, saves; and on to the next epoch, unless this one was cut off."""
         hooks, metrics, progress = trainer.hooks, trainer.metrics, self.progress
         complete = not self.is_cut_off(trainer)
-        self.sums_before = None if complete else _sums(trainer)
+        self.sums_before = None if complete else epoch_sums(trainer)
         if hooks.on_train_epoch_end or self.epoch_loop.old is not None:
             metrics.show("train")
         metrics.at(metrics.place("train", "on_train_epoch_end"))
@@ -183,7 +183,7 @@ class FitLoop:
         """Where nothing is left to train, show what the epoch that was cut off came to, and keep its sums for later."""
         shown, self.shown_after = self.shown_after, None
         if shown is not None and self.is_over(trainer) and not self.is_unsettled:
-            self.sums_before = {**_sums(trainer), "shown": shown}
+            self.sums_before = {**epoch_sums(trainer), "shown": shown}
             trainer.metrics.reset("train")
             trainer.metrics.show_again(shown)
 
@@ -406,8 +406,3 @@ class FitLoop:
         progress.batch, progress.within, self._cut_off = (0 if progress.within else progress.batch), False, False
         self._started_s = time.monotonic()
         return left
-
-
-def _sums(trainer: Any) -> dict[str, Any]:
-    """The epoch's sums so far, as checkpoints have them."""
-    return {"metrics": trainer.metrics.state_dict(), "torchmetrics": torchmetrics_state(trainer.module)}

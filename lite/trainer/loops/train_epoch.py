@@ -269,6 +269,8 @@ class TrainEpochLoop:
     def _save(self, trainer: Any, validated: bool, left: list[str] | None = None) -> None:
         """Let callbacks save: all, or those that are left."""
         callbacks = trainer.checkpoint_callbacks
+        if not callbacks:
+            return
         self.saves.make(callbacks, left, lambda one: one.after_batch(trainer, validated=validated), validated=validated)
 
     def _show(self, trainer: Any, count: int) -> None:
@@ -299,7 +301,7 @@ class TrainEpochLoop:
         look: float = min(fit.data.num_batches, fit.next_validation(trainer, count))
         if trainer.world_size > 1:
             every = trainer.ranks_talk_every
-        if every:
+        if every and (trainer.loggers or trainer.world_size > 1):
             look = min(look, count + every - progress.stepped % every)
         steps = min([c.next_look(progress.updates) for c in trainer.checkpoint_callbacks], default=INFINITE)
         if fit.max_steps >= 0:
