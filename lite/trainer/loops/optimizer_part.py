@@ -147,10 +147,10 @@ def _compute(trainer: Any, part: OptimizerPart) -> Step:
     zero_grad = drop_gradients(trainer, optimizer, part.index) if optimizer is not None else lambda batch_idx: None
     if window is not None:
         return _compute_within(trainer, part, window, zero_grad)
-    differentiate = differentiation(trainer, optimizer, part.index)
+    differentiate, loop = differentiation(trainer, optimizer, part.index), trainer.fit_loop.epoch_loop
 
     def compute(batch: Any, batch_idx: int) -> Any:
-        output = call(batch, batch_idx)
+        output = loop.output = call(batch, batch_idx)
         zero_grad(batch_idx)
         differentiate(output)
         return output
@@ -178,7 +178,7 @@ def _compute_within(trainer: Any, part: OptimizerPart, window: Accumulation, zer
         if first:
             by_size = weighs is not None and weighs(batch_idx)
         with window(last=is_last(batch_idx)):
-            output = call(batch, batch_idx)
+            output = loop.output = call(batch, batch_idx)
             loss = pick_loss(output)
             if first:
                 zero_grad(batch_idx)

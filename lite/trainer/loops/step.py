@@ -83,13 +83,13 @@ def _looked_at(trainer: Any, optimizer: Optimizer) -> bool:
 
 def _plain_step(trainer: Any, optimizer: Optimizer) -> Step:
     """The step where nobody looks on: a raw loop's. Old gradients go before the forward, which so needs less memory."""
-    progress, backward = trainer.fit_loop.progress, trainer.lite.backward
+    loop, progress, backward = trainer.fit_loop.epoch_loop, trainer.fit_loop.progress, trainer.lite.backward
     call, differentiate = training_call(trainer), None
 
     def plain_step(batch: Any, batch_idx: int) -> Any:
         nonlocal differentiate
         optimizer.zero_grad()
-        output = call(batch, batch_idx)
+        output = loop.output = call(batch, batch_idx)
         if output.__class__ is not Tensor:
             if differentiate is None:
                 differentiate = differentiation(trainer, optimizer)

@@ -43,7 +43,8 @@ class TrainEpochLoop:
         saves: Those of the newest batch.
         entered: A batch of a window has had a backward; it counts while it is `under_way`.
         complete: The epoch has had its last batch, and what comes of that.
-        output: What `training_step` returned for the newest batch.
+        output: What `training_step` returned for the newest batch. Steps put it here before the backward, so that the
+            one before goes with its graph, as in a raw loop: kept longer it costs 2 % of a small GPT's step.
         old: The module's hooks of older versions, where it has any.
     """
 
@@ -115,10 +116,10 @@ class TrainEpochLoop:
                     self._end_unannounced(trainer, count, validates=False)
                     break
                 at(training)
-            output = self.output = step(batch, count)
+            self.output = step(batch, count)
             count += 1
             if old is not None and not metrics.filler:
-                old.keep(hook_outputs(output))
+                old.keep(hook_outputs(self.output))
             progress.batches += 1
             progress.batch = count
             self.under_way = False
@@ -126,7 +127,7 @@ class TrainEpochLoop:
                 self._end_of_batches(trainer)
             if on_end:
                 at(in_end)
-                outputs = hook_outputs(output)
+                outputs = hook_outputs(self.output)
                 self.settled = False
                 for hook in on_end:
                     hook(outputs, batch, count - 1)
