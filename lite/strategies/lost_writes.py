@@ -47,6 +47,11 @@ class LostWrites:
         self._storages = [_storage(part) for part in self._parts]
         self._addresses = [one._sharded_param_data.data_ptr() for one in self._held]
 
+    @property
+    def lacks_copies(self) -> bool:
+        """Whether FSDP had not put all weights together yet at the last look."""
+        return bool(self._to_come)
+
     def check_written(self) -> None:
         """Refuse what was written, since the last look, into weights that FSDP had put together."""
         if self._to_come:

@@ -146,9 +146,22 @@ class ShardedEngine(Engine):
     # ---- forward and methods
 
     def forward(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self._watched(self._forward, run, args, kwargs)
+
+    def method(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self._watched(self._method, run, args, kwargs)
+
+    def _watched(
+        self, call: Callable[..., Any], run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """A run of the model, with what is refused in all of them."""
+        # The memory for weights that are put together is made by the first run: within inference_mode of a kind that
+        # can't be trained with.
+        writes = self.__dict__.get("_writes")  # made with the first run
+        leaves = torch.is_inference_mode_enabled() and (writes is None or writes.lacks_copies)
         try:
-            with self._numbers, self._outside:
-                return self._forward(run, args, kwargs)
+            with self._numbers, self._outside, _no_grad_alone() if leaves else nullcontext():
+                return call(run, args, kwargs)
         except RuntimeError as error:
             self._raise_explained(error)
             raise
@@ -179,14 +192,6 @@ class ShardedEngine(Engine):
         self._writes.check_assigned()
         provenance.tag(outputs, self._mark, [])
         return outputs
-
-    def method(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        try:
-            with self._numbers, self._outside:
-                return self._method(run, args, kwargs)
-        except RuntimeError as error:
-            self._raise_explained(error)
-            raise
 
     def _method(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         state = self._state
@@ -336,6 +341,13 @@ class ShardedEngine(Engine):
         for optimizer in self._optimizers:
             repoint(optimizer, lambda parameter: successors.get(id(parameter)))
         self._kept = []
+
+
+@contextmanager
+def _no_grad_alone() -> Iterator[None]:
+    """In the place of inference_mode."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def _refuse_copy(module: nn.Module, *unused: Any) -> Any:

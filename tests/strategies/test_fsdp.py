@@ -246,6 +246,32 @@ def test_a_step_is_seen_by_the_next_forward_whatever_ran_before_it(sharding: str
         assert seen == wanted
 
 
+def inference_first(by_method: bool, on_meta: bool) -> tuple[float, float]:
+    """The loss after a step, where the model's first use was within inference_mode, and where it was not."""
+    losses = []
+    for evaluates in (True, False):
+        lite = start()
+        with lite.init_module(empty_init="meta" if on_meta else None):
+            model = TinyGPT()
+        model = lite.setup(model)
+        optimizer = lite.setup_optimizers(torch.optim.SGD(model.parameters(), lr=1.0))
+        tokens = sentences(2)[:][0]
+        if evaluates:
+            with torch.inference_mode():
+                (model.embed if by_method else model)(tokens[:, :-1])
+        step(lite, model, optimizer)
+        losses.append(next_token_loss(model(tokens[:, :-1]), tokens).item())
+        lite.teardown()
+    return losses[0], losses[1]
+
+
+@pytest.mark.parametrize(("by_method", "on_meta"), [(False, False), (True, False), (False, True)])
+def test_the_first_use_may_be_within_inference_mode(by_method: bool, on_meta: bool) -> None:
+    """Weights that fully_shard puts together there could not be trained with."""
+    for seen, wanted in run_distributed(inference_first, by_method, on_meta):
+        assert seen == wanted
+
+
 # ---- buffers, scalars, frozen weights
 
 
