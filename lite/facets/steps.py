@@ -480,7 +480,10 @@ def compose_backward(lite: Steps) -> Callable[..., None]:
         try:
             plain(loss, *args, **kwargs)
             strategy.finish_backward()
-        except RuntimeError as error:
+        except BaseException as error:
+            strategy.abandon_backward()
+            if not isinstance(error, RuntimeError):
+                raise
             gradients.check_loss(loss, args, kwargs)
             collectives.raise_explained(error)
             advice = strategy.explain_backward_error(error)

@@ -147,6 +147,9 @@ class Strategy:
     def finish_backward(self) -> None:
         """Refuse gradients that a backward, which has just ended, has left unsynchronised."""
 
+    def abandon_backward(self) -> None:
+        """A backward has failed: leave nothing of it that the next forward or backward would go on with."""
+
     def explain_backward_error(self, error: RuntimeError) -> str | None:
         """What to do about torch's error in a backward, where the strategy knows."""
         return None

@@ -19,10 +19,13 @@ class OutsideCheck:
     Args:
         module: The model.
         layers: Its layers that are not sharded by themselves, by name.
+
+    Attributes:
+        runs: Runs of the model that are under way, one within another.
     """
 
     def __init__(self, module: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-        self._runs = 0
+        self.runs = 0
         self._hooks: list[tuple[Any, int, Any]] = []  # each table that torch keeps of them, the key and the value in it
         self._handles = []
         for name, layer in layers.items():
@@ -33,14 +36,14 @@ class OutsideCheck:
             self._hooks.append((layer._forward_pre_hooks_with_kwargs, handle.id, True))
 
     def __enter__(self) -> None:
-        self._runs += 1
-        if self._runs == 1:
+        self.runs += 1
+        if self.runs == 1:
             for table, key, _ in self._hooks:
                 table.pop(key, None)
 
     def __exit__(self, *unused: Any) -> None:
-        self._runs -= 1
-        if self._runs == 0:
+        self.runs -= 1
+        if self.runs == 0:
             for table, key, value in self._hooks:
                 table[key] = value
 

@@ -259,6 +259,10 @@ class ShardedStrategy(Strategy):
                 engine.begin_backward(loss)
         return loss
 
+    def abandon_backward(self) -> None:
+        for engine in self._engines():
+            engine.abandon_backward()
+
     def successor(self, parameter: Tensor) -> nn.Parameter | None:
         return next((new for engine in self._engines() if (new := engine.successor(parameter)) is not None), None)
 

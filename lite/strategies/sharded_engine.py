@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from functools import cached_property, partial
 from itertools import zip_longest
 from typing import Any
@@ -162,9 +162,18 @@ class ShardedEngine(Engine):
         try:
             with self._numbers, self._outside, _no_grad_alone() if leaves else nullcontext():
                 return call(run, args, kwargs)
-        except RuntimeError as error:
-            self._raise_explained(error)
+        except BaseException as error:
+            if not self._outside.runs and torch._C._current_graph_task_id() == -1:
+                self._recover()
+            if isinstance(error, RuntimeError):
+                self._raise_explained(error)
             raise
+
+    def _recover(self) -> None:
+        """Leave nothing of a forward or backward that has failed: the next one is a new beginning."""
+        if self._state is not None:
+            with suppress(RuntimeError):  # of ranks that have lost each other, which the first error says
+                self.module.reset_iter_state()  # type: ignore[operator]
 
     @cached_property
     def _writes(self) -> LostWrites:
@@ -278,6 +287,15 @@ class ShardedEngine(Engine):
         state = self._state
         if state is not None:
             loss.register_hook(state._pre_backward)  # type: ignore[no-untyped-call]
+
+    def abandon_backward(self) -> None:
+        """A backward has failed: with it go the gradients that wait to be reduced, also of batches before it."""
+        self._recover()
+        self.holds_back = False
+        for held in _sharded_over_data(_groups_of(self.module)):
+            held.unsharded_accumulated_grad = None
+            if (copy := getattr(held, "_unsharded_param", None)) is not None:
+                copy.grad = None
 
     def no_sync(self) -> AbstractContextManager[None]:
         return self._no_sync() if self._state is not None else nullcontext()
