@@ -148,6 +148,10 @@ class DDPStrategy(Strategy):
         if self._engines is not None:
             self._engines.finish_backward()
 
+    def abandon_backward(self) -> None:
+        if self._engines is not None:
+            self._engines.abandon_backward()
+
     def explain_backward_error(self, error: RuntimeError) -> str | None:
         if "mark a variable ready only once" not in str(error) and "marked as ready twice" not in str(error):
             return None

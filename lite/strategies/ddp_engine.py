@@ -101,6 +101,12 @@ class Engines:
         for engine in begun:
             engine.finish_backward()
 
+    def abandon_backward(self) -> None:
+        """The backward has failed."""
+        begun, self.begun = self.begun, set()
+        for engine in begun:
+            engine.abandon_backward()
+
     @contextmanager
     def in_turn(self, engines: Iterable[DDPEngine]) -> Iterator[None]:
         """A context in which these run one after another, each with its backward, as `Turns` says."""
@@ -262,6 +268,10 @@ class DDPEngine(Engine):
         except RuntimeError as error:
             self._explain_unused(error)
             raise
+
+    def abandon_backward(self) -> None:
+        """The backward has failed: go on as if it had not been."""
+        self._averaged.renew()
 
     def _prepare_again(self, ddp: nn.parallel.DistributedDataParallel, loss: Tensor) -> Tensor:
         # Within `lite.join` the other ranks have answered the forward already.

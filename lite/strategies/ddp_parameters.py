@@ -19,7 +19,7 @@ _requires_grad, _dtype = attrgetter("requires_grad"), attrgetter("dtype")
 
 
 class Averaged:
-    """Keeps a DDP for the parameters that are trained: a new one when some are frozen or unfrozen.
+    """Keeps a DDP for the parameters that are trained: a new one when some are frozen or unfrozen, or a backward fails.
 
     Args:
         module: The model.
@@ -89,6 +89,11 @@ class Averaged:
         self.synchronise = value
         if self.ddp is not None:
             self.ddp.require_backward_grad_sync = value
+
+    def renew(self) -> None:
+        """Let the next forward have a new DDP: a backward has failed, and the present one would wait for its rest."""
+        if self.ddp is not None and not self.ddp._join_config.enable:
+            self._trained = []
 
     def close(self) -> None:
         """Let go of the parameters: the reducer's hooks on them go with it."""

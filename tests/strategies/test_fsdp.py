@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import logging
 import os
@@ -245,63 +244,6 @@ def test_a_step_is_seen_by_the_next_forward_whatever_ran_before_it(sharding: str
     """torch's fully_shard computes with the weights of before where a forward without a backward kept them whole."""
     for seen, wanted in run_distributed(forwards_between, sharding):
         assert seen == wanted
-
-
-class Failing(TinyGPT):
-    """Fails between its blocks, in forward or in backward, when it is told to."""
-
-    fails = ""
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        x = self.blocks[0](self.tokens(tokens))
-        if self.fails == "forward":
-            raise ValueError("in forward")
-        if self.fails == "backward":
-            x.register_hook(fail_in_backward)
-        return self.head(self.norm(self.blocks[1](x)))
-
-    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        x = self.tokens(tokens)
-        if self.fails == "method":
-            raise ValueError("in a method")
-        return self.norm(x)
-
-
-def fail_in_backward(gradient: torch.Tensor) -> None:
-    raise ValueError("in backward")
-
-
-def failures(where: str, precision: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The weights after three steps before which batches failed and were left out, and after three steps."""
-    weights = []
-    for fails in (where, ""):
-        lite = start(precision=precision)
-        model = Failing()
-        model, optimizer = lite.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
-        other = sentences(2)[:][0]
-        for number in range(4):
-            model.fails = fails if number != 1 else ""
-            with contextlib.suppress(ValueError):
-                if model.fails == "method":
-                    model.embed(other)
-                elif model.fails:
-                    lite.backward(model(other).pow(2).sum())
-            model.fails = ""
-            if number < 3:
-                step(lite, model, optimizer)
-        lite.teardown()  # after one more that failed
-        weights.append(dict(model.state_dict()))
-    return weights[0], weights[1]
-
-
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-@pytest.mark.parametrize("where", ["forward", "method", "backward"])
-def test_a_batch_that_fails_can_be_left_out(where: str, precision: str) -> None:
-    """As after an out-of-memory error. torch leaves weights together, and gradients for the next backward to add to."""
-    for got, wanted in run_distributed(failures, where, precision):
-        for name, value in wanted.items():
-            assert got[name].dtype == value.dtype
-            assert torch.equal(got[name], value), name
 
 
 def inference_first(by_method: bool, on_meta: bool) -> tuple[float, float]:
