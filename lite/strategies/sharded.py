@@ -294,6 +294,12 @@ class ShardedStrategy(Strategy):
         self._check_reduced()
         return total_norm(parameters, norm_type)
 
+    def replace_gradients(self, parameters: Iterable[nn.Parameter], *, by_zeros: bool) -> None:
+        parameters = list(parameters)
+        for engine in self._engines():
+            engine.drop_waiting(parameters)
+        super().replace_gradients(parameters, by_zeros=by_zeros)
+
     def clip_norm(self, parameters: list[nn.Parameter], max_norm: float, total_norm: Tensor) -> None:
         if self._world_size == 1:
             super().clip_norm(parameters, max_norm, total_norm)

@@ -82,7 +82,7 @@ class ShardedEngine(Engine):
         self._kept = list(current.values())  # so that no id is given to another one
         self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._sync = True
-        self.holds_back = self.closed = self.within = False
+        self.holds_back = self.closed = self.within = self._aside = False
         self._buffers = [
             (part, name)
             for part in module.modules()
@@ -96,7 +96,10 @@ class ShardedEngine(Engine):
         self._over_data = {one.sharded_param.device_mesh for one in held}
         self._mark = provenance.Mark(frozenset({weakref.ref(self)}), ())
         self._numbers = WholeNumbers(lambda: remedies.part_as_number(self.module))
-        self.body = dict.fromkeys(("__reduce_ex__", "__deepcopy__"), _refuse_copy)
+        self.body = {
+            "zero_grad": self._zero_grad(type(module)),
+            **dict.fromkeys(("__reduce_ex__", "__deepcopy__"), _refuse_copy),
+        }
         self._ran: list[str] = []  # where collectives are compared
         if collectives.are_compared():
             for name, part in module.named_modules():
@@ -159,15 +162,51 @@ class ShardedEngine(Engine):
         # can't be trained with.
         writes = self.__dict__.get("_writes")  # made with the first run
         leaves = torch.is_inference_mode_enabled() and (writes is None or writes.lacks_copies)
+        outermost = not self._outside.runs and torch._C._current_graph_task_id() == -1
+        if outermost and self._aside:
+            self._reshard()
         try:
             with self._numbers, self._outside, _no_grad_alone() if leaves else nullcontext():
-                return call(run, args, kwargs)
+                outputs = call(run, args, kwargs)
         except BaseException as error:
-            if not self._outside.runs and torch._C._current_graph_task_id() == -1:
+            if outermost:
                 self._recover()
             if isinstance(error, RuntimeError):
                 self._raise_explained(error)
             raise
+        if outermost:
+            self._set_aside()
+        return outputs
+
+    def _set_aside(self) -> None:
+        """A run has ended: until the next run or backward the model has its shards, as the optimizer does.
+
+        fully_shard leaves weights together that the backward begins with. Who reads, writes, freezes or clips them
+        before it comes, or where it never does, would do so with copies.
+        """
+        for group in self._live_groups():
+            if not group.is_sharded:
+                self._aside = True
+                for held in group.fsdp_params:
+                    held._setattr_on_modules(held.sharded_param)
+
+    def _take_back(self) -> None:
+        """A backward begins, which may compute a part of the forward again."""
+        if self._aside:
+            self._aside = False
+            for group in self._live_groups():
+                if group.is_unsharded:
+                    for held in group.fsdp_params:
+                        held.to_unsharded()
+
+    def _reshard(self) -> None:
+        """Let go of what is still put together; the next run, or backward, puts it together anew."""
+        self._aside = False
+        for group in self._live_groups():
+            group.reshard()
+
+    def _live_groups(self) -> Iterator[Any]:
+        return (group for reference in self._groups if (group := reference()) is not None)
 
     def _recover(self) -> None:
         """Leave nothing of a forward or backward that has failed: the next one is a new beginning."""
@@ -264,13 +303,6 @@ class ShardedEngine(Engine):
         owners = {id(m): m for info in infos for m in (info.module, *info.shared_modules)}
         return [m for m in owners.values() if m is not self.module]
 
-    def _reshard(self) -> None:
-        # fully_shard leaves the root's own parameters whole, for a backward that won't come.
-        state = self._state
-        if state is not None:
-            for group in state._fsdp_param_groups:
-                group.reshard()
-
     def _take_buffers(self) -> None:
         for part, name in self._buffers:
             buffer = part._buffers[name]
@@ -282,6 +314,7 @@ class ShardedEngine(Engine):
     def begin_backward(self, loss: Tensor) -> None:
         """The loss is about to be differentiated: its backward will reach the model, whatever became of its outputs."""
         self.holds_back = not self._sync
+        self._take_back()
         if collectives.are_compared():
             self._compare_runs()
         state = self._state
@@ -291,11 +324,36 @@ class ShardedEngine(Engine):
     def abandon_backward(self) -> None:
         """A backward has failed: with it go the gradients that wait to be reduced, also of batches before it."""
         self._recover()
-        self.holds_back = False
-        for held in _sharded_over_data(_groups_of(self.module)):
+        self.holds_back = True  # whatever it was: a part of them may be there
+        self.drop_waiting()
+
+    def drop_waiting(self, parameters: Iterable[Tensor] | None = None) -> None:
+        """Drop the gradients that wait to be reduced over the ranks: of these parameters, or of all."""
+        if not self.holds_back:
+            return
+        for held in list(self._waiting(parameters)):
             held.unsharded_accumulated_grad = None
-            if (copy := getattr(held, "_unsharded_param", None)) is not None:
-                copy.grad = None
+            held._unsharded_param.grad = None
+        self.holds_back = any(True for _ in self._waiting())
+
+    def _waiting(self, parameters: Iterable[Tensor] | None = None) -> Iterator[Any]:
+        wanted = None if parameters is None else {id(p) for p in parameters}
+        for held in _sharded_over_data(self._live_groups()):
+            copy = getattr(held, "_unsharded_param", None)  # which came with the first forward
+            if copy is None or (held.unsharded_accumulated_grad is None and copy.grad is None):
+                continue
+            if wanted is None or id(held.sharded_param) in wanted:
+                yield held
+
+    def _zero_grad(self, raw: type[nn.Module]) -> Callable[..., None]:
+        """The model's `zero_grad`, which drops what waits to be reduced, too."""
+        own = raw.zero_grad
+
+        def zero_grad(module: nn.Module, *args: Any, **kwargs: Any) -> None:
+            self.drop_waiting()
+            own(module, *args, **kwargs)
+
+        return zero_grad
 
     def no_sync(self) -> AbstractContextManager[None]:
         return self._no_sync() if self._state is not None else nullcontext()
@@ -332,14 +390,16 @@ class ShardedEngine(Engine):
         if optimizer not in self._optimizers:
             self._optimizers.add(optimizer)
             self._undo.append(optimizer.register_load_state_dict_pre_hook(loading_into_shards).remove)
-            self._undo.append(optimizer.register_step_pre_hook(self._before_step).remove)
+            self._undo.append(optimizer.register_step_pre_hook(self._check_reduced).remove)
+            self._undo.append(_also_at_zero_grad(optimizer, self.drop_waiting))
 
-    def _before_step(self, *unused: Any) -> None:
-        # A forward without a backward leaves parameters whole, and the next one would not see the step.
-        for reference in self._groups:
-            group = reference()
-            if group is not None:
-                group.reshard()
+    def _check_reduced(self, optimizer: Optimizer, *unused: Any) -> None:
+        if self.holds_back and any(True for _ in self._waiting(_parameters_of(optimizer))):
+            raise UsageError(
+                f"{type(optimizer).__name__}.step() came after a backward within lite.no_backward_sync, whose "
+                "gradients are not reduced over the ranks yet, and would do without them; leave the last backward "
+                "before a step outside of it, or use lite.accumulate, which knows the last one."
+            )
 
     def close(self) -> None:
         """Give the model back with plain, whole parameters on every rank. Collective: call on all ranks."""
@@ -372,13 +432,42 @@ def _refuse_copy(module: nn.Module, *unused: Any) -> Any:
     raise UsageError(remedies.copied(module))
 
 
+def _parameters_of(optimizer: Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _also_at_zero_grad(optimizer: Optimizer, drop: Callable[[Iterable[Tensor]], None]) -> Callable[[], None]:
+    """Let an optimizer's `zero_grad` drop gradients that it can't see, too; returns what takes that back."""
+    reference, own = weakref.ref(optimizer), type(optimizer).zero_grad
+    before = optimizer.__dict__.get("zero_grad")
+
+    def zero_grad(*args: Any, **kwargs: Any) -> None:
+        it = reference()
+        assert it is not None
+        drop(_parameters_of(it))
+        if before is not None:
+            before(*args, **kwargs)
+        else:
+            own(it, *args, **kwargs)
+
+    def undo() -> None:
+        it = reference()
+        if it is not None and it.__dict__.get("zero_grad") is zero_grad:
+            del it.__dict__["zero_grad"]
+            if before is not None:
+                it.__dict__["zero_grad"] = before
+
+    optimizer.__dict__["zero_grad"] = zero_grad
+    return undo
+
+
 def _groups_of(module: nn.Module) -> list[Any]:
     """What fully_shard keeps for the parameters of a model that it puts together at once."""
     states = [part._get_fsdp_state() for part in module.modules() if isinstance(part, FSDPModule)]
     return [group for state in states for group in state._fsdp_param_groups]
 
 
-def _sharded_over_data(groups: list[Any]) -> list[Any]:
+def _sharded_over_data(groups: Iterable[Any]) -> list[Any]:
     """What it keeps for each of these parameters."""
     return [param for group in groups for param in group.fsdp_params]
 
