@@ -210,7 +210,8 @@ class ShardedEngine(Engine):
 
     def _recover(self) -> None:
         """Leave nothing of a forward or backward that has failed: the next one is a new beginning."""
-        if self._state is not None:
+        state = self._state
+        if state is not None and hasattr(state._comm_ctx, "all_gather_state"):  # as of the first run that comes so far
             with suppress(RuntimeError):  # of ranks that have lost each other, which the first error says
                 self.module.reset_iter_state()  # type: ignore[operator]
 
