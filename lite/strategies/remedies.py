@@ -30,6 +30,18 @@ def past_hooks(module: nn.Module) -> str:
     )
 
 
+def second_gradient(module: nn.Module, error: RuntimeError) -> str | None:
+    """Gradients were asked for of gradients through layers that are put together one by one; None for other errors."""
+    if not str(error).startswith("setStorage:") or "of size 0" not in str(error):
+        return None
+    return (
+        f"a backward needed weights of {class_name(module)}'s layers that FSDP has taken apart again, as that of a "
+        "gradient penalty (create_graph=True) does, which fully_shard can't with layers that it puts together one by "
+        "one. Shard this model in one piece, FSDPStrategy(auto_wrap=lambda part: False), or use strategy='ddp'. torch "
+        f"says: {error}"
+    )
+
+
 def of_weights_alone(module: nn.Module) -> str:
     """A method returned what has come from sharded parameters."""
     return (
@@ -107,6 +119,14 @@ def copied(module: nn.Module) -> str:
 def explain(module: nn.Module, error: RuntimeError) -> str | None:
     """What to do about torch's error in a forward or method of a model that is sharded over data; None if not known."""
     text = str(error)
+    if MIXED in text:
+        return (
+            f"a layer of {class_name(module)} used the weights of another one without calling it, and FSDP puts those "
+            "together when it is called (torch.nn.MultiheadAttention uses its out_proj's so): keep the inner layer's "
+            f"class out of auto_wrap, or have the outer one's in it instead. torch says: {text}"
+        )
+    if (told := second_gradient(module, error)) is not None:
+        return told
     if text.startswith("mixed dtype (CPU)"):
         return (
             f"{class_name(module)} gave a norm an input in float32 and weights in 16 bits, in which FSDP puts weights "

@@ -18,6 +18,7 @@ _UNFIT = {
     "LBFGS": "flattens all parameters into one vector",
     "Adafactor": "keeps sums over rows and columns, which torch can't compute from parts",
     "Muon": "orthogonalises whole matrices, which it does not have",
+    "Rprop": "chooses elements by their gradients' signs, which torch can't write into parts",
     "SparseAdam": "needs sparse gradients, which sharded parameters don't get",
 }
 

@@ -108,9 +108,11 @@ class ShardedStrategy(Strategy):
 
     def explain_backward_error(self, error: RuntimeError) -> str | None:
         engine = next(self._engines(), None)
-        if engine is None or not self.shards_over_data or remedies.MIXED not in str(error):
+        if engine is None or not self.shards_over_data:
             return None
-        return f"{remedies.past_model(engine.module)} torch says: {error}"
+        if remedies.MIXED in str(error):
+            return f"{remedies.past_model(engine.module)} torch says: {error}"
+        return remedies.second_gradient(engine.module, error)
 
     # ---- the strategy's interface
 
@@ -143,6 +145,12 @@ class ShardedStrategy(Strategy):
                 )
         if not self.shards_over_data:
             return
+        for key, part in module.named_modules():
+            if getattr(part, "sparse", False) and isinstance(part, (nn.Embedding, nn.EmbeddingBag)):
+                raise ConfigError(
+                    f"{key!r} of this {name} has sparse=True, and FSDP can't reduce sparse gradients; use "
+                    "sparse=False, or strategy='ddp'."
+                )
         blocks = self.blocks(module)
         groups: dict[str, dict[torch.dtype, str]] = {}
         for key, parameter in module.named_parameters():
