@@ -305,7 +305,7 @@ class ShardedStrategy(Strategy):
     def replace_gradients(self, parameters: Iterable[nn.Parameter], *, by_zeros: bool) -> None:
         parameters = list(parameters)
         for engine in self._engines():
-            engine.drop_waiting(parameters)
+            engine.waiting.drop(parameters)
         super().replace_gradients(parameters, by_zeros=by_zeros)
 
     def clip_norm(self, parameters: list[nn.Parameter], max_norm: float, total_norm: Tensor) -> None:
@@ -334,7 +334,7 @@ class ShardedStrategy(Strategy):
         return local_gradients(parameters)
 
     def _check_reduced(self) -> None:
-        if any(engine.holds_back for engine in self._engines()):
+        if any(engine.waiting.there for engine in self._engines()):
             raise UsageError(
                 "gradients were asked for after a backward within lite.no_backward_sync, and are not reduced over the "
                 "ranks yet; clip after the last backward of the window, when `window.ready` is true."

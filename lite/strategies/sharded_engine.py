@@ -34,6 +34,7 @@ from lite.strategies.numbers import WholeNumbers
 from lite.strategies.outside import OutsideCheck
 from lite.strategies.repointing import loading_into_shards, repoint
 from lite.strategies.restoring import Original
+from lite.strategies.waiting import WaitingGradients
 
 
 class ShardedEngine(Engine):
@@ -50,7 +51,7 @@ class ShardedEngine(Engine):
 
     Attributes:
         names: The parameters, id to name.
-        holds_back: A backward within `no_sync` has left gradients that no step may use yet.
+        waiting: The gradients of backwards within `no_sync`.
         closed: The model has been given back.
         within: A method other than forward runs on parameters that FSDP has put together for it.
     """
@@ -82,7 +83,8 @@ class ShardedEngine(Engine):
         self._kept = list(current.values())  # so that no id is given to another one
         self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._sync = True
-        self.holds_back = self.closed = self.within = self._aside = False
+        self.closed = self.within = self._aside = False
+        self.waiting = WaitingGradients(lambda: _sharded_over_data(self._live_groups()))
         self._buffers = [
             (part, name)
             for part in module.modules()
@@ -97,7 +99,7 @@ class ShardedEngine(Engine):
         self._mark = provenance.Mark(frozenset({weakref.ref(self)}), ())
         self._numbers = WholeNumbers(lambda: remedies.part_as_number(self.module))
         self.body = {
-            "zero_grad": self._zero_grad(type(module)),
+            "zero_grad": self.waiting.at_zero_grad_of(type(module)),
             **dict.fromkeys(("__reduce_ex__", "__deepcopy__"), _refuse_copy),
         }
         self._ran: list[str] = []  # where collectives are compared
@@ -218,7 +220,7 @@ class ShardedEngine(Engine):
     @cached_property
     def _writes(self) -> LostWrites:
         # Made with the first run: until then fully_shard has those of the meta device, where the model was made there.
-        held = {self.names[id(one.sharded_param)]: one for one in _sharded_over_data(_groups_of(self.module))}
+        held = {self.names[id(one.sharded_param)]: one for one in _sharded_over_data(self._live_groups())}
         return LostWrites(lambda: self.module, held)
 
     def _raise_explained(self, error: RuntimeError) -> None:
@@ -314,7 +316,7 @@ class ShardedEngine(Engine):
 
     def begin_backward(self, loss: Tensor) -> None:
         """The loss is about to be differentiated: its backward will reach the model, whatever became of its outputs."""
-        self.holds_back = not self._sync
+        self.waiting.there = not self._sync
         self._take_back()
         if collectives.are_compared():
             self._compare_runs()
@@ -325,36 +327,8 @@ class ShardedEngine(Engine):
     def abandon_backward(self) -> None:
         """A backward has failed: with it go the gradients that wait to be reduced, also of batches before it."""
         self._recover()
-        self.holds_back = True  # whatever it was: a part of them may be there
-        self.drop_waiting()
-
-    def drop_waiting(self, parameters: Iterable[Tensor] | None = None) -> None:
-        """Drop the gradients that wait to be reduced over the ranks: of these parameters, or of all."""
-        if not self.holds_back:
-            return
-        for held in list(self._waiting(parameters)):
-            held.unsharded_accumulated_grad = None
-            held._unsharded_param.grad = None
-        self.holds_back = any(True for _ in self._waiting())
-
-    def _waiting(self, parameters: Iterable[Tensor] | None = None) -> Iterator[Any]:
-        wanted = None if parameters is None else {id(p) for p in parameters}
-        for held in _sharded_over_data(self._live_groups()):
-            copy = getattr(held, "_unsharded_param", None)  # which came with the first forward
-            if copy is None or (held.unsharded_accumulated_grad is None and copy.grad is None):
-                continue
-            if wanted is None or id(held.sharded_param) in wanted:
-                yield held
-
-    def _zero_grad(self, raw: type[nn.Module]) -> Callable[..., None]:
-        """The model's `zero_grad`, which drops what waits to be reduced, too."""
-        own = raw.zero_grad
-
-        def zero_grad(module: nn.Module, *args: Any, **kwargs: Any) -> None:
-            self.drop_waiting()
-            own(module, *args, **kwargs)
-
-        return zero_grad
+        self.waiting.there = True  # whatever it was: a part of them may be there
+        self.waiting.drop()
 
     def no_sync(self) -> AbstractContextManager[None]:
         return self._no_sync() if self._state is not None else nullcontext()
@@ -376,7 +350,7 @@ class ShardedEngine(Engine):
 
     def whole_parameters(self) -> dict[int, str]:
         """The names of the parameters by the identity of what they are when put together over the ranks."""
-        held = _sharded_over_data(_groups_of(self.module))
+        held = _sharded_over_data(self._live_groups())
         wholes = ((getattr(one, "_unsharded_param", None), one.sharded_param) for one in held)
         return {id(whole): self.names[id(sharded)] for whole, sharded in wholes if whole is not None}
 
@@ -391,16 +365,7 @@ class ShardedEngine(Engine):
         if optimizer not in self._optimizers:
             self._optimizers.add(optimizer)
             self._undo.append(optimizer.register_load_state_dict_pre_hook(loading_into_shards).remove)
-            self._undo.append(optimizer.register_step_pre_hook(self._check_reduced).remove)
-            self._undo.append(_also_at_zero_grad(optimizer, self.drop_waiting))
-
-    def _check_reduced(self, optimizer: Optimizer, *unused: Any) -> None:
-        if self.holds_back and any(True for _ in self._waiting(_parameters_of(optimizer))):
-            raise UsageError(
-                f"{type(optimizer).__name__}.step() came after a backward within lite.no_backward_sync, whose "
-                "gradients are not reduced over the ranks yet, and would do without them; leave the last backward "
-                "before a step outside of it, or use lite.accumulate, which knows the last one."
-            )
+            self._undo.append(self.waiting.follow(optimizer))
 
     def close(self) -> None:
         """Give the model back with plain, whole parameters on every rank. Collective: call on all ranks."""
@@ -431,35 +396,6 @@ def _no_grad_alone() -> Iterator[None]:
 
 def _refuse_copy(module: nn.Module, *unused: Any) -> Any:
     raise UsageError(remedies.copied(module))
-
-
-def _parameters_of(optimizer: Optimizer) -> list[Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def _also_at_zero_grad(optimizer: Optimizer, drop: Callable[[Iterable[Tensor]], None]) -> Callable[[], None]:
-    """Let an optimizer's `zero_grad` drop gradients that it can't see, too; returns what takes that back."""
-    reference, own = weakref.ref(optimizer), type(optimizer).zero_grad
-    before = optimizer.__dict__.get("zero_grad")
-
-    def zero_grad(*args: Any, **kwargs: Any) -> None:
-        it = reference()
-        assert it is not None
-        drop(_parameters_of(it))
-        if before is not None:
-            before(*args, **kwargs)
-        else:
-            own(it, *args, **kwargs)
-
-    def undo() -> None:
-        it = reference()
-        if it is not None and it.__dict__.get("zero_grad") is zero_grad:
-            del it.__dict__["zero_grad"]
-            if before is not None:
-                it.__dict__["zero_grad"] = before
-
-    optimizer.__dict__["zero_grad"] = zero_grad
-    return undo
 
 
 def _groups_of(module: nn.Module) -> list[Any]:
