@@ -61,6 +61,10 @@ class LostWrites:
             before, self._versions = self._versions, versions
             self._refuse_copy(operator.ne, versions, before)
 
+    def note_versions(self) -> None:
+        """Take the copies' versions for what was written by now, and rightly so."""
+        self._versions = list(map(_version, self._copies))
+
     def check_assigned(self) -> None:
         """Refuse `parameter.data = value`, since the last look, of parts and of weights that FSDP had put together."""
         with torch._C.DisableTorchFunctionSubclass():  # half of the time that DTensors take

@@ -146,7 +146,8 @@ class ShardedStrategy(Strategy):
         if not self.shards_over_data:
             return
         for key, part in module.named_modules():
-            if getattr(part, "sparse", False) and isinstance(part, (nn.Embedding, nn.EmbeddingBag)):
+            lookup = isinstance(part, (nn.Embedding, nn.EmbeddingBag))
+            if lookup and part.sparse and part.weight.requires_grad:
                 raise ConfigError(
                     f"{key!r} of this {name} has sparse=True, and FSDP can't reduce sparse gradients; use "
                     "sparse=False, or strategy='ddp'."

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim import Optimizer
@@ -84,6 +85,7 @@ class ShardedEngine(Engine):
         self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._sync = True
         self.closed = self.within = self._aside = False
+        self._open_runs = 0  # runs that gradients may come of, less the backwards there were
         self.waiting = WaitingGradients(lambda: _sharded_over_data(self._live_groups()))
         self._buffers = [
             (part, name)
@@ -177,6 +179,7 @@ class ShardedEngine(Engine):
                 self._raise_explained(error)
             raise
         if outermost:
+            self._open_runs += torch.is_grad_enabled()
             self._set_aside()
         return outputs
 
@@ -317,6 +320,7 @@ class ShardedEngine(Engine):
     def begin_backward(self, loss: Tensor) -> None:
         """The loss is about to be differentiated: its backward will reach the model, whatever became of its outputs."""
         self.waiting.there = not self._sync
+        self._open_runs = max(0, self._open_runs - 1)
         self._take_back()
         if collectives.are_compared():
             self._compare_runs()
@@ -366,6 +370,16 @@ class ShardedEngine(Engine):
             self._optimizers.add(optimizer)
             self._undo.append(optimizer.register_load_state_dict_pre_hook(loading_into_shards).remove)
             self._undo.append(self.waiting.follow(optimizer))
+            self._undo.append(optimizer.register_step_post_hook(self._note_step).remove)
+
+    def _note_step(self, optimizer: Optimizer, *unused: Any) -> None:
+        """Let a backward of a forward before this step fail as on one process, where it needs what has changed."""
+        if not self._open_runs:
+            return
+        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        held = [one for one in _sharded_over_data(self._live_groups()) if id(one.sharded_param) in stepped]
+        increment_version([one._unsharded_param for one in held if hasattr(one, "_unsharded_param")])
+        self._writes.note_versions()
 
     def close(self) -> None:
         """Give the model back with plain, whole parameters on every rank. Collective: call on all ranks."""

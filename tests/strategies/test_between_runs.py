@@ -169,6 +169,33 @@ def test_a_momentum_encoder_follows_after_forwards() -> None:
     assert max(run_distributed(momentum_encoder)) < 1e-12
 
 
+def step_between(strategy: str) -> list[str]:
+    """What comes of a backward after a step that changed the weights of its forward; and the loop goes on after it."""
+    loop = Loop(SHARDINGS[strategy]() if strategy else "single")
+    told = []
+    for _ in range(2):
+        first, second = (loop.loss(batch) for batch in loop.batches[:2])
+        loop.lite.backward(first)
+        loop.optimizer.step()
+        loop.optimizer.zero_grad()
+        try:
+            loop.lite.backward(second)
+        except RuntimeError as error:
+            told.append(str(error))
+        loop.optimizer.zero_grad()
+        loop.lite.backward(loop.loss(loop.batches[2]))
+        loop.optimizer.step()
+    return told
+
+
+@pytest.mark.parametrize("sharding", ["", *SHARDINGS])
+def test_a_step_between_forward_and_backward_is_torchs_error(sharding: str) -> None:
+    """fully_shard would differentiate with other weights than the forward had."""
+    for told in run_distributed(step_between, sharding, world_size=2 if sharding else 1):
+        assert len(told) == 2
+        assert all("has been modified by an inplace operation" in one for one in told)
+
+
 def early_step() -> str:
     loop = Loop("fsdp")
     with loop.lite.no_backward_sync(loop.model):
