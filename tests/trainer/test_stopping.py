@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lite.errors import ConfigError
 from lite.trainer import Callback
-from lite.trainer.callbacks import EarlyStopping, Timer
+from lite.trainer.callbacks import EarlyStopping, ModelCheckpoint, Timer
 from lite.trainer.loops import FitLoop
 from tests.trainer.modules import Numbers, Tiny, TinyData, numbers, trainer, weights
 
@@ -479,3 +479,26 @@ def test_ctrl_c_in_the_last_hook_of_an_epoch_ends_the_run() -> None:
     with pytest.raises(SystemExit) as ended:
         run.fit(Counts(), datamodule=TinyData())
     assert (ended.value.code, run.interrupted) == (130, True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("hook", ["on_save_checkpoint", "on_validation_end", "on_train_epoch_end"])
+def test_a_signal_between_batches_is_acted_on_after_the_next_one(tmp_path: Path, hook: str, number: int) -> None:
+    """While a checkpoint is written, as a validation ends, or between two epochs; not where something is due anyway."""
+    sent: list[int] = []
+
+    def send(trainer: Any, *args: Any) -> None:
+        if not sent:
+            sent.append(trainer.global_step)
+            os.kill(os.getpid(), number)
+
+    saves = ModelCheckpoint(tmp_path, every_n_train_steps=3) if hook == "on_save_checkpoint" else Callback()
+    told = type("Sends", (Callback,), {hook: lambda self, *args: send(*args)})()
+    options: dict[str, Any] = {"enable_checkpointing": None, "default_root_dir": tmp_path, "val_check_interval": 3}
+    options["limit_val_batches"] = 1.0 if hook == "on_validation_end" else 0
+    run = trainer(max_epochs=2, callbacks=[saves, told], **options)
+    with pytest.raises(SystemExit) as ended:
+        run.fit(Tiny(), numbers(40), numbers())
+    assert ended.value.code == 128 + number
+    assert sent == [10 if hook == "on_train_epoch_end" else 3]
+    assert run.global_step == sent[0] + 1

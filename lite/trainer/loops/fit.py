@@ -275,6 +275,11 @@ class FitLoop:
         self.interrupted = True
         self.epoch_loop.look_now()
 
+    def is_called_off(self, trainer: Any) -> bool:
+        """Whether Ctrl-C has been pressed, or a signal has come to the only process; several agree batch by batch."""
+        poll = self.stop_poll if trainer.world_size == 1 else None
+        return self.interrupted or (poll is not None and poll())
+
     def stop_for_signal(self, trainer: Any) -> bool:
         """The ranks have agreed to stop because of a signal: here and now."""
         self.stopped_by_signal = True

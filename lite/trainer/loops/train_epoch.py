@@ -101,7 +101,8 @@ class TrainEpochLoop:
             self._save(trainer, due["validated"], due["left"])
             over = over or fit.is_over(trainer)
         fit.restore_moment()
-        self._look_at, self._show_at = self._next_look(trainer, count), 0
+        self._set_look(trainer, count)
+        self._show_at = 0
         for batch in () if over else batches:
             if move is not None:
                 batch = move(batch, 0)
@@ -264,7 +265,7 @@ class TrainEpochLoop:
         ends: bool = fit.is_over(trainer)
         self._save(trainer, validated)
         self._show(trainer, count)
-        self._look_at = self._next_look(trainer, count)
+        self._set_look(trainer, count)
         return ends
 
     def _save(self, trainer: Any, validated: bool, left: list[str] | None = None) -> None:
@@ -292,6 +293,12 @@ class TrainEpochLoop:
     def look_now(self) -> None:
         """Let the batch that runs be followed by a look at what is due."""
         self._look_at = 0
+
+    def _set_look(self, trainer: Any, count: int) -> None:
+        """Set the batch after which to look next: the one that comes, where a signal came while nobody looked."""
+        self._look_at = self._next_look(trainer, count)
+        if trainer.fit_loop.is_called_off(trainer):  # asked last, since a signal may come at any time
+            self.look_now()
 
     def _next_look(self, trainer: Any, count: int) -> float:
         """The batch of this epoch after which something may be due, the same on all ranks; until then a batch costs one
