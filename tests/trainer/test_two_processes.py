@@ -12,6 +12,7 @@ from contextlib import redirect_stderr
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from lite.errors import ConfigError, UsageError
 from lite.loggers import CSVLogger
 from lite.trainer import Callback, CombinedLoader, LightningModule
 from lite.trainer.callbacks import BasePredictionWriter, EarlyStopping, ModelCheckpoint
+from lite.trainer.loops.calling import Weights
 from tests.support.processes import run_distributed
 from tests.trainer.modules import Numbers, Recorder, Tiny, numbers, trainer, weights
 
@@ -530,11 +532,59 @@ def test_behaviour_44_training_over_uneven_ranks_does_not_hang() -> None:
 
 
 class OnlySome(Tiny):
-    """Returns a weight on rank 0 alone, or differentiates by itself."""
+    """Returns a weight on rank 0 alone; on the other a dict without, or the loss alone."""
+
+    def __init__(self, other: str = "dict") -> None:
+        super().__init__()
+        self.other = other
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Any:
         loss = self.loss(batch)
-        return {"loss": loss, "weight": 2.0} if self.global_rank == 0 else {"loss": loss}
+        if self.global_rank == 0:
+            return {"loss": loss, "weight": 2.0}
+        return {"loss": loss} if self.other == "dict" else loss
+
+
+class Forms(Tiny):
+    """Returns a dict on one rank, in turn, and the loss alone on the other."""
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        loss = self.loss(batch)
+        return {"loss": loss} if batch_idx % 2 == self.global_rank else loss
+
+
+class FormsWatched(Forms):
+    def on_after_backward(self) -> None:
+        pass
+
+
+def forms() -> tuple[list[str], list[bool], int]:
+    """A weight on some ranks only; the same loss in different forms; how often a run of plain losses is asked."""
+    told, same = [], []
+    for settings in ({}, {"accumulate_grad_batches": 2}):
+        options = {"max_epochs": 2, "limit_val_batches": 0, **settings, **STRATEGY}
+        for other in ("dict", "loss"):
+            try:
+                trainer(**options).fit(OnlySome(other), numbers(16, 2))
+            except UsageError as error:
+                told.append(str(error))
+        plain = Tiny()
+        trainer(**options).fit(plain, numbers(16, 2))
+        for kind in (Forms, FormsWatched):
+            module = kind()
+            trainer(**options).fit(module, numbers(16, 2))
+            same.append(weights(module) == weights(plain))
+    with mock.patch.object(Weights, "of", autospec=True, side_effect=Weights.of) as asked:
+        trainer(max_epochs=3, limit_val_batches=0, **STRATEGY).fit(Tiny(), numbers(16, 2))
+    return told, same, asked.call_count
+
+
+def test_what_training_step_returns_may_differ_between_ranks() -> None:
+    """A dict here and the loss alone there train on; a weight here and none there ends all of them."""
+    for told, same, asked in run_distributed(forms):
+        assert len(told) == 4
+        assert all("on some ranks only" in text for text in told)
+        assert (same, asked) == ([True] * 4, 1)
 
 
 class Normed(Tiny):

@@ -110,23 +110,34 @@ def alone_weight(output: Any) -> Any:
 
 
 class Weights:
-    """The weights that a step function returns: for every batch and on every rank, or for none."""
+    """The weights that a step function returns in a run: for every batch and on every rank, or for none.
+
+    Attributes:
+        given: Whether it returns them, on all ranks; None until a batch has told.
+    """
 
     def __init__(self) -> None:
-        self._given: bool | None = None
+        self.given: bool | None = None
 
-    def of(self, output: Any) -> Any:
-        """The output's weight, or None. Collective at the first batch.
+    def of(self, output: Any, loss: Tensor | None) -> Any:
+        """The output's weight, or None. Collective at a run's first batch, whatever each rank's step function returned.
+
+        Args:
+            output: What it returned.
+            loss: The loss in that; a batch without one is left out, and tells nothing.
 
         Raises:
-            ConfigError: It is no number of tokens or samples.
+            ConfigError: The weight is no number of tokens or samples.
             UsageError: Some batches or ranks have one and others not.
         """
-        weight = given_weight(output)
-        differs = self._given is not None and self._given is not (weight is not None)
-        if self._given is None:
-            self._given = collectives.any_rank(weight is not None)
-            differs = self._given and collectives.any_rank(weight is None)  # on all ranks, so that all of them end
+        weight = None if loss is None else given_weight(output)
+        has, lacks = weight is not None, weight is None and loss is not None
+        if self.given is None:
+            has, lacks = collectives.any_rank(has), collectives.any_rank(lacks)
+            self.given = has if has or lacks else None
+            differs = has and lacks  # on all ranks, so that all of them end
+        else:
+            differs = lacks if self.given else has
         if differs:
             raise UsageError(
                 "training_step returned a dict with 'weight' for some batches or on some ranks only, and they can't be "

@@ -92,7 +92,7 @@ class FitLoop:
         if trainer.world_size > 1:
             self.vote()  # time may be over before it begins
         progress.start_clock()
-        self.epoch_loop.old = find_old_hooks(trainer.module, "train")
+        self.epoch_loop.old, self.epoch_loop.weights = find_old_hooks(trainer.module, "train"), {}
         epoch_done = Event("epoch", trainer)
         try:
             self._show_again(trainer)

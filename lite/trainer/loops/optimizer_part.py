@@ -86,10 +86,9 @@ def compose_part(trainer: Any, part: OptimizerPart) -> tuple[Step, Callable[[], 
 def differentiation(trainer: Any, optimizer: Optimizer | None, index: int = 0) -> Callable[[Any], None]:
     """Backward, with its hooks, of what a step function returned for a batch that is a step by itself."""
     lite, metrics, skip = trainer.lite, trainer.metrics, skipper(trainer)
+    weights, weighs = agreed_weights(trainer, index), trainer.accumulation != "reference"
     own = _own_backward(trainer, optimizer, index)
     backward = run_backward(trainer, lite.backward if own is None else own)
-    weighs = trainer.accumulation != "reference"
-    weights = Weights() if weighs and lite.world_size > 1 else None
     # What is differentiated past Lite has to know what a ragged batch counts.
     is_ragged = weighing(trainer, 1) if own is not None and weights is not None else lambda batch_idx: False
     alone: Accumulation | None = None
@@ -98,8 +97,10 @@ def differentiation(trainer: Any, optimizer: Optimizer | None, index: int = 0) -
         nonlocal alone
         loss = pick_loss(output)
         weight = None
-        if weighs and loss is not output and loss is not None:
-            weight = alone_weight(output) if weights is None else weights.of(output)
+        if weights is not None:
+            weight = weights.of(output, loss)
+        elif weighs and loss is not output and loss is not None:
+            weight = alone_weight(output)
         if weight is None and loss is not None and is_ragged(trainer.fit_loop.progress.batch):
             weight = metrics.batch_size()
         if loss is None:
@@ -118,6 +119,16 @@ def differentiation(trainer: Any, optimizer: Optimizer | None, index: int = 0) -
                 backward(alone.scaled(loss))
 
     return differentiate
+
+
+def agreed_weights(trainer: Any, index: int = 0) -> Weights | None:
+    """What the run knows of the weights of the steps at that position; None where ranks have nothing to agree on."""
+    return None if trainer.world_size == 1 or trainer.accumulation == "reference" else _weights(trainer, index)
+
+
+def _weights(trainer: Any, index: int) -> Weights:
+    known: dict[int, Weights] = trainer.fit_loop.epoch_loop.weights
+    return known.setdefault(index, Weights())
 
 
 def _share(lite: Any, weight: Any) -> Tensor:
@@ -164,7 +175,7 @@ def _compute_within(trainer: Any, part: OptimizerPart, window: Accumulation, zer
     inner, skip = trainer.lite.backward if own is None else own, skipper(trainer)
     reference = trainer.accumulation == "reference"
     by_size = window.weighted  # the window that is open
-    weights, loop = Weights(), trainer.fit_loop.epoch_loop
+    weights, loop = _weights(trainer, part.index), trainer.fit_loop.epoch_loop
 
     def enter(loss: Tensor, *args: Any, **kwargs: Any) -> None:
         loop.entered = True
@@ -182,7 +193,7 @@ def _compute_within(trainer: Any, part: OptimizerPart, window: Accumulation, zer
             loss = pick_loss(output)
             if first:
                 zero_grad(batch_idx)
-            weight = None if reference or loss is output or loss is None else weights.of(output)
+            weight = None if reference else weights.of(output, loss)
             if weight is None and (by_size or (loss is None and window.weighted)):
                 weight = 0.0 if loss is None else metrics.batch_size()
             if weight is not None:

@@ -14,7 +14,13 @@ from lite.trainer.loops.calling import Step, training_call
 from lite.trainer.loops.declared_step import compose_declared
 from lite.trainer.loops.gradient import NO_GRAPH, before_step_hooks, clipping
 from lite.trainer.loops.manual_step import manual_step
-from lite.trainer.loops.optimizer_part import OptimizerPart, compose_part, differentiation, wants_closure
+from lite.trainer.loops.optimizer_part import (
+    OptimizerPart,
+    agreed_weights,
+    compose_part,
+    differentiation,
+    wants_closure,
+)
 from lite.trainer.module import LightningModule
 from lite.trainer.optimization.schedules import stepping
 from lite.trainer.optimization.windows import weighing
@@ -84,16 +90,23 @@ def _looked_at(trainer: Any, optimizer: Optimizer) -> bool:
 def _plain_step(trainer: Any, optimizer: Optimizer) -> Step:
     """The step where nobody looks on: a raw loop's. Old gradients go before the forward, which so needs less memory."""
     loop, progress, backward = trainer.fit_loop.epoch_loop, trainer.fit_loop.progress, trainer.lite.backward
-    call, differentiate = training_call(trainer), None
+    call, differentiate, weights = training_call(trainer), None, agreed_weights(trainer)
+
+    def loss_alone() -> type | None:
+        """The class of output that holds nothing but the loss, where no rank waits for word of a weight."""
+        return Tensor if weights is None or weights.given is False else None
+
+    plain: Any = loss_alone()
 
     def plain_step(batch: Any, batch_idx: int) -> Any:
-        nonlocal differentiate
+        nonlocal differentiate, plain
         optimizer.zero_grad()
         output = loop.output = call(batch, batch_idx)
-        if output.__class__ is not Tensor:
+        if output.__class__ is not plain:
             if differentiate is None:
                 differentiate = differentiation(trainer, optimizer)
             differentiate(output)
+            plain = loss_alone()
         elif output.requires_grad:
             backward(output)
         else:

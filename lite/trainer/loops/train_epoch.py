@@ -23,7 +23,7 @@ from lite.trainer.data.stage import StageData
 from lite.trainer.events import Event
 from lite.trainer.logging.metric_objects import unchanged_metrics
 from lite.trainer.logging.metrics import Metrics
-from lite.trainer.loops.calling import Step, hook_outputs
+from lite.trainer.loops.calling import Step, Weights, hook_outputs
 from lite.trainer.loops.saves import Saves
 from lite.trainer.loops.step import compose_step
 from lite.trainer.old import OldHooks
@@ -45,12 +45,14 @@ class TrainEpochLoop:
         complete: The epoch has had its last batch, and what comes of that.
         output: What `training_step` returned for the newest batch. Steps put it here before the backward, so that the
             one before goes with its graph, as in a raw loop: kept longer it costs 2 % of a small GPT's step.
+        weights: What the run knows of the weights that step functions return, by their optimizers' positions.
         old: The module's hooks of older versions, where it has any.
     """
 
     def __init__(self) -> None:
         self.window: Any = None
         self.output: Any = None
+        self.weights: dict[int, Weights] = {}
         self.old: OldHooks | None = None
         self.windows = Windows()
         self.flushes: list[Callable[[], None]] = []
