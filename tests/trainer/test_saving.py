@@ -595,3 +595,18 @@ def test_behaviour_35_a_modules_own_writer_gets_predictions_that_nobody_else_wan
     assert got == [[4, 2]]
     assert run.predict(Tiny(), numbers(6), return_predictions=False) is None
     assert run.predict_loop.predictions == []
+
+
+def test_an_override_that_steps_twice_per_batch_stops_and_saves_in_time(tmp_path: Path) -> None:
+    """max_steps and every_n_train_steps count its steps, not the batches."""
+
+    class Twice(Tiny):
+        def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+            optimizer.step(closure=optimizer_closure)
+            optimizer.step(closure=optimizer_closure)
+
+    saves = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=4)
+    run = trainer(max_steps=10, limit_val_batches=0, enable_checkpointing=None, callbacks=saves)
+    run.fit(Twice(), numbers(40))
+    assert (run.global_step, run.fit_loop.progress.batches) == (10, 5)
+    assert {file.name for file in tmp_path.iterdir()} == {"step=4.ckpt", "step=8.ckpt"}

@@ -21,11 +21,13 @@ from lite.trainer.data.combined import CombinedLoader
 from lite.trainer.data.counting import INFINITE, length
 from lite.trainer.data.stage import StageData
 from lite.trainer.events import Event
+from lite.trainer.hooks import overrides
 from lite.trainer.logging.metric_objects import unchanged_metrics
 from lite.trainer.logging.metrics import Metrics
 from lite.trainer.loops.calling import Step, Weights, hook_outputs
 from lite.trainer.loops.saves import Saves
 from lite.trainer.loops.step import compose_step
+from lite.trainer.module import LightningModule
 from lite.trainer.old import OldHooks
 from lite.trainer.optimization.schedules import step_schedulers
 from lite.trainer.optimization.windows import Windows, make_window
@@ -317,9 +319,7 @@ class TrainEpochLoop:
         if fit.max_steps >= 0:
             steps = min(steps, fit.max_steps - progress.updates)
         if steps < INFINITE:
-            # Several optimizers, and a hand of one's own, may step several times per batch.
-            one = trainer.module.automatic_optimization and not trainer.declared
-            look = min(look, count + (steps if one else 1))
+            look = min(look, count + (1 if _may_step_twice(trainer) else steps))
         return max(look, count + 1)
 
     # ---- state
@@ -355,6 +355,13 @@ def discard(loader: Any) -> None:
     progress = getattr(loader, "progress", None)
     if progress is not None and progress()[1]:
         next(iter(loader), None)
+
+
+def _may_step_twice(trainer: Any) -> bool:
+    """Whether a batch may have several optimizer steps: of several optimizers, or by a hand of one's own."""
+    module = trainer.module
+    own = not module.automatic_optimization or overrides(module, "optimizer_step", LightningModule)
+    return own or bool(trainer.declared)
 
 
 def _remaining(loader: Any, count: int) -> float | None:
