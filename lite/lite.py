@@ -176,8 +176,8 @@ class Lite(Resuming, Pipelines):
         self._guard_job()
         self._check_loggers()
         # At the end of the script, or of this object's life; a launched function's end comes first.
-        writers = self._loggers if self.is_global_zero else ()
-        self._close_loggers = weakref.finalize(self, _close_all, writers)
+        self._writers = list(self._loggers) if self.is_global_zero else []
+        self._close_loggers = weakref.finalize(self, _close_all, self._writers)
         self.call("on_launch", self)
 
     def _leave_job(self) -> None:

@@ -21,6 +21,7 @@ class Records(Facet):
     """The side of `Lite` that logs and calls back."""
 
     _loggers: tuple[Logger, ...]
+    _writers: list[Logger]  # what is closed at the end, on rank 0
 
     @property
     def loggers(self) -> tuple[Logger, ...]:
@@ -37,6 +38,33 @@ class Records(Facet):
         if not self._loggers:
             raise UsageError("this Lite has no logger; pass one: Lite(loggers=lite.loggers.CSVLogger('logs')).")
         return self._loggers[0]
+
+    def use_loggers(self, loggers: Any) -> None:
+        """Let `log` write to these loggers from now on, in place of those before. No collective: rank 0 writes.
+
+        Args:
+            loggers: One or several, as `Lite(loggers=...)` takes them; None or an empty list for none.
+
+        Raises:
+            ConfigError: One is no Logger, or could not write.
+
+        Example:
+            >>> import lite
+            >>> run = lite.Lite(accelerator="cpu")
+            >>> run.use_loggers([])
+            >>> run.loggers
+            ()
+        """
+        found, before = check_loggers(loggers), self._loggers
+        if self.is_global_zero:
+            new = [logger for logger in found if logger not in before]
+            for logger in new:
+                logger.check()
+            for logger in before:
+                logger.flush()
+            if self._connected:  # else they are taken with the others as it connects
+                self._writers += new
+        self._loggers = found
 
     def log(self, name: str, value: Any, step: int | None = None) -> None:
         """Write one number to every logger, on rank 0."""

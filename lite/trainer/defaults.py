@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, SupportsIndex
 
 from lite.errors import ConfigError
 from lite.loggers import Logger
@@ -71,6 +71,36 @@ def assemble_callbacks(
         made = point.load()()
         callbacks.extend(made if isinstance(made, (list, tuple)) else [made])
     return callbacks
+
+
+class LoggerList(list[Logger]):
+    """A Trainer's loggers. What is appended is put to use: a run without any doesn't look whether there are some.
+
+    Args:
+        loggers: Those that there are.
+        use: Told of all of them when there are to be more; it refuses what is none.
+    """
+
+    def __init__(self, loggers: Iterable[Logger], use: Callable[[list[Logger]], None]) -> None:
+        super().__init__(loggers)
+        self._use = use
+
+    def append(self, logger: Logger) -> None:
+        """Add one."""
+        self.extend([logger])
+
+    def extend(self, loggers: Iterable[Logger]) -> None:
+        """Add several."""
+        found = list(loggers)
+        self._use([*self, *found])
+        super().extend(found)
+
+    def insert(self, index: SupportsIndex, logger: Logger) -> None:
+        """Add one, at that position."""
+        found = list(self)
+        found.insert(index, logger)
+        self._use(found)
+        super().insert(index, logger)
 
 
 def assemble_loggers(given: Any, root: str, *, fast_dev_run: bool) -> list[Logger]:

@@ -157,6 +157,7 @@ class Preparing(Sources):
                 found.update(dict(owner.hparams_initial))
         if found:
             self._told_hparams = True
+            self._hand_on_loggers()
             self.lite.log_hyperparameters(found)
             if self.is_global_zero:
                 for logger in self.loggers:

@@ -16,7 +16,7 @@ from lite.trainer.callbacks.merging import in_order
 from lite.trainer.checkpoints import contents
 from lite.trainer.data.combined import MODES
 from lite.trainer.data.sources import or_datamodule
-from lite.trainer.defaults import assemble_callbacks, assemble_loggers
+from lite.trainer.defaults import LoggerList, assemble_callbacks, assemble_loggers
 from lite.trainer.evaluation import Evaluating
 from lite.trainer.events import Event
 from lite.trainer.hooks import Hooks
@@ -233,9 +233,10 @@ class Trainer(Evaluating, Interruption, Serving):
                 plugins=(plugins, None),
             )
             logger = False if logger is False else list(lite.loggers)
-        self.loggers = assemble_loggers(logger, self.default_root_dir, fast_dev_run=bool(self.fast_dev_run))
+        loggers = assemble_loggers(logger, self.default_root_dir, fast_dev_run=bool(self.fast_dev_run))
         settings = {"accelerator": accelerator, "strategy": strategy, "devices": devices, "num_nodes": num_nodes}
-        self.lite = lite or Lite(**settings, precision=precision, plugins=plugins, loggers=self.loggers)
+        self.lite = lite or Lite(**settings, precision=precision, plugins=plugins, loggers=loggers)
+        self._loggers = LoggerList(loggers, self._use_loggers)
         self.callbacks = in_order(
             assemble_callbacks(
                 callbacks,

@@ -1,4 +1,4 @@
-"""What a Trainer tells of its run: properties that users, modules and callbacks read; it changes nothing."""
+"""What a Trainer tells of its run: properties that users, modules and callbacks read, and some that they set."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import os
 from typing import Any
 
 from lite.loggers import Logger
+from lite.trainer import arguments
 from lite.trainer.callbacks.accumulation import GradientAccumulationScheduler
 from lite.trainer.callbacks.base import Callback, Checkpoint
 from lite.trainer.data.counting import INFINITE
+from lite.trainer.defaults import LoggerList, assemble_loggers
 from lite.trainer.logging.metrics import Metrics
 from lite.trainer.state import RunningStage, TrainerFn, TrainerState, TrainerStatus
 
@@ -26,12 +28,16 @@ class View:
     predict_loop: Any
     metrics: Metrics
     module: Any
-    loggers: list[Logger]
+    fast_dev_run: int
+    barebones: bool
     default_root_dir: str
     accumulate_grad_batches: int
     log_every_n_steps: int
     _eval_data: dict[str, Any]
     _log_dir: str | None
+    _loggers: list[Logger]
+    _told_hparams: bool
+    _told_graph: bool
 
     @property
     def fit_loop(self) -> Any:
@@ -253,8 +259,36 @@ class View:
 
     @property
     def logger(self) -> Logger | None:
-        """The first logger."""
+        """The first logger. Set, it is the only one."""
         return self.loggers[0] if self.loggers else None
+
+    @logger.setter
+    def logger(self, logger: Any) -> None:
+        self.loggers = logger
+
+    @property
+    def loggers(self) -> list[Logger]:
+        """The loggers. Others may be put in their place, or added to the list, within a run, too."""
+        return self._loggers
+
+    @loggers.setter
+    def loggers(self, loggers: Any) -> None:
+        if self.barebones:
+            arguments.barebones(logger=loggers or None)
+        found = assemble_loggers(loggers or False, self.default_root_dir, fast_dev_run=bool(self.fast_dev_run))
+        self._use_loggers(found)
+        self._loggers = LoggerList(found, self._use_loggers)
+
+    def _use_loggers(self, loggers: list[Logger]) -> None:
+        self.lite.use_loggers(loggers)
+        self._told_hparams = self._told_graph = False
+        if self.world_size == 1:  # without loggers nobody looks for when a row is due; several ranks talk anyway
+            self.fit_loop.epoch_loop.look_now()
+
+    def _hand_on_loggers(self) -> None:
+        """Let Lite write to those that are in the list by now, from which some may have been removed."""
+        if self.lite.loggers != tuple(self.loggers):
+            self.lite.use_loggers(self.loggers)
 
     @property
     def log_dir(self) -> str:

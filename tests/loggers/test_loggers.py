@@ -144,6 +144,28 @@ if __name__ == "__main__":
 """
 
 
+def test_loggers_may_be_given_later(tmp_path: Path) -> None:
+    """Rows go to those that there are; what others hold is written out, and what can't write is refused."""
+    first, second = CSVLogger(tmp_path, "first"), CSVLogger(tmp_path, "second")
+    lite = Lite(accelerator="cpu", loggers=first)
+    lite.log("loss", 1.0)
+    lite.use_loggers(second)
+    assert [row["loss"] for row in rows(first.path)] == ["1.0"]
+    lite.log("loss", 2.0)
+    lite.use_loggers([second, first])
+    lite.log("loss", 3.0)
+    with pytest.raises(ConfigError, match="'csv' is no Logger"):
+        lite.use_loggers([first, "csv"])
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="file"):
+        lite.use_loggers(CSVLogger(tmp_path / "file"))
+    assert lite.loggers == (second, first)
+    del lite
+    gc.collect()
+    assert [row["loss"] for row in rows(first.path)] == ["1.0", "3.0"]
+    assert [row["loss"] for row in rows(second.path)] == ["2.0", "3.0"]
+
+
 def test_rows_are_written_at_the_end_of_a_script(tmp_path: Path) -> None:
     """Without teardown: here, in started and in forked processes, and after sys.exit."""
     (tmp_path / "script.py").write_text(SCRIPT)

@@ -436,3 +436,53 @@ def test_rank_zero_alone_writes(tmp_path: Path) -> None:
     assert [row["raw"] for row in rows(run) if row["raw"]] == ["0.0"]
     assert [row["by_hand"] for row in rows(run) if row["by_hand"]] == ["0.0"]
     assert [e.value for e in events(f"{tmp_path}/board/lite_logs/version_0").Scalars("by_hand")] == [0.0]
+
+
+@pytest.mark.parametrize("within", [False, True], ids=["before", "within"])
+@pytest.mark.parametrize("how", ["logger", "loggers", "append", "extend"])
+def test_a_logger_may_be_given_after_the_trainer_was_made(tmp_path: Path, how: str, within: bool) -> None:
+    """Before a run or within one, which had none: it has each row from then on, and what it buffers is written."""
+    given = CSVLogger(tmp_path)
+
+    def give(run: Trainer) -> None:
+        if how == "append":
+            run.loggers.append(given)
+        elif how == "extend":
+            run.loggers.extend([given])
+        else:
+            setattr(run, how, given if how == "logger" else [given])
+
+    class Gives(Tiny):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+            if within and batch_idx == 3:
+                give(self.trainer)
+            return super().training_step(batch, batch_idx)
+
+    run = trainer(log_every_n_steps=2, limit_val_batches=0)
+    if not within:
+        give(run)
+    run.fit(Gives(), numbers(40))
+    assert (run.logger, run.loggers, run.lite.loggers) == (given, [given], (given,))
+    expected = [3, 5, 7, 9] if within else [1, 3, 5, 7, 9]
+    assert [int(row["step"]) for row in rows(given.log_dir)] == expected
+    assert Path(given.log_dir, "hparams.yaml").exists() is not within  # they come as a run begins
+
+
+def test_loggers_may_be_exchanged_and_taken_away(tmp_path: Path) -> None:
+    """Each has the rows of its time, and what is no logger is refused at once."""
+    first, second = CSVLogger(tmp_path, name="first"), CSVLogger(tmp_path, name="second")
+    run = trainer(max_epochs=4, log_every_n_steps=1, logger=first, limit_val_batches=0)
+    for event in run.steps(Tiny(), numbers(), events=("epoch",)):
+        if event.epoch < 2:
+            run.logger = (second, None)[event.epoch]
+        elif event.epoch == 2:
+            assert (run.logger, run.loggers) == (None, [])
+            run.loggers.append(first)
+    assert [int(row["epoch"]) for row in rows(first.log_dir)] == [0] * 3 + [3] * 3
+    assert [int(row["epoch"]) for row in rows(second.log_dir)] == [1] * 3
+    for give in (lambda: run.loggers.append(3), lambda: setattr(run, "logger", "csv")):  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match=r"is no Logger; pass"):
+            give()
+    assert run.loggers == [first]
+    with pytest.raises(ConfigError, match=r"barebones=True, logger="):
+        Trainer(accelerator="cpu", barebones=True).logger = first
