@@ -63,7 +63,7 @@ class Records(Facet):
             for logger in before:
                 logger.flush()
             if self._connected:  # else they are taken with the others as it connects
-                self._writers += new
+                self._writers += [logger for logger in new if logger not in self._writers]
         self._loggers = found
 
     def log(self, name: str, value: Any, step: int | None = None) -> None:

@@ -46,8 +46,9 @@ class FSDPStrategy(ShardedStrategy):
     Args:
         auto_wrap: What is sharded by itself, besides the model: None or "transformer blocks found" finds the layers
             that repeat; a set of module classes; or a function of a module that says whether.
-        sharding: "full"; "grad" (weights stay whole between forward and backward, for less communication); or "hybrid"
-            (sharded over a group of ranks, and replicated over such groups).
+        sharding: "full"; "grad" (weights stay whole between forward and backward, for less communication; another
+            forward in between puts them together anew); or "hybrid" (sharded over a group of ranks, and replicated over
+            such groups).
         replicate_axis: With "hybrid", how many replicas there are; None is one per machine.
         reshard_after_forward: As for `fully_shard`: False keeps a block's weights whole until backward, a number shards
             them over so many ranks meanwhile. None chooses by `sharding`.

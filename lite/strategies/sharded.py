@@ -80,6 +80,7 @@ class ShardedStrategy(Strategy):
         self._precision = Precision()
         self._done: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
         self._all: list[weakref.ref[ShardedEngine]] = []
+        self._begun: list[ShardedEngine] = []  # those of the backward that runs
 
     def _engines(self) -> Iterator[ShardedEngine]:
         return (engine for ref in self._all if (engine := ref()) is not None and not engine.closed)
@@ -263,13 +264,17 @@ class ShardedStrategy(Strategy):
                 "lite.backward got a loss of a model that lite.teardown() has given back since its forward; call "
                 "backward before teardown."
             )
-        for engine in self._engines():  # in one order on all ranks
-            if engine in engines:
-                engine.begin_backward(loss)
+        self._begun = [engine for engine in self._engines() if engine in engines]  # in one order on all ranks
+        for engine in self._begun:
+            engine.begin_backward(loss)
         return loss
 
+    def finish_backward(self) -> None:
+        self._begun = []
+
     def abandon_backward(self) -> None:
-        for engine in self._engines():
+        begun, self._begun = self._begun, []
+        for engine in begun:
             engine.abandon_backward()
 
     def successor(self, parameter: Tensor) -> nn.Parameter | None:

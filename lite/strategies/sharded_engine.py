@@ -83,10 +83,10 @@ class ShardedEngine(Engine):
         self.names = {id(p): name for name, p in current.items()}
         self._kept = list(current.values())  # so that no id is given to another one
         self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._stepped: weakref.WeakKeyDictionary[Optimizer, list[Any]] = weakref.WeakKeyDictionary()
         self._sync = True
         self.closed = self.within = self._aside = False
-        self._open_runs = 0  # runs that gradients may come of, less the backwards there were
-        self.waiting = WaitingGradients(lambda: _sharded_over_data(self._live_groups()))
+        self.waiting = WaitingGradients(lambda: self._held())
         self._buffers = [
             (part, name)
             for part in module.modules()
@@ -115,8 +115,7 @@ class ShardedEngine(Engine):
         for part in module.modules():
             if isinstance(part, FSDPModule) and isinstance(part, ParametrizationList):
                 # It runs whenever its weight is read, which may be before the model does.
-                settle = part.register_forward_pre_hook(lambda *unused: self._state._lazy_init(), prepend=True)
-                self._undo.append(settle.remove)
+                self._undo.append(part.register_forward_pre_hook(self._read_alone, prepend=True).remove)
             handle = part.register_load_state_dict_pre_hook(_cut_for_loading)  # type: ignore[no-untyped-call]
             self._undo.append(handle.remove)
         if full_state:
@@ -133,6 +132,10 @@ class ShardedEngine(Engine):
     def _state(self) -> Any:
         """What fully_shard keeps for the whole model, or None where nothing is sharded over data."""
         return self.module._get_fsdp_state() if hasattr(self.module, "_get_fsdp_state") else None  # type: ignore[operator]
+
+    def _read_alone(self, *unused: Any) -> None:
+        self._state._lazy_init()
+        self._aside = self._aside or not self._outside.runs
 
     def _note_run(self, name: str, *unused: Any) -> None:
         self._ran.append(name)
@@ -162,15 +165,16 @@ class ShardedEngine(Engine):
         self, call: Callable[..., Any], run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """A run of the model, with what is refused in all of them."""
-        # The memory for weights that are put together is made by the first run: within inference_mode of a kind that
-        # can't be trained with.
-        writes = self.__dict__.get("_writes")  # made with the first run
-        leaves = torch.is_inference_mode_enabled() and (writes is None or writes.lacks_copies)
-        outermost = not self._outside.runs and torch._C._current_graph_task_id() == -1
-        if outermost and self._aside:
-            self._reshard()
+        first, outermost = not self._outside.runs, False
+        if first:
+            outermost = torch._C._current_graph_task_id() == -1
+            if not outermost:  # within the backward of another model
+                self._take_back()
+            elif self._aside:
+                self._reshard()
+        alone = self._before_inference(args, kwargs) if torch.is_inference_mode_enabled() else nullcontext()
         try:
-            with self._numbers, self._outside, _no_grad_alone() if leaves else nullcontext():
+            with self._numbers, self._outside, alone:
                 outputs = call(run, args, kwargs)
         except BaseException as error:
             if outermost:
@@ -179,9 +183,42 @@ class ShardedEngine(Engine):
                 self._raise_explained(error)
             raise
         if outermost:
-            self._open_runs += torch.is_grad_enabled()
             self._set_aside()
+            if self._aside:
+                self._watch_backward(outputs)
         return outputs
+
+    def _before_inference(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AbstractContextManager[None]:
+        """Let the memory for weights that are put together be of a kind that can be trained with, too.
+
+        FSDP makes it as they first run. What computes with what it is given runs on all ranks, and it is made before;
+        what is given no tensors, and may be for one rank alone, runs under no_grad instead.
+        """
+        writes = self.__dict__.get("_writes")  # made with the first run
+        if self._state is None or not (writes is None or writes.lacks_copies):
+            return nullcontext()
+        if not provenance.has_tensors((args, kwargs)):
+            return _no_grad_alone()
+        with _no_grad_alone():
+            self._state._lazy_init()
+            for group in self._live_groups():
+                group.unshard()
+                group.wait_for_unshard()
+                group.reshard()
+            self._writes.check_written()
+        return nullcontext()
+
+    def _watch_backward(self, outputs: Any) -> None:
+        """Take weights back in a backward that nobody announces (torch.autograd.grad, say)."""
+        reference = weakref.ref(self)
+
+        def take_back(gradient: Tensor) -> None:
+            engine = reference()
+            if engine is not None:
+                engine._take_back()
+
+        for output in provenance.tensors_with_grad(outputs):
+            output.register_hook(take_back)  # type: ignore[no-untyped-call]
 
     def _set_aside(self) -> None:
         """A run has ended: until the next run or backward the model has its shards, as the optimizer does.
@@ -210,6 +247,10 @@ class ShardedEngine(Engine):
         for group in self._live_groups():
             group.reshard()
 
+    def _held(self) -> list[Any]:
+        """What fully_shard keeps for each parameter that it has sharded."""
+        return _sharded_over_data(self._live_groups())
+
     def _live_groups(self) -> Iterator[Any]:
         return (group for reference in self._groups if (group := reference()) is not None)
 
@@ -223,7 +264,7 @@ class ShardedEngine(Engine):
     @cached_property
     def _writes(self) -> LostWrites:
         # Made with the first run: until then fully_shard has those of the meta device, where the model was made there.
-        held = {self.names[id(one.sharded_param)]: one for one in _sharded_over_data(self._live_groups())}
+        held = {self.names[id(one.sharded_param)]: one for one in self._held()}
         return LostWrites(lambda: self.module, held)
 
     def _raise_explained(self, error: RuntimeError) -> None:
@@ -320,7 +361,6 @@ class ShardedEngine(Engine):
     def begin_backward(self, loss: Tensor) -> None:
         """The loss is about to be differentiated: its backward will reach the model, whatever became of its outputs."""
         self.waiting.there = not self._sync
-        self._open_runs = max(0, self._open_runs - 1)
         self._take_back()
         if collectives.are_compared():
             self._compare_runs()
@@ -354,7 +394,7 @@ class ShardedEngine(Engine):
 
     def whole_parameters(self) -> dict[int, str]:
         """The names of the parameters by the identity of what they are when put together over the ranks."""
-        held = _sharded_over_data(self._live_groups())
+        held = self._held()
         wholes = ((getattr(one, "_unsharded_param", None), one.sharded_param) for one in held)
         return {id(whole): self.names[id(sharded)] for whole, sharded in wholes if whole is not None}
 
@@ -374,11 +414,16 @@ class ShardedEngine(Engine):
 
     def _note_step(self, optimizer: Optimizer, *unused: Any) -> None:
         """Let a backward of a forward before this step fail as on one process, where it needs what has changed."""
-        if not self._open_runs:
+        if "_writes" not in self.__dict__:  # it has not run
             return
-        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        held = [one for one in _sharded_over_data(self._live_groups()) if id(one.sharded_param) in stepped]
-        increment_version([one._unsharded_param for one in held if hasattr(one, "_unsharded_param")])
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        known = self._stepped.get(optimizer)
+        if known is None or len(known) != len(parameters):
+            held = {id(one.sharded_param): one for one in self._held()}
+            self._stepped[optimizer] = known = [held.get(id(p)) for p in parameters]
+        with torch._C.DisableTorchFunctionSubclass():  # which DTensors' `grad` would go through
+            moved = [one for p, one in zip(parameters, known, strict=True) if one is not None and p.grad is not None]
+        increment_version([one._unsharded_param for one in moved if hasattr(one, "_unsharded_param")])
         self._writes.note_versions()
 
     def close(self) -> None:

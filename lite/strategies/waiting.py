@@ -64,27 +64,18 @@ class WaitingGradients:
         Returns:
             What takes that back.
         """
-        reference, before = weakref.ref(optimizer), optimizer.__dict__.get("zero_grad")
-
-        def zero_grad(*args: Any, **kwargs: Any) -> None:
-            it = reference()
-            assert it is not None
-            self.drop(_parameters_of(it))
-            if before is not None:
-                before(*args, **kwargs)
-            else:
-                type(it).zero_grad(it, *args, **kwargs)
-
-        checking = optimizer.register_step_pre_hook(self._check_step)
-        optimizer.__dict__["zero_grad"] = zero_grad
+        reference, checking = weakref.ref(optimizer), optimizer.register_step_pre_hook(self._check_step)
+        if optimizer not in _followed:
+            _followed[optimizer] = _Followed(optimizer)
+        models = _followed[optimizer].models
+        models.append(self)
 
         def undo() -> None:
             checking.remove()
+            models.remove(self)
             it = reference()
-            if it is not None and it.__dict__.get("zero_grad") is zero_grad:
-                del it.__dict__["zero_grad"]
-                if before is not None:
-                    it.__dict__["zero_grad"] = before
+            if it is not None and not models:
+                _followed.pop(it).leave(it)
 
         return undo
 
@@ -95,6 +86,37 @@ class WaitingGradients:
                 "gradients are not reduced over the ranks yet, and would do without them; leave the last backward "
                 "before a step outside of it, or use lite.accumulate, which knows the last one."
             )
+
+
+class _Followed:
+    """The `zero_grad` of an optimizer, around its own, and the models whose gradients it drops, too."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.models: list[WaitingGradients] = []
+        self._before = optimizer.__dict__.get("zero_grad")
+        models, before, reference = self.models, self._before, weakref.ref(optimizer)
+
+        def zero_grad(*args: Any, **kwargs: Any) -> None:
+            it = reference()
+            assert it is not None
+            for model in models:
+                model.drop(_parameters_of(it))
+            if before is not None:
+                before(*args, **kwargs)
+            else:
+                type(it).zero_grad(it, *args, **kwargs)
+
+        self._own = optimizer.__dict__["zero_grad"] = zero_grad
+
+    def leave(self, optimizer: Optimizer) -> None:
+        """Give the optimizer its own back, unless somebody has put another one there since."""
+        if optimizer.__dict__.get("zero_grad") is self._own:
+            del optimizer.__dict__["zero_grad"]
+            if self._before is not None:
+                optimizer.__dict__["zero_grad"] = self._before
+
+
+_followed: weakref.WeakKeyDictionary[Optimizer, _Followed] = weakref.WeakKeyDictionary()
 
 
 def _parameters_of(optimizer: Optimizer) -> list[Tensor]:

@@ -95,6 +95,13 @@ class LoggerList(list[Logger]):
         self._use([*self, *found])
         super().extend(found)
 
+    def __iadd__(self, loggers: Iterable[Logger]) -> LoggerList:  # type: ignore[misc,override]
+        self.extend(loggers)
+        return self
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[type, tuple[list[Logger]]]:
+        return list, (list(self),)  # a copy is nobody's
+
     def insert(self, index: SupportsIndex, logger: Logger) -> None:
         """Add one, at that position."""
         found = list(self)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lite import FSDPStrategy, Lite, UsageError
 from lite.sharded import whole
@@ -167,6 +168,73 @@ def momentum_encoder() -> float:
 
 def test_a_momentum_encoder_follows_after_forwards() -> None:
     assert max(run_distributed(momentum_encoder)) < 1e-12
+
+
+class Checkpointed(nn.Module):
+    """Two parts; one is computed again in backward, where the model's own weights are needed once more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden: Tensor = checkpoint(self.first, x, use_reentrant=False)
+        return self.second(hidden.tanh())
+
+    def first_loss(self, x: Tensor) -> Tensor:
+        return self.first(x).pow(2).sum()
+
+    def second_loss(self, x: Tensor) -> Tensor:
+        return self.second(x).pow(2).sum()
+
+
+def several() -> dict[str, float]:
+    """How far gradients are from one process's, in what goes past one forward and its `lite.backward`."""
+    lite = Lite(accelerator="cpu", strategy="fsdp", precision="64-true")
+    models, raws = [], []
+    for _ in range(2):
+        torch.manual_seed(3)
+        raws.append(Checkpointed().double())
+        torch.manual_seed(3)
+        models.append(lite.setup(Checkpointed()))
+    (model, other), (raw, _) = models, raws
+    optimizer = lite.setup_optimizers(torch.optim.SGD([*model.parameters(), *other.parameters()], lr=0.1))
+    x = torch.ones(2, 8, dtype=torch.float64, requires_grad=True)
+    wanted, got = (torch.autograd.grad(one(x).sum(), x)[0] for one in (raw, model))
+    facts = {"by autograd.grad": float((got - wanted).abs().max())}
+    x = x.detach()
+
+    # Two losses of two parts: the step changes nothing that the second one needs.
+    first, second = model.first_loss(x), model.second_loss(x)
+    lite.backward(first)
+    optimizer.step()
+    optimizer.zero_grad()
+    lite.backward(second)
+    raw.second_loss(x).backward()
+    facts["of parts"] = float((whole(model.second.weight.grad) - raw.second.weight.grad).abs().max())
+    optimizer.zero_grad()
+
+    # Another model's failing backward leaves those that wait alone.
+    with lite.no_backward_sync(other):
+        lite.backward(other.second_loss(x))
+    loss = model.first_loss(x)
+    loss.register_hook(fail)
+    with pytest.raises(ValueError, match="on purpose"):
+        lite.backward(loss)
+    lite.backward(other.second_loss(x))
+    facts["of another model"] = float((whole(other.second.weight.grad) - 2 * raw.second.weight.grad).abs().max())
+    lite.teardown()
+    facts["left at zero_grad"] = float("zero_grad" in vars(optimizer))
+    return facts
+
+
+def fail(gradient: Tensor) -> None:
+    raise ValueError("on purpose")
+
+
+def test_several_models_losses_and_backwards() -> None:
+    for facts in run_distributed(several):
+        assert {name: value for name, value in facts.items() if value > 1e-12} == {}
 
 
 def step_between(strategy: str) -> list[str]:
