@@ -9,32 +9,48 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lite.errors import UsageError
-from lite.sharded import is_sharded
+from lite.strategies import provenance
+
+_CROSSINGS = ("_FromTorchTensorBackward", "_ToTorchTensorBackward")  # the nodes that do so
 
 
-def refuse_second_order(module: nn.Module) -> None:
-    """Let a backward with create_graph=True through a split layer fail. What the compiler runs is not looked at.
+def refuse_second_order(outputs: Any) -> None:
+    """Let a backward with create_graph=True fail that goes on from a model's outputs through its split layers.
 
-    Args:
-        module: The model, split already. The hooks that its layers get go with the others at teardown.
+    Not looked at are layers that are called by themselves, and what the compiler has made one node of.
     """
-    for part in module.modules():
-        if any(map(is_sharded, part._parameters.values())):
-            part.register_forward_hook(_watch)
+    for output in provenance.tensors_with_grad(outputs):
+        output.register_hook(_check)  # type: ignore[no-untyped-call]
 
 
-def _watch(layer: nn.Module, inputs: Any, output: Any) -> None:
-    if isinstance(output, Tensor) and output.requires_grad and not torch.compiler.is_compiling():
-        output.register_hook(_refuse)  # type: ignore[no-untyped-call]
-
-
-def _refuse(gradient: Tensor) -> None:
-    if torch.is_grad_enabled():  # within a backward: it makes a graph
+def _check(gradient: Tensor) -> None:
+    if torch.is_grad_enabled() and _crosses():  # within a backward: it makes a graph
         raise UsageError(
             "a backward with create_graph=True went through a layer that is split over the ranks, and torch leaves the "
             "second-order part of what comes of that out; compute a gradient penalty with layers that are not split "
             "(leave them out of parallelize), or use strategy='ddp' or 'fsdp'."
         )
+
+
+def _crosses() -> bool:
+    """Whether the backward that has come to this node will go on past one of those."""
+    pending: list[Any] = [torch._C._current_autograd_node()]
+    seen: set[Any] = set()
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        onward = [parent for parent, _ in node.next_functions if parent is not None and _runs(parent)]
+        if onward and node.name() in _CROSSINGS:
+            return True
+        pending.extend(onward)
+    return False
+
+
+def _runs(node: Any) -> bool:
+    """Whether the running backward comes to it. Leaves, of which torch can't tell, count."""
+    return not node.next_functions or torch._C._will_engine_execute_node(node)

@@ -92,6 +92,11 @@ class ShardedStrategy(Strategy):
         """Whether blocks are prepared one by one, for parts of the data."""
         return self._world_size > 1
 
+    @property
+    def splits_layers(self) -> bool:
+        """Whether ranks compute parts of the same layers."""
+        return False
+
     def blocks(self, module: nn.Module) -> dict[str, nn.Module]:
         """The parts that are sharded by themselves, by name."""
         return choose_blocks(module, self._auto_wrap, "auto_wrap")
@@ -214,6 +219,7 @@ class ShardedStrategy(Strategy):
             self._precision,
             buffers=self._broadcast_buffers and self.shards_over_data,
             full_state=self._full_state,
+            split_layers=self.splits_layers,
             explain=self.explain_forward_error,
             undo=undo + norms + self._compile(module),
         )
