@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map
 from lite import collectives
 from lite.checkpoint.stored import resolve
 from lite.sharded import Elsewhere, is_elsewhere
-from lite.state import map_leaves
+from lite.state import map_leaves, parameters_of
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def _standing_for(leaf: Any) -> Any:
 
 def keep_own(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     """A hook of `Optimizer.load_state_dict`: of a whole state, that of this rank's parameters."""
-    held = [p for group in optimizer.param_groups for p in group["params"]]
+    held = parameters_of(optimizer)
     numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
     if len(held) != len(numbers):
         return state_dict  # the optimizer itself says what doesn't fit

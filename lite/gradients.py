@@ -116,7 +116,7 @@ class Accumulation:
     def __init__(
         self,
         steps: int,
-        parameters: Callable[[], Iterator[nn.Parameter]],
+        parameters: Callable[[], Iterable[nn.Parameter]],
         no_sync: Callable[[bool], AbstractContextManager[None]],
         scaled: Callable[[Scale], AbstractContextManager[None]],
         batch: BatchWeight,

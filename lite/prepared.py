@@ -18,6 +18,7 @@ from lite import collectives
 from lite.data.shares import BatchWeight
 from lite.errors import ConfigError, UsageError, shown
 from lite.precision.base import Precision
+from lite.state import parameters_of
 from lite.strategies.base import Engine, Strategy
 from lite.wrapping.module import check_class, unwrap_module, wrap_module
 from lite.wrapping.optimizer import (
@@ -207,7 +208,7 @@ class Prepared:
         """Every optimizer must train set-up parameters: others would go their own way on each rank."""
         known = {id(p) for module in (*self.modules, *models) for p in module.parameters()}
         for optimizer in optimizers:
-            held = [p for group in optimizer.param_groups for p in group["params"]]
+            held = parameters_of(optimizer)
             if any(p.is_meta and not self._strategy.holds_elsewhere(p) for p in held):
                 raise ConfigError(
                     f"{type(optimizer).__name__} was made of parameters on the meta device, which setup exchanges for "

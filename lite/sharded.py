@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
 from lite.errors import UsageError
-from lite.state import map_leaves
+from lite.state import map_leaves, parameters_of
 
 
 def is_sharded(value: Any) -> bool:
@@ -136,5 +136,5 @@ def holds_parts(target: Any) -> bool:
     if isinstance(target, nn.Module):
         return any(is_sharded(t) or t.is_meta for t in (*target.parameters(), *target.buffers()))
     if isinstance(target, Optimizer):
-        return any(is_sharded(p) or p.is_meta for group in target.param_groups for p in group["params"])
+        return any(is_sharded(p) or p.is_meta for p in parameters_of(target))
     return False

@@ -19,6 +19,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import torch
 from torch import nn
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from lite.errors import CheckpointError, ConfigError
@@ -127,6 +128,11 @@ def uncompiled(module: torch.nn.Module) -> torch.nn.Module:
     """The module that `torch.compile` made this one of; any other module itself."""
     original = getattr(module, "_orig_mod", None)
     return original if isinstance(original, torch.nn.Module) else module
+
+
+def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
+    """The parameters of all groups of an optimizer, in the order in which its state numbers them."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def like(mapping: Mapping[Any, Any], items: dict[Any, Any]) -> dict[Any, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from lite import collectives, gradients
 from lite.errors import ConfigError, UsageError, shown
 from lite.facets.base import Facet
 from lite.precision.base import Precision
-from lite.state import uncompiled
+from lite.state import parameters_of, uncompiled
 from lite.wrapping.optimizer import move_optimizer_state, wrap_optimizer
 
 if TYPE_CHECKING:
@@ -123,9 +123,7 @@ class Steps(Facet):
             raise ConfigError("join() got no model; pass the models that are trained.")
         models = tuple(self._set_up("join", model) for model in models)
         trained = {id(p) for model in models for p in model.parameters()}
-        optimizers = [
-            o for o in self._prepared.optimizers if any(id(p) in trained for g in o.param_groups for p in g["params"])
-        ]
+        optimizers = [o for o in self._prepared.optimizers if any(id(p) in trained for p in parameters_of(o))]
         inner = self.strategy.join(
             [self._modules[model] for model in models],
             optimizers,
@@ -180,7 +178,7 @@ class Steps(Facet):
 
         window = gradients.Accumulation(
             steps,
-            lambda: _parameters_of(models, optimizer),
+            lambda: _parameters(models, optimizer),
             no_sync,
             self._scaled,
             self._weight,
@@ -247,7 +245,7 @@ class Steps(Facet):
                 raise ConfigError(f"clip_gradients got optimizer={shown(optimizer)}, which is no torch optimizer.")
             if self._prepared.clipped.get(optimizer, _UNKNOWN) is not model:
                 self._check_clipped(model, optimizer)
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            parameters = parameters_of(optimizer)
         elif model is not None:
             parameters = list(model.parameters())
         else:
@@ -270,7 +268,7 @@ class Steps(Facet):
             raise UsageError(
                 f"clip_gradients got a {name} that lite.setup has not prepared; pass the optimizer that it returned."
             )
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        held = {id(p) for p in parameters_of(optimizer)}
         if model is not None and held.isdisjoint(map(id, model.parameters())):
             raise UsageError(
                 f"clip_gradients got a {type(model).__name__} and a {name} that holds none of its parameters, which "
@@ -322,7 +320,7 @@ class Steps(Facet):
 
         def skipped() -> bool:
             held = known().optimizers if known() is not None else []  # type: ignore[union-attr]
-            theirs = [o for o in held if any(id(p) in mine for g in o.param_groups for p in g["params"])]
+            theirs = [o for o in held if any(id(p) in mine for p in parameters_of(o))]
             return bool(theirs) and all(map(precision.step_was_skipped, theirs))
 
         strategy = self.strategy
@@ -398,7 +396,7 @@ class Steps(Facet):
                 continue
             if not window.is_open or all(getattr(self._modules.get(m), "gradients_agree", True) for m in models):
                 continue
-            held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            held = {id(p) for p in parameters_of(optimizer)}
             if any(id(p) in held for model in models for p in model.parameters()):
                 raise UsageError(
                     f"{type(optimizer).__name__}.step() came after {window.count} of {window.steps} micro-batches of "
@@ -415,9 +413,9 @@ def _never() -> bool:
     return False
 
 
-def _parameters_of(models: tuple[nn.Module, ...], optimizer: Optimizer | None) -> Iterator[nn.Parameter]:
+def _parameters(models: tuple[nn.Module, ...], optimizer: Optimizer | None) -> Iterable[nn.Parameter]:
     if optimizer is not None:
-        return (p for group in optimizer.param_groups for p in group["params"])
+        return parameters_of(optimizer)
     return (p for model in models for p in model.parameters())
 
 

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from lite import collectives
 from lite.errors import DesyncError
 from lite.precision.base import is_packed
+from lite.state import parameters_of
 from lite.strategies.base import Engine
 
 _CHUNK = 1 << 18  # 2 MiB at a time: it stays in a cache, and needs next to no memory
@@ -62,7 +63,7 @@ def named_state(
     for index, optimizer in enumerate(optimizers):
         # An optimizer says so itself where each rank has state of its own.
         local = getattr(optimizer, "state_is_local", False)
-        held = [p for group in optimizer.param_groups for p in group["params"]]
+        held = parameters_of(optimizer)
         held = [] if local or any(p.is_meta for p in held) else held
         for number, parameter in enumerate(held):
             # .get: state is a defaultdict, which reading would fill

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from lite.errors import ConfigError
 from lite.precision import Precision
+from lite.state import parameters_of
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def _twin(optimizer: Any, ghosts: Mapping[int, nn.Parameter], *, whole: bool) ->
         if not isinstance(made, Optimizer):
             raise ConfigError(f"optimizer={optimizer!r} made {made!r}; it must return a torch optimizer.")
         return made
-    held = [p for group in optimizer.param_groups for p in group["params"]]
+    held = parameters_of(optimizer)
     if whole and any(id(p) not in ghosts for p in held):
         raise ConfigError(f"{type(optimizer).__name__} holds parameters that are not of this model.")
     twin: Optimizer = object.__new__(type(optimizer))

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from lite.errors import ConfigError, UsageError
 from lite.precision.base import Precision, cast_floating
 from lite.precision.scaling import LossScaling
+from lite.state import parameters_of
 
 
 class MixedPrecision(Precision):
@@ -103,7 +104,7 @@ class MixedPrecision(Precision):
         try:
             self._scaling.step(optimizer, raw_step, args, kwargs)
         except AssertionError as error:
-            if not any(p.requires_grad for group in optimizer.param_groups for p in group["params"]):
+            if not any(p.requires_grad for p in parameters_of(optimizer)):
                 return value  # all frozen: there is nothing to step
             raise UsageError(
                 f"{type(optimizer).__name__}.step() found no gradient that lite.backward has scaled; under "

@@ -17,6 +17,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from lite.errors import UsageError
+from lite.state import parameters_of
 
 
 class LossScaling:
@@ -82,7 +83,7 @@ class LossScaling:
         """Bring gradients to their true size, where they aren't."""
         if optimizer in self._unscaled or optimizer in self._stepped:
             return
-        grads = self._local(_parameters(optimizer)) if self._local is not None else None
+        grads = self._local(parameters_of(optimizer)) if self._local is not None else None
         if not grads and not _gradients(optimizer):
             return
         if grads is None:
@@ -185,7 +186,10 @@ class LossScaling:
 
     def _held(self, optimizer: Optimizer) -> list[Tensor]:
         """The gradients that wait for its step."""
-        return _gradients(optimizer) or (self._local(_parameters(optimizer)) if self._local is not None else None) or []
+        grads = _gradients(optimizer)
+        if not grads and self._local is not None:
+            grads = self._local(parameters_of(optimizer)) or []
+        return grads
 
     def _now(self) -> Tensor:
         """The present scale, 0-dim, without waiting for the device."""
@@ -206,9 +210,5 @@ def _holder(grad: Tensor) -> Tensor:
     return holder
 
 
-def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
-
-
 def _gradients(optimizer: Optimizer) -> list[Tensor]:
-    return [p.grad for p in _parameters(optimizer) if p.grad is not None]
+    return [p.grad for p in parameters_of(optimizer) if p.grad is not None]

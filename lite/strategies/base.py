@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from lite.environments.base import Environment
 from lite.errors import ConfigError, UsageError
 from lite.precision.base import Precision
+from lite.state import parameters_of
 from lite.strategies.running_order import PipelinePlan
 
 if TYPE_CHECKING:
@@ -308,7 +309,7 @@ def refuse_foreign(optimizer: Optimizer, is_known: Callable[[Tensor], bool]) -> 
     Raises:
         UsageError: It does.
     """
-    held = [p for group in optimizer.param_groups for p in group["params"]]
+    held = parameters_of(optimizer)
     foreign = [p for p in held if not is_known(p)]
     if foreign:
         raise UsageError(

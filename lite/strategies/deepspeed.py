@@ -25,6 +25,7 @@ from lite.environments.base import Environment
 from lite.errors import ConfigError, UsageError, check_flag
 from lite.first_rank import refuse_alone
 from lite.precision.base import Precision
+from lite.state import parameters_of
 from lite.strategies import provenance
 from lite.strategies.base import Engine, Strategy, refuse_foreign
 from lite.strategies.deepspeed_config import complete, read
@@ -284,7 +285,7 @@ class DeepSpeedStrategy(Strategy):
         if not self._divides:
             return None
         refuse_alone("lite.setup")
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        held = {id(p) for p in parameters_of(optimizer)}
         engine = next(engine for engine in self._engines() if held & engine.names.keys())
         undo = engine.adopt(optimizer)
         if collectives.rank() == 0:

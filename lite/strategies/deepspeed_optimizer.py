@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from lite.disguise import disguise
 from lite.errors import UsageError
+from lite.state import parameters_of
 from lite.strategies.deepspeed_gradients import Gradients
 from lite.strategies.deepspeed_state import Parts
 from lite.strategies.deepspeed_wiring import NO_COPIES
@@ -114,7 +115,7 @@ class AdoptedOptimizer:
 
         def check_state_dict(self: Optimizer, state_dict: dict[str, Any]) -> None:
             numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
-            held = [p for group in self.param_groups for p in group["params"]]
+            held = parameters_of(self)
             if len(numbers) == len(held):  # torch refuses it otherwise
                 state = state_dict["state"]
                 mine._parts.check_state({p: state.get(n, {}) for n, p in zip(numbers, held, strict=True)})

@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import LBFGS, Adagrad, Optimizer
 
 from lite.errors import ConfigError, some
+from lite.state import parameters_of
 from lite.strategies.deepspeed_state import misfit
 from lite.strategies.repointing import check_fit
 
@@ -75,7 +76,7 @@ def check_optimizer(optimizer: Optimizer, models: Sequence[nn.Module]) -> None:
         )
     if optimizer.defaults.get("differentiable"):
         raise ConfigError(f"{name}(differentiable=True) can't train under strategy='deepspeed'; leave it out.")
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    held = {id(p) for p in parameters_of(optimizer)}
     mine = [model for model in models if any(id(p) in held for p in model.parameters())]
     owned = {id(model): {id(p) for p in model.parameters()} for model in mine}
     if mine and any(not owned[id(mine[0])] >= held & owned[id(m)] for m in mine):

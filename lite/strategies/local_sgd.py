@@ -18,6 +18,7 @@ from lite import collectives
 from lite.errors import ConfigError, UsageError
 from lite.first_rank import refuse_alone
 from lite.precision.base import is_packed
+from lite.state import parameters_of
 from lite.strategies.base import Engine
 from lite.strategies.ddp import DDPStrategy
 from lite.strategies.rounds import OuterOptimizer, Round
@@ -153,7 +154,7 @@ class LocalSGDStrategy(DDPStrategy):
     def follow_optimizer(self, optimizer: Optimizer) -> Callable[[], None] | None:
         if self._world_size == 1 and self._outer is None:
             return None
-        held = [p for group in optimizer.param_groups for p in group["params"]]
+        held = parameters_of(optimizer)
         part = Round(optimizer, held, self.sync_every, self._outer, self._modules)
         self._rounds.append(part)
 

@@ -19,6 +19,7 @@ from lite.environments.base import Environment
 from lite.errors import ConfigError, UsageError
 from lite.first_rank import refuse_alone
 from lite.precision.base import Precision
+from lite.state import parameters_of
 from lite.strategies.base import Engine, Strategy, refuse_foreign
 from lite.strategies.process_group import ProcessGroup
 from lite.strategies.running_order import PipelinePlan, cut, running_order
@@ -147,7 +148,7 @@ class PipelineStrategy(Strategy):
         return any(engine.holds(parameter) for engine in self._engines())
 
     def adopt_optimizer(self, optimizer: Optimizer) -> None:
-        held = [p for group in optimizer.param_groups for p in group["params"]]
+        held = parameters_of(optimizer)
         for engine in self._engines():
             if any(engine.successor(p) is not None or engine.holds(p) for p in held):
                 engine.adopt(optimizer)

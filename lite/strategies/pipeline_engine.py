@@ -23,6 +23,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from lite import collectives, elsewhere
 from lite.errors import UsageError
 from lite.precision.base import Precision
+from lite.state import parameters_of
 from lite.strategies.base import Engine
 from lite.strategies.running_order import PipelinePlan
 from lite.strategies.stages import Stage
@@ -346,7 +347,7 @@ class PipelineEngine(Engine):
     def _first_parameter(self, optimizer: Optimizer) -> int:
         """An order that all ranks have alike."""
         numbers = {id(p): n for n, p in enumerate(self.module.parameters())}
-        return min(numbers.get(id(p), 0) for group in optimizer.param_groups for p in group["params"])
+        return min(numbers.get(id(p), 0) for p in parameters_of(optimizer))
 
     def _made_whole(self, module: nn.Module) -> dict[int, nn.Parameter]:
         state: dict[str, Any] = dict(module.named_parameters(remove_duplicate=False))

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from lite.errors import ConfigError
 from lite.sharded import cut, is_sharded, whole
+from lite.state import parameters_of
 
 Successor = Callable[[Tensor], nn.Parameter | None]
 
@@ -73,7 +74,7 @@ def loading_into_shards(optimizer: Optimizer, state_dict: dict[str, Any]) -> dic
 
     Tensors that are read from a checkpoint when they are asked for are read here, this rank's part alone.
     """
-    held = [p for group in optimizer.param_groups for p in group["params"]]
+    held = parameters_of(optimizer)
     numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
     if len(held) != len(numbers):
         return state_dict  # the optimizer itself says what doesn't fit

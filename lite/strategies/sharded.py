@@ -19,6 +19,7 @@ from lite.environments.base import Environment
 from lite.errors import ConfigError, UsageError
 from lite.first_rank import refuse_alone
 from lite.precision.base import Precision, Uncast
+from lite.state import parameters_of
 from lite.strategies import provenance, remedies
 from lite.strategies.activations import prepare_blocks
 from lite.strategies.base import Engine, Strategy, refuse_foreign, refuse_sync_batch_norm
@@ -287,9 +288,9 @@ class ShardedStrategy(Strategy):
         return next((new for engine in self._engines() if (new := engine.successor(parameter)) is not None), None)
 
     def adopt_optimizer(self, optimizer: Optimizer) -> None:
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        held = {id(p) for p in parameters_of(optimizer)}
         for engine in self._engines():
-            former = any(engine.successor(p) is not None for g in optimizer.param_groups for p in g["params"])
+            former = any(engine.successor(p) is not None for p in parameters_of(optimizer))
             if former or held & engine.names.keys():
                 engine.adopt(optimizer)
 
@@ -346,7 +347,7 @@ class ShardedStrategy(Strategy):
         return local_gradients(parameters)
 
     def _check_reduced(self) -> None:
-        if any(engine.waiting.there for engine in self._engines()):
+        if any(engine.waiting.exist for engine in self._engines()):
             raise UsageError(
                 "gradients were asked for after a backward within lite.no_backward_sync, and are not reduced over the "
                 "ranks yet; clip after the last backward of the window, when `window.ready` is true."

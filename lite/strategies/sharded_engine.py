@@ -28,6 +28,7 @@ from lite import collectives
 from lite.errors import LiteError, UsageError
 from lite.precision.base import Precision
 from lite.sharded import cut, is_sharded, whole
+from lite.state import parameters_of
 from lite.strategies import provenance, remedies
 from lite.strategies.base import Engine
 from lite.strategies.lost_writes import LostWrites
@@ -86,11 +87,11 @@ class ShardedEngine(Engine):
                 self._former[old] = current[name]
         self.names = {id(p): name for name, p in current.items()}
         self._kept = list(current.values())  # so that no id is given to another one
-        self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-        self._stepped: weakref.WeakKeyDictionary[Optimizer, list[Any]] = weakref.WeakKeyDictionary()
+        # Each with what fully_shard keeps for its parameters, in their order, from its first step on.
+        self._optimizers: weakref.WeakKeyDictionary[Optimizer, list[Any]] = weakref.WeakKeyDictionary()
         self._sync = True
         self.closed = self.within = self._aside = False
-        self.waiting = WaitingGradients(lambda: self._held())
+        self.waiting = WaitingGradients(self._held)
         self._buffers = [
             (part, name)
             for part in module.modules()
@@ -366,7 +367,7 @@ class ShardedEngine(Engine):
 
     def begin_backward(self, loss: Tensor) -> None:
         """The loss is about to be differentiated: its backward will reach the model, whatever became of its outputs."""
-        self.waiting.there = not self._sync
+        self.waiting.exist = not self._sync
         self._take_back()
         if collectives.are_compared():
             self._compare_runs()
@@ -377,7 +378,7 @@ class ShardedEngine(Engine):
     def abandon_backward(self) -> None:
         """A backward has failed: with it go the gradients that wait to be reduced, also of batches before it."""
         self._recover()
-        self.waiting.there = True  # whatever it was: a part of them may be there
+        self.waiting.exist = True  # whatever it was: those of a part of the model may
         self.waiting.drop()
 
     def no_sync(self) -> AbstractContextManager[None]:
@@ -413,7 +414,7 @@ class ShardedEngine(Engine):
         """Let the optimizer hold the sharded parameters, load into them, and follow them back."""
         repoint(optimizer, self.successor)
         if optimizer not in self._optimizers:
-            self._optimizers.add(optimizer)
+            self._optimizers[optimizer] = []
             self._undo.append(optimizer.register_load_state_dict_pre_hook(loading_into_shards).remove)
             self._undo.append(self.waiting.follow(optimizer))
             self._undo.append(optimizer.register_step_post_hook(self._note_step).remove)
@@ -422,11 +423,11 @@ class ShardedEngine(Engine):
         """Let a backward of a forward before this step fail as on one process, where it needs what has changed."""
         if "_writes" not in self.__dict__:  # it has not run
             return
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        known = self._stepped.get(optimizer)
-        if known is None or len(known) != len(parameters):
+        parameters = parameters_of(optimizer)
+        known = self._optimizers[optimizer]
+        if len(known) != len(parameters):
             held = {id(one.sharded_param): one for one in self._held()}
-            self._stepped[optimizer] = known = [held.get(id(p)) for p in parameters]
+            self._optimizers[optimizer] = known = [held.get(id(p)) for p in parameters]
         with torch._C.DisableTorchFunctionSubclass():  # which DTensors' `grad` would go through
             moved = [one for p, one in zip(parameters, known, strict=True) if one is not None and p.grad is not None]
         increment_version([one._unsharded_param for one in moved if hasattr(one, "_unsharded_param")])

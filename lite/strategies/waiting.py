@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lite.errors import UsageError
+from lite.state import parameters_of
 
 
 class WaitingGradients:
@@ -24,12 +25,12 @@ class WaitingGradients:
         held: Returns what fully_shard keeps for each of the model's parameters.
 
     Attributes:
-        there: The newest backward has left some. It is asked for at each step, and must cost nothing.
+        exist: Some may be there. It is asked for at each step, and must cost nothing.
     """
 
     def __init__(self, held: Callable[[], Iterable[Any]]) -> None:
         self._held = held
-        self.there = False
+        self.exist = False
 
     def _of(self, parameters: Iterable[Tensor] | None = None) -> Iterator[Any]:
         wanted = None if parameters is None else {id(p) for p in parameters}
@@ -42,12 +43,12 @@ class WaitingGradients:
 
     def drop(self, parameters: Iterable[Tensor] | None = None) -> None:
         """Drop those of these parameters, or all."""
-        if not self.there:
+        if not self.exist:
             return
         for held in list(self._of(parameters)):
             held.unsharded_accumulated_grad = None
             held._unsharded_param.grad = None
-        self.there = any(True for _ in self._of())
+        self.exist = any(True for _ in self._of())
 
     def at_zero_grad_of(self, raw: type[nn.Module]) -> Callable[..., None]:
         """The `zero_grad` of models of that class, which drops these, too."""
@@ -80,7 +81,7 @@ class WaitingGradients:
         return undo
 
     def _check_step(self, optimizer: Optimizer, *unused: Any) -> None:
-        if self.there and any(True for _ in self._of(_parameters_of(optimizer))):
+        if self.exist and any(True for _ in self._of(parameters_of(optimizer))):
             raise UsageError(
                 f"{type(optimizer).__name__}.step() came after a backward within lite.no_backward_sync, whose "
                 "gradients are not reduced over the ranks yet, and would do without them; leave the last backward "
@@ -100,7 +101,7 @@ class _Followed:
             it = reference()
             assert it is not None
             for model in models:
-                model.drop(_parameters_of(it))
+                model.drop(parameters_of(it))
             if before is not None:
                 before(*args, **kwargs)
             else:
@@ -117,7 +118,3 @@ class _Followed:
 
 
 _followed: weakref.WeakKeyDictionary[Optimizer, _Followed] = weakref.WeakKeyDictionary()
-
-
-def _parameters_of(optimizer: Optimizer) -> list[Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]]

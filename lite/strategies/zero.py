@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from lite import collectives
 from lite.disguise import disguise
 from lite.errors import ConfigError, UsageError
+from lite.state import parameters_of
 
 _SMALL_BYTES = 4096
 _partial: weakref.WeakKeyDictionary[Optimizer, list[Any]] = weakref.WeakKeyDictionary()
@@ -43,7 +44,7 @@ def check(optimizer: Optimizer) -> None:
             "DDPStrategy(zero_optimizer=True) with LBFGS: it steps along all parameters together, so its state can't "
             "be divided; leave zero_optimizer out."
         )
-    dtypes = {p.dtype for group in optimizer.param_groups for p in group["params"]}
+    dtypes = {p.dtype for p in parameters_of(optimizer)}
     if len(dtypes) > 1:
         raise ConfigError(
             f"DDPStrategy(zero_optimizer=True) with {name}: its parameters are of {len(dtypes)} dtypes "
@@ -84,8 +85,8 @@ class Sharded:
         )
         groups = self._zero.optim.param_groups
         own = {id(p) for group in groups for p in group["params"]}
-        self._foreign = {id(p) for p in _held(optimizer) if id(p) not in own}
-        for parameter in _held(optimizer):
+        self._foreign = {id(p) for p in parameters_of(optimizer) if id(p) not in own}
+        for parameter in parameters_of(optimizer):
             if id(parameter) in self._foreign:
                 optimizer.state.pop(parameter, None)
 
@@ -104,12 +105,12 @@ class Sharded:
         def state_dict(self: Optimizer) -> dict[str, Any]:
             """All of the state, the other ranks' on the CPU. Collective: call on all ranks."""
             mine: dict[str, Any] = raw.state_dict(self)
-            return {**mine, "state": _everyones(mine["state"], next(iter(_held(self))).device)}
+            return {**mine, "state": _everyones(mine["state"], next(iter(parameters_of(self))).device)}
 
         def load_state_dict(self: Optimizer, state_dict: dict[str, Any]) -> None:
             """Take this rank's share of a whole state."""
             saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-            foreign = {key for key, p in zip(saved, _held(self), strict=False) if id(p) in sharded._foreign}
+            foreign = {key for key, p in zip(saved, parameters_of(self), strict=False) if id(p) in sharded._foreign}
             own = {key: value for key, value in state_dict["state"].items() if key not in foreign}
             raw.load_state_dict(self, {**state_dict, "state": own})
 
@@ -150,10 +151,6 @@ def _refuse_partial(optimizer: Optimizer) -> None:
         optimizer.register_state_dict_pre_hook(refuse),
         optimizer.register_load_state_dict_post_hook(complete),
     ]
-
-
-def _held(optimizer: Optimizer) -> list[Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def _view(optimizer: Optimizer, raw: type[Optimizer], groups: list[dict[str, Any]]) -> Optimizer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterable
+from functools import wraps
 from importlib.metadata import entry_points
 from typing import Any, SupportsIndex
 
@@ -74,40 +75,39 @@ def assemble_callbacks(
 
 
 class LoggerList(list[Logger]):
-    """A Trainer's loggers. What is appended is put to use: a run without any doesn't look whether there are some.
+    """A Trainer's loggers. Whatever changes the list is put to use: a run without any doesn't look whether there are.
 
     Args:
         loggers: Those that there are.
-        use: Told of all of them when there are to be more; it refuses what is none.
+        use: Told of all of them when they are to change; it refuses what is none.
     """
 
     def __init__(self, loggers: Iterable[Logger], use: Callable[[list[Logger]], None]) -> None:
         super().__init__(loggers)
-        self._use = use
-
-    def append(self, logger: Logger) -> None:
-        """Add one."""
-        self.extend([logger])
-
-    def extend(self, loggers: Iterable[Logger]) -> None:
-        """Add several."""
-        found = list(loggers)
-        self._use([*self, *found])
-        super().extend(found)
-
-    def __iadd__(self, loggers: Iterable[Logger]) -> LoggerList:  # type: ignore[misc,override]
-        self.extend(loggers)
-        return self
+        self.use = use
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[type, tuple[list[Logger]]]:
         return list, (list(self),)  # a copy is nobody's
 
-    def insert(self, index: SupportsIndex, logger: Logger) -> None:
-        """Add one, at that position."""
-        found = list(self)
-        found.insert(index, logger)
-        self._use(found)
-        super().insert(index, logger)
+
+def _telling(name: str) -> Callable[..., Any]:
+    """A list's method of that name that changes nothing before those who use the loggers have taken the change."""
+
+    @wraps(getattr(list, name))
+    def method(loggers: LoggerList, *args: Any, **kwargs: Any) -> Any:
+        changed = list(loggers)
+        result = getattr(changed, name)(*args, **kwargs)
+        loggers.use(changed)
+        list.__setitem__(loggers, slice(None), changed)
+        return loggers if name == "__iadd__" else result
+
+    return method
+
+
+for _name in ("append", "clear", "extend", "insert", "pop", "remove", "reverse", "sort"):
+    setattr(LoggerList, _name, _telling(_name))
+for _name in ("__delitem__", "__iadd__", "__setitem__"):
+    setattr(LoggerList, _name, _telling(_name))
 
 
 def assemble_loggers(given: Any, root: str, *, fast_dev_run: bool) -> list[Logger]:

@@ -157,7 +157,6 @@ class Preparing(Sources):
                 found.update(dict(owner.hparams_initial))
         if found:
             self._told_hparams = True
-            self._hand_on_loggers()
             self.lite.log_hyperparameters(found)
             if self.is_global_zero:
                 for logger in self.loggers:

@@ -122,7 +122,6 @@ class Serving(View):
         """Give loggers a row, with the epoch and the clocks in it."""
         if not row or self.sanity_checking or not self.loggers or self.fast_dev_run:
             return
-        self._hand_on_loggers()
         # A row of training has the number of its newest step, counted from 0; one after training comes behind.
         step = max(self.fit_loop.progress.stepped - self.fitting, 0)
         values = dict(row)

@@ -285,11 +285,6 @@ class View:
         if self.world_size == 1:  # without loggers nobody looks for when a row is due; several ranks talk anyway
             self.fit_loop.epoch_loop.look_now()
 
-    def _hand_on_loggers(self) -> None:
-        """Let Lite write to those that are in the list by now, from which some may have been removed."""
-        if self.lite.loggers != tuple(self.loggers):
-            self.lite.use_loggers(self.loggers)
-
     @property
     def log_dir(self) -> str:
         """The first logger's `log_dir` or `save_dir`, or `default_root_dir`; rank 0's word on every rank in a run."""

@@ -439,7 +439,7 @@ def test_rank_zero_alone_writes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("within", [False, True], ids=["before", "within"])
-@pytest.mark.parametrize("how", ["logger", "loggers", "append", "extend"])
+@pytest.mark.parametrize("how", ["logger", "loggers", "append", "slice"])
 def test_a_logger_may_be_given_after_the_trainer_was_made(tmp_path: Path, how: str, within: bool) -> None:
     """Before a run or within one, which had none: it has each row from then on, and what it buffers is written."""
     given = CSVLogger(tmp_path)
@@ -447,8 +447,8 @@ def test_a_logger_may_be_given_after_the_trainer_was_made(tmp_path: Path, how: s
     def give(run: Trainer) -> None:
         if how == "append":
             run.loggers.append(given)
-        elif how == "extend":
-            run.loggers.extend([given])
+        elif how == "slice":
+            run.loggers[:] = [given]
         else:
             setattr(run, how, given if how == "logger" else [given])
 
@@ -484,5 +484,13 @@ def test_loggers_may_be_exchanged_and_taken_away(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=r"is no Logger; pass"):
             give()
     assert run.loggers == [first]
+    run.loggers[:0] = [second]
+    run.loggers.reverse()
+    assert run.lite.loggers == (first, second) == tuple(run.loggers)
+    del run.loggers[1]
+    run.loggers += [second]
+    assert run.loggers.pop(0) is first and run.lite.loggers == (second,)
+    run.loggers.remove(second)
+    assert run.lite.loggers == ()
     with pytest.raises(ConfigError, match=r"barebones=True, logger="):
         Trainer(accelerator="cpu", barebones=True).logger = first

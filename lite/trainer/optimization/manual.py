@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from lite.errors import ConfigError, UsageError
 from lite.gradients import Accumulation
+from lite.state import parameters_of
 
 _MAKING: dict[type, type] = {}
 
@@ -92,7 +93,7 @@ def parameters_of_others(optimizer: Any, optimizers: Sequence[Any]) -> list[nn.P
 
 
 def _parameters(optimizers: Sequence[Any]) -> dict[nn.Parameter, None]:
-    return {p: None for one in optimizers for group in raw_optimizer(one).param_groups for p in group["params"]}
+    return {p: None for one in optimizers for p in parameters_of(raw_optimizer(one))}
 
 
 def clip_by(lite: Any, module: Any, optimizer: Optimizer, value: float, algorithm: str | None) -> Tensor:
