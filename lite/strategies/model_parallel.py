@@ -18,6 +18,7 @@ from lite.strategies import parallel_plan, remedies
 from lite.strategies.footprint import Footprint, parts
 from lite.strategies.fsdp import names_of_blocks, place, policies, shard_over_data
 from lite.strategies.meshes import make_mesh, settle_sizes
+from lite.strategies.second_order import refuse_second_order
 from lite.strategies.sharded import ShardedStrategy
 from lite.strategies.split_lengths import watch_lengths
 from lite.strategies.split_outputs import watch_first_outputs
@@ -116,10 +117,6 @@ class ModelParallelStrategy(ShardedStrategy):
     def shards_over_data(self) -> bool:
         return self._data > 1
 
-    @property
-    def splits_layers(self) -> bool:
-        return self._tensor > 1
-
     def check_world_size(self, world_size: int) -> None:
         sizes = settle_sizes(self._asked, world_size)
         self._tensor, self._data = sizes["tensor_parallel"], sizes["data_parallel"]
@@ -216,6 +213,7 @@ class ModelParallelStrategy(ShardedStrategy):
         if self._tensor > 1:
             watch_first_outputs(named, self._plan)
             watch_lengths(named, self._plan, self._tensor)
+            refuse_second_order(named)
         how = f"layers split over {self._tensor} ranks"
         if self._data == 1:
             return how

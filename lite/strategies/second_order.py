@@ -9,20 +9,29 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lite.errors import UsageError
-from lite.strategies import provenance
+from lite.sharded import is_sharded
 
 _CROSSINGS = ("_FromTorchTensorBackward", "_ToTorchTensorBackward")  # the nodes that do so
 
 
-def refuse_second_order(outputs: Any) -> None:
-    """Let a backward with create_graph=True fail that goes on from a model's outputs through its split layers.
+def refuse_second_order(module: nn.Module) -> None:
+    """Let a backward with create_graph=True through a split layer fail, in methods and of layers called alone, too.
 
-    Not looked at are layers that are called by themselves, and what the compiler has made one node of.
+    What the compiler runs is not looked at.
+
+    Args:
+        module: The model, split already. The hooks that its layers get go with the others at teardown.
     """
-    for output in provenance.tensors_with_grad(outputs):
+    for part in module.modules():
+        if any(map(is_sharded, part._parameters.values())):
+            part.register_forward_hook(_watch)
+
+
+def _watch(layer: nn.Module, inputs: Any, output: Any) -> None:
+    if isinstance(output, Tensor) and output.requires_grad and not torch.compiler.is_compiling():
         output.register_hook(_check)  # type: ignore[no-untyped-call]
 
 
@@ -37,7 +46,8 @@ def _check(gradient: Tensor) -> None:
 
 def _crosses() -> bool:
     """Whether the backward that has come to this node will go on past one of those."""
-    pending: list[Any] = [torch._C._current_autograd_node()]
+    here = torch._C._current_autograd_node()
+    pending: list[Any] = [] if here is None else [here]  # None: it ends here, with the gradient that was asked for
     seen: set[Any] = set()
     while pending:
         node = pending.pop()

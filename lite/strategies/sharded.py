@@ -93,11 +93,6 @@ class ShardedStrategy(Strategy):
         """Whether blocks are prepared one by one, for parts of the data."""
         return self._world_size > 1
 
-    @property
-    def splits_layers(self) -> bool:
-        """Whether ranks compute parts of the same layers."""
-        return False
-
     def blocks(self, module: nn.Module) -> dict[str, nn.Module]:
         """The parts that are sharded by themselves, by name."""
         return choose_blocks(module, self._auto_wrap, "auto_wrap")
@@ -220,7 +215,6 @@ class ShardedStrategy(Strategy):
             self._precision,
             buffers=self._broadcast_buffers and self.shards_over_data,
             full_state=self._full_state,
-            split_layers=self.splits_layers,
             explain=self.explain_forward_error,
             undo=undo + norms + self._compile(module),
         )
@@ -288,10 +282,9 @@ class ShardedStrategy(Strategy):
         return next((new for engine in self._engines() if (new := engine.successor(parameter)) is not None), None)
 
     def adopt_optimizer(self, optimizer: Optimizer) -> None:
-        held = {id(p) for p in parameters_of(optimizer)}
+        held = parameters_of(optimizer)
         for engine in self._engines():
-            former = any(engine.successor(p) is not None for p in parameters_of(optimizer))
-            if former or held & engine.names.keys():
+            if any(id(p) in engine.names or engine.successor(p) is not None for p in held):
                 engine.adopt(optimizer)
 
     def check_new_optimizer(self, optimizer: Optimizer) -> None:

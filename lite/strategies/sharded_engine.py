@@ -36,7 +36,6 @@ from lite.strategies.numbers import WholeNumbers
 from lite.strategies.outside import OutsideCheck
 from lite.strategies.repointing import loading_into_shards, repoint
 from lite.strategies.restoring import Original
-from lite.strategies.second_order import refuse_second_order
 from lite.strategies.waiting import WaitingGradients
 
 
@@ -49,7 +48,6 @@ class ShardedEngine(Engine):
         precision: What methods other than forward compute in.
         buffers: Whether each forward that trains starts with rank 0's buffers.
         full_state: Whether `state_dict()` puts tensors together.
-        split_layers: Whether ranks compute parts of the same layers, through which torch takes no second gradient.
         explain: What to do about an error in a forward of the model, where that is known.
         undo: What else is to be taken back.
 
@@ -70,14 +68,12 @@ class ShardedEngine(Engine):
         *,
         buffers: bool,
         full_state: bool,
-        split_layers: bool,
         explain: Callable[[nn.Module, RuntimeError], str | None],
         undo: Iterable[Callable[[], None]] = (),
     ) -> None:
         self._module = weakref.ref(module)
         self._original = original
         self._precision = precision
-        self._split_layers = split_layers
         self._explain = explain
         self._undo = list(undo)
         current = dict(module.named_parameters(remove_duplicate=False))
@@ -87,7 +83,8 @@ class ShardedEngine(Engine):
                 self._former[old] = current[name]
         self.names = {id(p): name for name, p in current.items()}
         self._kept = list(current.values())  # so that no id is given to another one
-        # Each with what fully_shard keeps for its parameters, in their order, from its first step on.
+        # In the order in which they came, which all ranks share (a WeakSet has none); each with what fully_shard keeps
+        # for its parameters, from its first step on.
         self._optimizers: weakref.WeakKeyDictionary[Optimizer, list[Any]] = weakref.WeakKeyDictionary()
         self._sync = True
         self.closed = self.within = self._aside = False
@@ -191,8 +188,6 @@ class ShardedEngine(Engine):
             self._set_aside()
             if self._aside:
                 self._watch_backward(outputs)
-            if self._split_layers:
-                refuse_second_order(outputs)
         return outputs
 
     def _before_inference(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AbstractContextManager[None]:

@@ -104,9 +104,8 @@ def _telling(name: str) -> Callable[..., Any]:
     return method
 
 
-for _name in ("append", "clear", "extend", "insert", "pop", "remove", "reverse", "sort"):
-    setattr(LoggerList, _name, _telling(_name))
-for _name in ("__delitem__", "__iadd__", "__setitem__"):
+_CHANGING = ("append", "clear", "extend", "insert", "pop", "remove", "reverse", "sort")
+for _name in (*_CHANGING, "__delitem__", "__iadd__", "__setitem__"):
     setattr(LoggerList, _name, _telling(_name))
 
 

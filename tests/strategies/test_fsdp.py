@@ -222,6 +222,28 @@ def test_optimizers_follow_the_parameters() -> None:
         assert "use an optimizer that works element by element" in facts["lbfgs"]
 
 
+def optimizers_of_equal_layers() -> list[bool]:
+    lite = start()
+    model = lite.setup(nn.Sequential(*(nn.Linear(8, 8) for _ in range(6))))
+    ballast: list[Any] = []  # so that nothing lies where it does on the other rank
+    optimizers = []
+    for layer in model:
+        ballast += [bytearray(37 * (len(ballast) + 1)) for _ in range(20 * lite.global_rank)]
+        optimizers.append(lite.setup_optimizers(torch.optim.Adam(layer.parameters())))
+    lite.backward(model(torch.ones(4, 8)).pow(2).mean())
+    for optimizer in optimizers:
+        optimizer.step()
+    wanted = [whole(o.state[layer.weight]["exp_avg"]).clone() for layer, o in zip(model, optimizers, strict=True)]
+    lite.teardown()
+    found = [o.state[layer.weight]["exp_avg"] for layer, o in zip(model, optimizers, strict=True)]
+    return [torch.equal(one, other) for one, other in zip(found, wanted, strict=True)]
+
+
+def test_several_optimizers_have_their_own_state_back_after_teardown() -> None:
+    """Ranks put them together in one order, wherever they lie in memory."""
+    assert run_distributed(optimizers_of_equal_layers) == [[True] * 6] * 2
+
+
 def forwards_between(sharding: str) -> tuple[float, float]:
     """The loss after a step that a forward without a backward came before, and after a step alone."""
     losses = []

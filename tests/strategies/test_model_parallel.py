@@ -253,10 +253,18 @@ def test_a_model_is_split_again_after_teardown() -> None:
 # ---- misuse
 
 
+class Critic(nn.Sequential):
+    """It computes its penalty itself."""
+
+    def penalty(self, x: torch.Tensor) -> torch.Tensor:
+        (gradient,) = torch.autograd.grad(self.forward(x).tanh().sum(), x, create_graph=True)
+        return gradient.pow(2).sum()
+
+
 def penalties() -> list[str]:
-    """A gradient penalty through split layers, through the last one alone, and a training step after that."""
+    """A gradient penalty through split layers, in a method, of one alone, not through any, and a step after that."""
     lite = start(parallelize={"0": ColwiseParallel(), "2": RowwiseParallel()})
-    model = lite.setup(nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 4), nn.Linear(4, 1)))
+    model = lite.setup(Critic(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 4), nn.Linear(4, 1)))
     x = torch.ones(2, 4, requires_grad=True)
     hidden: list[torch.Tensor] = []
     model[3].register_forward_pre_hook(lambda layer, inputs: hidden.append(inputs[0]))
@@ -267,15 +275,19 @@ def penalties() -> list[str]:
         lite.backward(gradient.pow(2).sum())
 
     return [
-        *(told(lambda of=of: penalty(of)) for of in ("input", "hidden")),
+        told(lambda: penalty("input")),
+        told(lambda: model.penalty(x)),
+        told(lambda: torch.autograd.grad(model[0](x).sum(), x, create_graph=True)),
+        told(lambda: penalty("hidden")),
         told(lambda: lite.backward(model(x).sum())),
     ]
 
 
 def test_a_gradient_penalty_through_split_layers_is_refused() -> None:
     """torch would leave its second-order part out."""
-    for through_split, through_others, plain in run_distributed(penalties):
-        assert "create_graph=True went through a layer that is split over the ranks" in through_split
+    for *through_split, through_others, plain in run_distributed(penalties):
+        for text in through_split:
+            assert "create_graph=True went through a layer that is split over the ranks" in text
         assert through_others == plain == "nothing was raised"
 
 
@@ -495,7 +507,7 @@ def test_what_is_returned_split_is_refused_at_the_first_forward() -> None:
     }
     for facts in run_distributed(split_outputs):
         assert facts.pop("loss parallel")
-        assert facts.pop("whole") == facts.pop("all") == 1  # the style's own
+        assert facts.pop("whole") == facts.pop("all") == 2  # the style's own, and what refuses second gradients
         assert facts["sequence"].endswith("The outputs of blocks.0.up, blocks.1.up have 1/2 of their features.")
         assert "with this rank's part" in facts["beside"]
         assert "outputs['inner'] is that of 'blocks.0.up' (parallelize['blocks.*.up']=ColwiseP" in facts.pop("beside")
