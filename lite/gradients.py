@@ -91,13 +91,14 @@ def check_clip_arguments(
 
 
 class Scale:
-    """What an open window does to a loss, and whether that is by the user's own weights."""
+    """What an open window does to a loss, whether by the user's own weights, and whether its backward has failed."""
 
-    __slots__ = ("apply", "weighted")
+    __slots__ = ("apply", "failed", "weighted")
 
     def __init__(self, apply: Callable[[Tensor], Tensor], *, weighted: bool) -> None:
         self.apply = apply
         self.weighted = weighted
+        self.failed = False
 
 
 class Accumulation:
@@ -147,6 +148,7 @@ class Accumulation:
         self._unit: float | None = None
         self._scale: Scale | None = None  # of the micro-batch whose block is running, and its weight
         self._weight: Tensor | float | None = None
+        self._spoilt = False
 
     @property
     def is_open(self) -> bool:
@@ -176,7 +178,8 @@ class Accumulation:
 
         Raises:
             UsageError: Some micro-batches of the window have a weight and others not, or another window is open; or
-                `last` or `weight` is given within `lite.join`.
+                `last` or `weight` is given within `lite.join`; or a backward of the window has failed, and it was not
+                dropped.
         """
         if last is not None and not isinstance(last, bool):
             raise ConfigError(f"window(last={last!r}) must be True or False: whether this is the last micro-batch.")
@@ -189,6 +192,12 @@ class Accumulation:
         if weight is not None:
             check_weight("window", weight)
             self._refuse_weight(weight)
+        if self._spoilt and self.is_open:
+            raise UsageError(
+                f"a backward failed after {self.count} of {self.steps} micro-batches of this window, and left their "
+                "gradients incomplete; before you go on, call window.drop(), which forgets them and the window, on all "
+                "ranks."
+            )
         if self.ready:
             self.count, self.ready, self._weighted, self._total = 0, False, None, 0.0
         boundary = last or self.count + 1 == self.steps
@@ -202,6 +211,7 @@ class Accumulation:
             with self._scaled(self._scale), self._no_sync(not boundary):
                 yield
         finally:
+            self._spoilt = self._scale.failed
             self._scale = None
         if self._weighted is None:
             self._weighted = self._weight is not None
@@ -281,7 +291,7 @@ class Accumulation:
         """Forget an open window and its gradients; the next micro-batch begins a new one."""
         if self.is_open:
             self._strategy.replace_gradients(self._parameters(), by_zeros=False)
-            self.count, self._weighted, self._total = 0, None, 0.0
+            self.count, self._weighted, self._total, self._spoilt = 0, None, 0.0, False
 
     def state_dict(self) -> dict[str, Any]:
         """The open window with its gradients so far, for a checkpoint in the middle of it; each rank has its own."""
@@ -297,7 +307,7 @@ class Accumulation:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on within that window."""
-        self.count, self.ready = state.get("count", 0), False
+        self.count, self.ready, self._spoilt = state.get("count", 0), False, False
         if self.count:
             self._weighted, self._total, self._unit = state["weighted"], state["total"], state["unit"]
             put_back_gradients(self._parameters(), state["gradients"])

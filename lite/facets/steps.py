@@ -451,12 +451,16 @@ def compose_backward(lite: Steps) -> Callable[..., None]:
     plain, strategy, weight = _plain_backward(lite.precision), lite.strategy, lite._weight
 
     def backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        if lite._scale is not None:
-            loss = lite._scale.apply(loss)
+        scale = lite._scale
+        if scale is not None:
+            loss = scale.apply(loss)
         try:
             plain(loss, *args, **kwargs)
-        except RuntimeError:
-            gradients.check_loss(loss, args, kwargs)
+        except BaseException as error:
+            if scale is not None:
+                scale.failed = True
+            if isinstance(error, RuntimeError):
+                gradients.check_loss(loss, args, kwargs)
             raise
 
     def checked_backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -480,6 +484,8 @@ def compose_backward(lite: Steps) -> Callable[..., None]:
             strategy.finish_backward()
         except BaseException as error:
             strategy.abandon_backward()
+            if scale is not None:
+                scale.failed = True
             if not isinstance(error, RuntimeError):
                 raise
             gradients.check_loss(loss, args, kwargs)

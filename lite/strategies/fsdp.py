@@ -32,7 +32,10 @@ class FSDPStrategy(ShardedStrategy):
     Call the model, and methods of it that compute, on all ranks, and its layers within them. There a number of a
     sharded weight (`weight.norm().item()`) is refused: compute it from `weight.full_tensor()` before.
     Change weights by operations in place (`lerp_`, `copy_`) between its runs, or in a method without tensors; what a
-    forward writes into them, and `parameter.data = value`, would be lost and is refused.
+    forward writes into them, and `parameter.data = value`, would be lost and is refused. Between a forward and its
+    backward a change is torch's error, as on one process, but for one by `torch._foreach_*`, which is not noticed.
+    `parameter.register_hook` sees the gradient as this rank has computed it, whole, before the ranks' mean;
+    `register_post_accumulate_grad_hook` comes after that. Gradients from before `setup` stay, as the ranks' mean.
 
     In a loop of your own such a number is that of this rank's part, as in torch, of weights and of gradients
     (`p.grad.norm().item()`). Use `weight.full_tensor()`, or `grad.norm().full_tensor().item()`, which gathers less, on

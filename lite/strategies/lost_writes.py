@@ -1,19 +1,25 @@
 """What is written into a sharded model's weights where it would be lost without a word: refused, by the parameter.
 
 FSDP computes with copies that it puts together from all ranks' parts and frees again, and nothing that is written into
-them reaches the parts. Nor does `parameter.data = value` reach a DTensor's part. Relies on two facts of torch 2.13:
-FSDP fills the copies without a change of their `_version`, and an assigned `data` brings a storage of its own. What is
-written through `parameter.data` (`.data.mul_()`) has a version of its own, and is not seen.
+them reaches the parts. Nor does `parameter.data = value` reach a DTensor's part. And what is written into the parts
+between a forward and its backward would be in the weights that the latter puts together; it is passed on to the copies'
+`_version`, so that autograd says by itself, where a backward needs what it was, as on one process.
+
+Relies on facts of torch 2.13: FSDP fills the copies without a change of their `_version`, an assigned `data` brings a
+storage of its own, and a DTensor that is written into has another `_version`, but for `torch._foreach_*` and fused
+steps (of steps the optimizer tells). What is written through `parameter.data` (`.data.mul_()`) has a version of its
+own, and is not seen.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from lite.errors import UsageError
 from lite.sharded import is_sharded
@@ -41,6 +47,7 @@ class LostWrites:
         self._copies: list[Tensor] = []
         self._versions: list[int] = []
         self._homes: list[Any] = []
+        self._part_versions = list(map(_version, self._parts))
         self._note_parts()
 
     def _note_parts(self) -> None:
@@ -61,9 +68,22 @@ class LostWrites:
             before, self._versions = self._versions, versions
             self._refuse_copy(operator.ne, versions, before)
 
-    def note_versions(self) -> None:
-        """Take the copies' versions for what was written by now, and rightly so."""
-        self._versions = list(map(_version, self._copies))
+    def pass_on(self, stepped: Iterable[Any] = ()) -> None:
+        """Let a backward of a forward before now fail as on one process, where it needs what has changed since.
+
+        Args:
+            stepped: What fully_shard keeps for parameters that an optimizer has changed.
+        """
+        with torch._C.DisableTorchFunctionSubclass():
+            versions = list(map(_version, self._parts))
+        before, self._part_versions = self._part_versions, versions
+        changed = list(stepped)
+        if versions != before:
+            looks = zip(self._held, versions, before, strict=True)
+            changed += [held for held, version, former in looks if version != former]
+        if changed:
+            increment_version([held._unsharded_param for held in changed if hasattr(held, "_unsharded_param")])
+            self._versions = list(map(_version, self._copies))
 
     def check_assigned(self) -> None:
         """Refuse `parameter.data = value`, since the last look, of parts and of weights that FSDP had put together."""

@@ -170,6 +170,12 @@ class ModelParallelStrategy(ShardedStrategy):
                 f"does not go with loss_parallel=True in torch 2.13 ({error}); use torch.no_grad(), or "
                 "Trainer(inference_mode=False)."
             )
+        if "functorch transforms" in str(error):
+            return (
+                f"{type(named).__name__.removeprefix('FSDP')} was called within a transform of torch.func (grad, vmap, "
+                "...), which torch's DTensors don't go through; leave the layers that it needs out of parallelize, or "
+                f"take gradients by torch.autograd.grad. torch says: {error}"
+            )
         told = super().explain_forward_error(module, error)
         if told is not None or self._tensor == 1:
             return told

@@ -42,6 +42,17 @@ def second_gradient(module: nn.Module, error: RuntimeError) -> str | None:
     )
 
 
+def second_backward(error: RuntimeError) -> str | None:
+    """A loss was differentiated twice whose activations are kept for one time; None for other errors."""
+    if "backward once on any region computed under selective activation checkpoint" not in str(error):
+        return None
+    return (
+        "activation_checkpointing='selective' keeps what a backward needs for one backward alone, and this was the "
+        "second one of a forward (retain_graph=True): add the losses up and call lite.backward once, or use a set of "
+        f"classes for activation_checkpointing, or None. torch says: {error}"
+    )
+
+
 def of_weights_alone(module: nn.Module) -> str:
     """A method returned what has come from sharded parameters."""
     return (

@@ -14,6 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from lite import collectives
 from lite.sharded import is_sharded, whole
+from lite.strategies.attached import attach_hooks, hooks_of
 from lite.strategies.parallel_plan import shared_names
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
@@ -94,6 +95,7 @@ def _plain_parameters(module: nn.Module) -> dict[int, nn.Parameter]:
                 plain = nn.Parameter(whole(parameter).detach().clone(), requires_grad=parameter.requires_grad)
                 if parameter.grad is not None:
                     plain.grad = whole(parameter.grad)
+                attach_hooks(plain, hooks_of(parameter))
                 successors[id(parameter)] = plain
             part._parameters[name] = successors[id(parameter)]
         for name, buffer in part._buffers.items():

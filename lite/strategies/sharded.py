@@ -109,6 +109,8 @@ class ShardedStrategy(Strategy):
         return remedies.explain(module, error) if self.shards_over_data else None
 
     def explain_backward_error(self, error: RuntimeError) -> str | None:
+        if (told := remedies.second_backward(error)) is not None:
+            return told
         engine = next(self._engines(), None)
         if engine is None or not self.shards_over_data:
             return None
@@ -183,11 +185,12 @@ class ShardedStrategy(Strategy):
         if self._world_size == 1:
             undo += self._compile(module)
             return BlocksEngine(undo) if undo else None
+        from lite.strategies.attached import Attached
         from lite.strategies.restoring import Original
         from lite.strategies.sharded_engine import ShardedEngine
 
         refuse_alone("lite.setup")
-        original = Original(module)
+        original, attached = Original(module), Attached(module)
         name = type(module).__name__
         try:
             how = self.shard(module, device, self.blocks(module) if self.shards_over_data else {})
@@ -199,6 +202,7 @@ class ShardedStrategy(Strategy):
                 original.restore()
             raise
         original.settle()
+        attached.move_to(dict(module.named_parameters(remove_duplicate=False)))
         if any(t.is_meta for t in (*module.parameters(), *module.buffers())):
             from lite.deferred import allocate
 

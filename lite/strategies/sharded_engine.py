@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.graph import increment_version
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim import Optimizer
@@ -30,6 +29,7 @@ from lite.precision.base import Precision
 from lite.sharded import cut, is_sharded, whole
 from lite.state import parameters_of
 from lite.strategies import provenance, remedies
+from lite.strategies.attached import lend_hooks
 from lite.strategies.base import Engine
 from lite.strategies.lost_writes import LostWrites
 from lite.strategies.numbers import WholeNumbers
@@ -169,6 +169,7 @@ class ShardedEngine(Engine):
         """A run of the model, with what is refused in all of them."""
         first, outermost = not self._outside.runs, False
         if first:
+            self._pass_on_writes()
             outermost = torch._C._current_graph_task_id() == -1
             if not outermost:  # within the backward of another model
                 self._take_back()
@@ -236,6 +237,7 @@ class ShardedEngine(Engine):
 
     def _take_back(self) -> None:
         """A backward begins, which may compute a part of the forward again."""
+        self._pass_on_writes()
         if self._aside:
             self._aside = False
             for group in self._live_groups():
@@ -268,6 +270,10 @@ class ShardedEngine(Engine):
         # Made with the first run: until then fully_shard has those of the meta device, where the model was made there.
         held = {self.names[id(one.sharded_param)]: one for one in self._held()}
         return LostWrites(lambda: self.module, held)
+
+    def _pass_on_writes(self) -> None:
+        if "_writes" in self.__dict__:  # it has run
+            self._writes.pass_on()
 
     def _raise_explained(self, error: RuntimeError) -> None:
         text = None if isinstance(error, LiteError) else self._explain(self.module, error)
@@ -364,6 +370,7 @@ class ShardedEngine(Engine):
         """The loss is about to be differentiated: its backward will reach the model, whatever became of its outputs."""
         self.waiting.exist = not self._sync
         self._take_back()
+        lend_hooks(self._held())
         if collectives.are_compared():
             self._compare_runs()
         state = self._state
@@ -425,8 +432,7 @@ class ShardedEngine(Engine):
             self._optimizers[optimizer] = known = [held.get(id(p)) for p in parameters]
         with torch._C.DisableTorchFunctionSubclass():  # which DTensors' `grad` would go through
             moved = [one for p, one in zip(parameters, known, strict=True) if one is not None and p.grad is not None]
-        increment_version([one._unsharded_param for one in moved if hasattr(one, "_unsharded_param")])
-        self._writes.note_versions()
+        self._writes.pass_on(moved)
 
     def close(self) -> None:
         """Give the model back with plain, whole parameters on every rank. Collective: call on all ranks."""

@@ -7,7 +7,7 @@ import contextlib
 import pytest
 import torch
 
-from lite import DDPStrategy, Lite
+from lite import DDPStrategy, Lite, UsageError
 from tests.contracts.test_numbers import STRATEGIES
 from tests.support.models import TinyGPT, next_token_loss, sentences
 from tests.support.processes import run_distributed
@@ -128,3 +128,30 @@ def test_what_comes_after_a_failing_batch(strategy: str, precision: str) -> None
     processes = 2 if strategy == "ddp unused" else STRATEGIES[strategy][0]
     for found in run_distributed(compare, strategy, precision, world_size=processes):
         assert found == []
+
+
+def go_on_without_drop(strategy: str) -> str:
+    """What the next micro-batch of a window says, of which the second one's backward failed."""
+    lite, model, optimizer = start(strategy, "32-true")
+    window = lite.accumulate(model, steps=3)
+    for place, batch in enumerate(sentences(12)[:][0].view(3, 4, -1)):
+        model.fails = "backward" if place == 1 else ""
+        try:
+            with window():
+                lite.backward(next_token_loss(model(batch[:, :-1]), batch))
+        except ValueError:
+            optimizer.zero_grad()
+        except UsageError as error:
+            window.drop()
+            with window():  # a new one
+                lite.backward(next_token_loss(model(batch[:, :-1]), batch))
+            return f"{window.count}: {error}"
+    return "nothing was said"
+
+
+@pytest.mark.parametrize("strategy", ["single", "ddp", "fsdp", "tp"])
+def test_a_window_of_which_a_backward_failed_waits_for_drop(strategy: str) -> None:
+    """What its earlier micro-batches had added up is gone, or mixed with a part of the failed one's."""
+    for told in run_distributed(go_on_without_drop, strategy, world_size=STRATEGIES[strategy][0]):
+        assert told.startswith("1: a backward failed after 1 of 3 micro-batches")
+        assert "window.drop()" in told

@@ -166,6 +166,21 @@ def test_what_is_computed_again_reads_and_leaves_buffers_as_the_first_computatio
         assert twice[1] == twice[0] != once[0]
 
 
+def differentiate_twice() -> str:
+    lite = Lite(accelerator="cpu", strategy=FSDPStrategy(activation_checkpointing="selective"))
+    model = lite.setup(Net())
+    loss = model(torch.ones(2, 4)).sum()
+    lite.backward(loss, retain_graph=True)
+    with pytest.raises(UsageError) as error:
+        lite.backward(loss)
+    return str(error.value)
+
+
+def test_what_selective_keeps_is_for_one_backward() -> None:
+    for told in run_distributed(differentiate_twice):
+        assert "activation_checkpointing='selective' keeps what a backward needs for one" in told
+
+
 @pytest.mark.parametrize("checkpointing", [{Block}, "selective"])
 def test_copies_and_pickles_have_layers_of_their_own(checkpointing: Any) -> None:
     """What is computed again spares the statistics of the copy's norms."""

@@ -237,14 +237,28 @@ def test_several_models_losses_and_backwards() -> None:
         assert {name: value for name, value in facts.items() if value > 1e-12} == {}
 
 
-def step_between(strategy: str) -> list[str]:
-    """What comes of a backward after a step that changed the weights of its forward; and the loop goes on after it."""
+def step(loop: Loop) -> None:
+    loop.optimizer.step()
+
+
+def write(loop: Loop) -> None:
+    with torch.no_grad():
+        for parameter in loop.model.parameters():
+            parameter.mul_(0.9)
+
+
+def load(loop: Loop) -> None:
+    loop.model.load_state_dict({name: 0.9 * whole(value) for name, value in loop.model.state_dict().items()})
+
+
+def change_between(strategy: str, change: Callable[[Loop], None]) -> list[str]:
+    """What comes of a backward after a change of the weights of its forward; and the loop goes on after it."""
     loop = Loop(SHARDINGS[strategy]() if strategy else "single")
     told = []
     for _ in range(2):
         first, second = (loop.loss(batch) for batch in loop.batches[:2])
         loop.lite.backward(first)
-        loop.optimizer.step()
+        change(loop)
         loop.optimizer.zero_grad()
         try:
             loop.lite.backward(second)
@@ -256,12 +270,36 @@ def step_between(strategy: str) -> list[str]:
     return told
 
 
+@pytest.mark.parametrize("change", [step, write, load])
 @pytest.mark.parametrize("sharding", ["", *SHARDINGS])
-def test_a_step_between_forward_and_backward_is_torchs_error(sharding: str) -> None:
+def test_a_change_between_forward_and_backward_is_torchs_error(sharding: str, change: Callable[[Loop], None]) -> None:
     """fully_shard would differentiate with other weights than the forward had."""
-    for told in run_distributed(step_between, sharding, world_size=2 if sharding else 1):
+    for told in run_distributed(change_between, sharding, change, world_size=2 if sharding else 1):
         assert len(told) == 2
         assert all("has been modified by an inplace operation" in one for one in told)
+
+
+def average_between() -> float:
+    """How far the gradient is off after averages stood in the weights' place between forward and backward."""
+    loop = Loop("fsdp")
+    average = loop.lite.ema(loop.model, decay=0.5)
+    loop.lite.backward(loop.loss(loop.batches[0]))
+    loop.optimizer.step()
+    average.update()
+    gradients = []
+    for swaps in (False, True):
+        loop.optimizer.zero_grad()
+        loss = loop.loss(loop.batches[1])
+        if swaps:
+            with average.swap(), torch.no_grad():
+                loop.loss(loop.batches[2])
+        loop.lite.backward(loss)
+        gradients.append(whole(loop.model.head.weight.grad).clone())
+    return float((gradients[0] - gradients[1]).abs().max())
+
+
+def test_averages_may_come_and_go_between_forward_and_backward() -> None:
+    assert run_distributed(average_between) == [0.0, 0.0]
 
 
 def early_step() -> str:

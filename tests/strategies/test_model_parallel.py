@@ -371,6 +371,9 @@ def misuse() -> dict[str, Any]:
         lite = start(parallelize={"0": column, "2": row})
         model = lite.setup(row_of_layers(8, part))
         facts[name] = told(lambda model=model: model(torch.ones(2, 4)))
+    lite = start(parallelize={"0": column, "2": row})
+    model = lite.setup(row_of_layers(8))
+    facts["transform"] = told(lambda: torch.func.grad(lambda x: model(x).sum())(torch.ones(2, 4)))
     facts["sizes"] = told(lambda: start(tensor_parallel=3))
     facts["both sizes"] = told(lambda: start(tensor_parallel=2, data_parallel=2))
     return facts
@@ -390,6 +393,7 @@ def test_misuse_is_refused_with_the_remedy() -> None:
         "rows": "parallelize['2']=RowwiseParallel(): tensor_parallel=2 does not divide its in_features=7",
         "batch norm": "'1', a BatchNorm1d, got what does not fit it (running_mean",
         "constant": "'1', a Heads, got what does not fit it (shape '[2, 4, 2]'",
+        "transform": "was called within a transform of torch.func",
         "foreach": "leave foreach out",
         "fused": "leave fused out",
         "sizes": "tensor_parallel=3 but the job has 2 processes",
