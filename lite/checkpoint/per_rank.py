@@ -129,18 +129,22 @@ def _checksum(buffer: Tensor) -> tuple[Any, ...]:
     return found  # type: ignore[no-any-return]
 
 
-def restore_random_state(saved: list[Any]) -> Moment:
+def restore_random_state(saved: list[Any], part: int) -> Moment:
     """Go on from the saved random state: this rank's own, where as many processes saved it.
 
-    With another number of processes, rank 0 goes on from rank 0's, which decides the order of later epochs; the others
-    are seeded anew from it and their rank.
+    With another number of processes, the ranks of the first part of the data go on from rank 0's, which decides the
+    order of later epochs; the others are seeded anew from it and their part.
+
+    Args:
+        saved: The states of all ranks.
+        part: Which part of the data this rank gets (`Strategy.data_shards`), its rank under most strategies.
 
     Returns:
         The state that this rank now has, for whatever goes on from it later.
     """
     world, rank = collectives.world_size(), collectives.rank()
-    if len(saved) == world or rank == 0:
+    if len(saved) == world or part == 0:
         RandomState.from_state_dict(saved[rank if len(saved) == world else 0]).restore()
     else:
-        seed_everything(mix(RandomState.from_state_dict(saved[0]).digest(), world, rank) & (2**32 - 1))
+        seed_everything(mix(RandomState.from_state_dict(saved[0]).digest(), world, part) & (2**32 - 1))
     return Moment(RandomState.capture(cuda=True))

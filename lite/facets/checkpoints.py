@@ -162,7 +162,7 @@ class Checkpoints(Facet):
             verify: Whether checksums are compared before anything is read.
             weights_only: False lets the checkpoint run code, so do it only with one that you trust; it is logged.
             rng: Whether random number generators go on from their saved states. Where another number of processes saved
-                them, rank 0's do, and the other ranks are seeded from rank 0's state and their rank.
+                them, rank 0's do, and the other ranks are seeded from rank 0's state and their part of the data.
 
         Returns:
             The entries that `state` doesn't ask for.
@@ -194,7 +194,8 @@ class Checkpoints(Facet):
         if "precision" in about:
             self.precision.load_state_dict(about["precision"])
         if rng and about.get("rng"):
-            moment = per_rank.restore_random_state(about["rng"])
+            _, part = self.strategy.data_shards(self.world_size, self.global_rank)
+            moment = per_rank.restore_random_state(about["rng"], part)
             for value in state.values():
                 if hasattr(value, "go_on_under"):
                     value.go_on_under(moment)

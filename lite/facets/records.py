@@ -13,6 +13,7 @@ from lite import collectives
 from lite.errors import ConfigError, UsageError, shown
 from lite.facets.base import Facet
 from lite.loggers import Logger
+from lite.sharded import is_sharded, whole
 
 _NO_CALLBACKS = (str, bytes, bool, int, float, dict, set, frozenset, FunctionType, MethodType, BuiltinFunctionType)
 
@@ -73,6 +74,8 @@ class Records(Facet):
     def log_dict(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Write numbers to every logger, on rank 0. Values stay on the device until a logger writes them out.
 
+        A number of split logits (a DTensor) is put together, so call it on all ranks then.
+
         Raises:
             ConfigError: A name is no string, `step` is no number, or a value is neither a number nor a tensor with one
                 element.
@@ -90,6 +93,8 @@ class Records(Facet):
                 )
             if not isinstance(value, (Tensor, bool, int, float)) and not hasattr(value, "__float__"):
                 raise ConfigError(f"log: {name!r} is a {type(value).__name__}; log a number or a one-element tensor.")
+        if any(map(is_sharded, metrics.values())):
+            metrics = {name: whole(v) if is_sharded(v) else v for name, v in metrics.items()}
         if self.is_global_zero and self._loggers:
             # A clone: the loop may go on adding to its tensor before the value is written out.
             values = {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in metrics.items()}

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import ParametrizationList
 
-from lite.errors import ConfigError, choose
+from lite.errors import ConfigError, check_flag, choose
 from lite.precision.base import Precision
 from lite.strategies.blocks import describe_blocks
 from lite.strategies.footprint import Footprint, parts
@@ -35,7 +35,8 @@ class FSDPStrategy(ShardedStrategy):
     forward writes into them, and `parameter.data = value`, would be lost and is refused. Between a forward and its
     backward a change is torch's error, as on one process, but for one by `torch._foreach_*`, which is not noticed.
     `parameter.register_hook` sees the gradient as this rank has computed it, whole, before the ranks' mean;
-    `register_post_accumulate_grad_hook` comes after that. Gradients from before `setup` stay, as the ranks' mean.
+    `register_post_accumulate_grad_hook` comes after that, once for the backwards of an accumulation window. Gradients
+    from before `setup` stay, as the ranks' mean.
 
     In a loop of your own such a number is that of this rank's part, as in torch, of weights and of gradients
     (`p.grad.norm().item()`). Use `weight.full_tensor()`, or `grad.norm().full_tensor().item()`, which gathers less, on
@@ -104,6 +105,7 @@ class FSDPStrategy(ShardedStrategy):
             timeout=timeout,
             start_method=start_method,
         )
+        check_flag("cpu_offload", cpu_offload)
         self._sharding = choose("sharding", sharding, list(SHARDINGS))
         if replicate_axis is not None and sharding != "hybrid":
             raise ConfigError(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from datetime import timedelta
 from glob import escape
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lite.errors import ConfigError
+from lite.errors import ConfigError, check_flag
 from lite.sharded import is_sharded
 from lite.state import uncompiled
 from lite.strategies import parallel_plan, remedies
@@ -20,7 +20,9 @@ from lite.strategies.fsdp import names_of_blocks, place, policies, shard_over_da
 from lite.strategies.meshes import make_mesh, settle_sizes
 from lite.strategies.second_order import refuse_second_order
 from lite.strategies.sharded import ShardedStrategy
+from lite.strategies.split_draws import watch_first_draws
 from lite.strategies.split_lengths import watch_lengths
+from lite.strategies.split_loss import loss_parallel as within_loss_parallel
 from lite.strategies.split_outputs import watch_first_outputs
 
 
@@ -29,7 +31,15 @@ class ModelParallelStrategy(ShardedStrategy):
 
     Loaders split batches over the data axis alone: all ranks of a group get the same samples. `lite.all_reduce` and
     `lite.gather_for_metrics` count each group once. Weights and buffers become rank 0's; tied weights stay tied.
-    Call the model, and methods of it that compute, on all ranks.
+    Call the model, and methods of it that compute, on all ranks. The ranks of a group must draw the same random numbers
+    (one seed for all of them): a dropout of whole tensors is one process's then. Where a layer's output is split, over
+    features or, with SequenceParallel, over the sequence, each part gets the same mask, so it is another one than one
+    process's; torch draws for DTensors alone, and on CUDA alone, as for the whole.
+    A hook on a parameter that is split (`register_hook`) gets its gradient as a DTensor.
+
+    Outputs that stay split (`use_local_output=False`) are DTensors. `outputs.full_tensor()`, called on all ranks, is
+    the whole, which a number (`item()`), an accuracy (`argmax` against plain targets), a generation step, and a loss
+    with `label_smoothing=` or plain soft targets need; `F.cross_entropy` alone takes them as they are.
 
     Args:
         parallelize: What is split how: a dict of layer names (with `*`) and styles of
@@ -41,7 +51,8 @@ class ModelParallelStrategy(ShardedStrategy):
         sharded: Whether the groups hold parts of the weights, as FSDP does; False gives each a whole model, as DDP
             does.
         loss_parallel: Whether a loss may be computed from logits that stay split over the classes
-            (`ColwiseParallel(use_local_output=False)`), as in torch's `loss_parallel`; until the job ends. A layer's
+            (`ColwiseParallel(use_local_output=False)`), as in torch's `loss_parallel`, but with right gradients also
+            where a loss is made of `log_softmax` (an entropy, a divergence); until the job ends. A layer's
             part as a plain tensor, which a loss would take for the whole, is refused where the model's first forward
             returns nothing else, and warned about where there are whole tensors beside it. Evaluate split logits under
             `torch.no_grad()`: torch 2.13 can't within `torch.inference_mode()`.
@@ -101,6 +112,8 @@ class ModelParallelStrategy(ShardedStrategy):
                 f"parallelize={parallelize!r} must be a dict of layer names and parallel styles, or a function of "
                 "(model, mesh)."
             )
+        check_flag("sharded", sharded)
+        check_flag("loss_parallel", loss_parallel)
         for axis, size in {"tensor_parallel": tensor_parallel, "data_parallel": data_parallel}.items():
             settle_sizes({axis: size}, size if isinstance(size, int) else 1)
         self._plan = dict(parallelize) if isinstance(parallelize, Mapping) else None
@@ -151,10 +164,16 @@ class ModelParallelStrategy(ShardedStrategy):
         self.check_world_size(self._world_size)
         self._mesh = make_mesh(device.type, {"data": self._data, "tensor": self._tensor})
         if self._loss_parallel:
-            self._contexts.enter_context(_loss_parallel())
+            self._contexts.enter_context(within_loss_parallel())
 
     def check_module(self, module: nn.Module) -> None:
         super().check_module(module)
+        if self._compile_blocks and self._tensor > 1 and self._activation_checkpointing not in (None, "selective"):
+            raise ConfigError(
+                f"compile_blocks=True with activation_checkpointing={self._activation_checkpointing!r}: torch 2.13 "
+                "can't compute compiled layers that are split over ranks again; use "
+                "activation_checkpointing='selective', or leave one of them out."
+            )
         if self._world_size > 1 and self._plan is not None:
             named = uncompiled(module)
             parallel_plan.check_styles(named, self._plan)
@@ -182,7 +201,8 @@ class ModelParallelStrategy(ShardedStrategy):
         return parallel_plan.explain_forward_error(named, error, self._plan, self._tensor)
 
     def explain_backward_error(self, error: RuntimeError) -> str | None:
-        if self._loss_parallel and self._tensor > 1 and remedies.MIXED in str(error):
+        split = self._loss_parallel and self._tensor > 1 and remedies.MIXED in str(error)
+        if split and remedies.hook_of_split(error) is None:
             return remedies.of_both_kinds(error)
         return super().explain_backward_error(error)
 
@@ -220,6 +240,7 @@ class ModelParallelStrategy(ShardedStrategy):
             watch_first_outputs(named, self._plan)
             watch_lengths(named, self._plan, self._tensor)
             refuse_second_order(named)
+            watch_first_draws(named, self._mesh["tensor"].get_group())
         how = f"layers split over {self._tensor} ranks"
         if self._data == 1:
             return how
@@ -239,28 +260,3 @@ class ModelParallelStrategy(ShardedStrategy):
     def close(self) -> None:
         self._contexts.close()
         super().close()
-
-
-_within: list[Any] = []  # torch's one context, for each strategy of this process that is within it
-
-
-@contextmanager
-def _loss_parallel() -> Iterator[None]:
-    """torch's `loss_parallel`, from the first strategy that enters it until the last one leaves.
-
-    torch 2.13 keeps one table for the whole process, and fails where it is taken away a second time: also by a block of
-    the user's own.
-    """
-    from torch.distributed.tensor.parallel import loss_parallel
-
-    context = _within[0] if _within else loss_parallel()
-    if not _within:
-        context.__enter__()
-    _within.append(context)
-    try:
-        yield
-    finally:
-        _within.pop()
-        if not _within:
-            with suppress(KeyError):
-                context.__exit__(None, None, None)

@@ -12,6 +12,7 @@ from torch import nn
 
 from lite.errors import ConfigError, some
 from lite.sharded import is_sharded
+from lite.state import plain_key
 from lite.strategies.remedies import MIXED
 
 # What models call the number of their attention heads.
@@ -57,7 +58,7 @@ def matches(module: nn.Module, plan: Mapping[str, Any]) -> dict[str, Any]:
     names = [name for name, _ in module.named_modules() if name]
     found: dict[str, Any] = {}
     for key, style in plan.items():
-        mine = [name for name in names if _matches(name, key)]
+        mine = [name for name in names if _matches(plain_key(name), key)]
         if not mine:
             raise ConfigError(
                 f"parallelize has the key {key!r}, which matches no layer of {type(module).__name__}{_near(key, names)}"
@@ -90,6 +91,7 @@ def _matches(name: str, key: str) -> bool:
 
 
 def _near(key: str, names: list[str]) -> str:
+    names = list(map(plain_key, names))
     patterns = sorted({".".join("*" if part.isdigit() else part for part in name.split(".")) for name in names})
     close = difflib.get_close_matches(key, [*patterns, *names], n=1)
     there = ", ".join(patterns[:12]) + (", ..." if len(patterns) > 12 else "")
@@ -223,7 +225,8 @@ def explain_forward_error(
         plan: Layers and styles, or None where a function has split them.
         size: Over how many ranks.
     """
-    if isinstance(error, torch.OutOfMemoryError) or not any(word in str(error) for word in _OF_SHAPES):
+    of_compiler = type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
+    if of_compiler or isinstance(error, torch.OutOfMemoryError) or not any(word in str(error) for word in _OF_SHAPES):
         return None
     names = {id(part): name for name, part in module.named_modules()}
     where, trace = module, error.__traceback__

@@ -42,6 +42,30 @@ def second_gradient(module: nn.Module, error: RuntimeError) -> str | None:
     )
 
 
+def hook_of_split(error: RuntimeError) -> str | None:
+    """A hook on a split parameter computed with plain tensors; None for other errors."""
+    name = _hook_in_backward(error) if MIXED in str(error) else None
+    if name is None:
+        return None
+    return (
+        f"the hook {name} computed with a plain tensor and the gradient of a parameter that is split over the ranks, a "
+        "DTensor; split the tensor as the parameter is: distribute_tensor(mask, parameter.device_mesh, "
+        f"parameter.placements), from torch.distributed.tensor. torch says: {error}"
+    )
+
+
+def _hook_in_backward(error: BaseException) -> str | None:
+    """The function, of neither torch nor lite, that a backward has called and that has failed."""
+    trace, within = error.__traceback__, False
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        if within and not trace.tb_frame.f_globals.get("__name__", "").startswith(("torch.", "lite.")):
+            return f"{code.co_name!r} ({code.co_filename}:{trace.tb_lineno})"
+        within = within or code.co_name == "_engine_run_backward"
+        trace = trace.tb_next
+    return None
+
+
 def second_backward(error: RuntimeError) -> str | None:
     """A loss was differentiated twice whose activations are kept for one time; None for other errors."""
     if "backward once on any region computed under selective activation checkpoint" not in str(error):

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from lite import collectives
 from lite.environments.base import Environment
-from lite.errors import ConfigError, UsageError
+from lite.errors import ConfigError, UsageError, check_flag
 from lite.first_rank import refuse_alone
 from lite.precision.base import Precision, Uncast
 from lite.state import parameters_of
@@ -68,6 +68,8 @@ class ShardedStrategy(Strategy):
     ) -> None:
         if state_dict_type not in ("sharded", "full"):
             raise ConfigError(f"state_dict_type={state_dict_type!r} is not known; use 'sharded' or 'full'.")
+        check_flag("compile_blocks", compile_blocks)
+        check_flag("broadcast_buffers", broadcast_buffers)
         self._group = ProcessGroup(process_group_backend, timeout)
         self.start_method = start_method
         self._auto_wrap = auto_wrap
@@ -109,7 +111,8 @@ class ShardedStrategy(Strategy):
         return remedies.explain(module, error) if self.shards_over_data else None
 
     def explain_backward_error(self, error: RuntimeError) -> str | None:
-        if (told := remedies.second_backward(error)) is not None:
+        told = remedies.second_backward(error) or remedies.hook_of_split(error)
+        if told is not None:
             return told
         engine = next(self._engines(), None)
         if engine is None or not self.shards_over_data:

@@ -228,7 +228,7 @@ def restore_training(trainer: Any, checkpoint: dict[str, Any], parts: frozenset[
     same = len(ranks) == trainer.world_size
     mine = ranks[trainer.global_rank] if same else ranks[0]
     if "random" in parts:
-        fit.moment = _moment(ranks)
+        fit.moment = _moment(trainer.lite, ranks)
     elif "data" in parts:  # a pass that is gone on with has states of its own, which end with it
         fit.moment = RandomState.capture(cuda=True)
     if "metrics" in parts:
@@ -329,9 +329,10 @@ def _sum(gradients: Iterable[torch.Tensor | None], count: int) -> torch.Tensor |
     return torch.stack(there).sum(0) / count if there else None
 
 
-def _moment(ranks: list[Any]) -> Moment:
+def _moment(lite: Any, ranks: list[Any]) -> Moment:
     """What the run goes on under when it has come to where the state was taken; until then nothing changes."""
     now = RandomState.capture(cuda=True)
-    moment = restore_random_state([mine["random"] for mine in ranks])
+    _, part = lite.strategy.data_shards(lite.world_size, lite.global_rank)
+    moment = restore_random_state([mine["random"] for mine in ranks], part)
     now.restore()
     return moment
