@@ -25,6 +25,7 @@ from lite.trainer.checkpoints.foreign import progress_of_foreign
 from lite.trainer.data.combined import where_to_go_on
 from lite.trainer.hparams import storable
 from lite.trainer.logging.metric_objects import epoch_sums, restore_torchmetrics
+from lite.trainer.logging.regrouping import regrouped
 from lite.trainer.loops.train_epoch import discard
 
 PARTS = {
@@ -125,19 +126,24 @@ def _exact_state(trainer: Any, checkpoint: dict[str, Any]) -> dict[str, Any]:
     fit = trainer.fit_loop
     loader = fit.data.loaders[0] if fit.data.loaders else None
     where = where_to_go_on(loader, fit.epoch_loop.under_way) if is_stateful(loader) else None
-    per_rank = bool(getattr(loader, "state_is_per_rank", False))
+    per_rank, val = _is_per_rank(loader), fit.val_loop
     under_way = fit.epoch_loop.under_way or fit.val_loop.under_way
     mine: dict[str, Any] = {
         "random": RandomState.capture(cuda=True).state_dict(),
         "strategy": trainer.lite.strategy.own_state(*_trained(trainer, checkpoint)),
         **(fit.sums_before or epoch_sums(trainer, under_way=under_way)),
         "position": where if per_rank else None,
-        "validation": fit.val_loop.state_dict()["position"],
+        "validation": val.state_dict()["position"],
+        "validation_is_own": val.running and not val.through and _is_per_rank(fit.val_data.loaders[val.loader]),
         "val_loaders": [loader.state_dict() if is_stateful(loader) else None for loader in fit.val_data.loaders],
     }
     ranks = collectives.all_gather_objects(mine)
     buffers = gather_buffers({"module": dict(checkpoint["state_dict"])}, {"module": trainer.module}).get("module", {})
     return {"ranks": ranks, "position": None if per_rank else where, "buffers": buffers}
+
+
+def _is_per_rank(loader: Any) -> bool:
+    return bool(getattr(loader, "state_is_per_rank", False))
 
 
 def _trained(trainer: Any, checkpoint: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -232,17 +238,15 @@ def restore_training(trainer: Any, checkpoint: dict[str, Any], parts: frozenset[
     elif "data" in parts:  # a pass that is gone on with has states of its own, which end with it
         fit.moment = RandomState.capture(cuda=True)
     if "metrics" in parts:
+        if not same and not begun_anew:
+            mine = {**mine, **_regrouped(trainer, ranks)}
         _restore_metrics(trainer, mine, sums=not begun_anew)
-        if not same:
-            warnings.warn(
-                f"the checkpoint was saved by {len(ranks)} processes and this job has {trainer.world_size}: the "
-                "epoch's metrics so far are rank 0's.",
-                stacklevel=4,
-            )
     if "windows" in parts and "windows" in checkpoint and not begun_anew:
         parts_of_windows = parts_of_ranks(checkpoint["windows"])
         fit.epoch_loop.windows.load_state_dict(_windows(parts_of_windows, trainer.world_size, trainer.global_rank))
     if "data" in parts:
+        if not same:
+            _check_positions(fit, mine, path, len(ranks), trainer.world_size)
         fit.val_loop.loader_state = mine["validation"]
         _restore_val_loaders(fit, mine["val_loaders"])
         trainer.resume_position(mine["position"] if mine["position"] is not None else exact["position"])
@@ -278,6 +282,18 @@ def _restore_metrics(trainer: Any, mine: dict[str, Any], *, sums: bool) -> None:
         trainer.fit_loop.shown_after = mine.get("shown")
 
 
+def _regrouped(trainer: Any, ranks: list[Any]) -> dict[str, Any]:
+    """This rank's part of the epoch's sums that another number of ranks has saved."""
+    metrics, torchmetrics, told = regrouped(ranks, trainer.module, trainer.global_rank, trainer.world_size)
+    if told:
+        warnings.warn(
+            f"the checkpoint was saved by {len(ranks)} processes, and this job has {trainer.world_size}: "
+            f"{'; '.join(told)}.",
+            stacklevel=5,
+        )
+    return {"metrics": metrics, "torchmetrics": torchmetrics}
+
+
 def _restore_list(key: str, checkpoint: dict[str, Any], objects: list[Any], path: str) -> None:
     saved = checkpoint.get(key)
     if saved is None:
@@ -292,6 +308,20 @@ def _restore_list(key: str, checkpoint: dict[str, Any], objects: list[Any], path
         )
     for target, state in zip(objects, saved, strict=True):
         restore_object(target, state, key, strict=True)
+
+
+def _check_positions(fit: Any, mine: dict[str, Any], path: str, before: int, now: int) -> None:
+    """Refuse to go on within data in which each of another number of ranks had a position of its own."""
+    within_training = fit.progress.within and not fit.epoch_loop.complete and mine["position"] is not None
+    within_validation = fit.val_loop.restoring and mine.get("validation_is_own", False)
+    if within_training or within_validation:
+        kind = "training" if within_training else "validation"
+        raise CheckpointError(
+            f"ckpt_path={path!r} was saved by {before} processes within {kind} data in which each has a position of "
+            f"its own, and this job has {now}: resume with as many, or begin the epoch anew with "
+            "restore_except=('data',). Data that lite splits (a map-style dataset, or a loader from "
+            "lite.setup_dataloaders(loader, shard='stride')) are gone on with by any number."
+        )
 
 
 def _restore_val_loaders(fit: Any, states: list[Any]) -> None:

@@ -272,14 +272,16 @@ class EpochEntry(Entry):
     def partial(self) -> Any:
         """What this rank has, to be put together with the others'."""
         if self.kind == "custom":
-            return self.kind, [float(v) for v in self._pending], 0.0, None
+            values = torch.stack([as_scalar(v) for v in self._pending])
+            return self.kind, values.tolist(), 0.0, values.dtype
         self._fold()
         return self.kind, float(self._total), self._weight, self._dtype
 
     def compute(self, total: Any = None) -> Tensor | None:
         if self.kind == "custom":
-            values = self._pending if total is None else total[1]
-            return self.reduce(torch.stack([as_scalar(v) for v in values]))
+            if total is not None:
+                return self.reduce(torch.tensor(total[1], dtype=total[3]))
+            return self.reduce(torch.stack([as_scalar(v) for v in self._pending]))
         self._fold()
         found, weight, dtype = self._total, self._weight, self._dtype
         if total is not None:

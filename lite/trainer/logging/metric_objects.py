@@ -66,14 +66,24 @@ def attribute_of(name: str, metric: Any, attribute: str | None, module: Any) -> 
 
 @contextmanager
 def unchanged_metrics(module: nn.Module) -> Iterator[None]:
-    """Within the block the module's torchmetrics count nothing: the batch only keeps this rank in step."""
+    """Within the block the module's torchmetrics count nothing: the batch only keeps this rank in step.
+
+    Lists grow by what is empty, as torchmetrics gathers their items one after another, of each rank as many.
+    """
     found = list(torchmetrics_of(module).values())
     before = [(m, m._copy_state_dict(), m._update_count, m._computed) for m in found]
     yield
     for metric, state, count, computed in before:
         for name, value in state.items():
+            if isinstance(value, list):
+                value += empty(getattr(metric, name)[len(value) :])
             setattr(metric, name, value)
         metric._update_count, metric._computed = count, computed
+
+
+def empty(items: list[Any]) -> list[Any]:
+    """As many items of the same kinds without anything in them; what has no dimension can't be emptied."""
+    return [item[:0] for item in items if item.ndim]
 
 
 def _copied(state: dict[str, Any]) -> dict[str, Any]:
