@@ -135,8 +135,10 @@ def warn_if_same(first: Any, rank: int, sync: Callable[[Any], Any]) -> None:
     theirs = sync(mine)
     if rank > 0 and mine is not None and mine == theirs:
         warnings.warn(
-            "this rank reads the same first batch as rank 0: an IterableDataset is not split unless you say so. Use "
-            "lite.setup_dataloaders(loader, shard='stride'); or split it in the dataset by rank and worker, under a "
-            "Trainer, too.",
+            "this rank reads the same first batch as rank 0, so every sample counts once per rank: an IterableDataset "
+            "is not split unless you say so. Use lite.setup_dataloaders(loader, shard='stride'), or split it in the "
+            "dataset by rank and worker. With a Trainer return self.trainer.lite.setup_dataloaders(loader, "
+            "shard='stride') from train_dataloader, val_dataloader, ..., or pass what "
+            "trainer.lite.setup_dataloaders(loader, shard='stride') returns.",
             stacklevel=3,
         )

@@ -17,6 +17,7 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
 
 from lite import collectives
 from lite.errors import ConfigError, UsageError
@@ -743,3 +744,58 @@ def test_a_backward_by_hand_under_fsdp_is_told_what_to_do() -> None:
     for told in run_distributed(by_hand_under_fsdp):
         assert "within a method of" in told
         assert "a step function for each optimizer" in told
+
+
+class Stream(IterableDataset[Tensor]):
+    """Eleven rows in their order; it does not split itself."""
+
+    def __iter__(self) -> Any:
+        return iter(Numbers(11).rows)
+
+
+class Streaming(Everything):
+    """Reads the stream in every stage; `way` says whether it is split in the hooks."""
+
+    def __init__(self, way: str, batch_size: int) -> None:
+        super().__init__()
+        self.way, self.batch_size = way, batch_size
+
+    def loader(self) -> Any:
+        loader = DataLoader(Stream(), batch_size=self.batch_size)
+        return self.trainer.lite.setup_dataloaders(loader, shard="stride") if self.way == "hook" else loader
+
+    train_dataloader = val_dataloader = predict_dataloader = loader
+
+
+def streamed(way: str, batch_size: int) -> tuple[Any, ...]:
+    module, run = Streaming(way, batch_size), trainer(**STRATEGY)
+    loaders: list[Any] = [None] * 3
+    if way == "pass":
+        plain = [DataLoader(Stream(), batch_size=batch_size) for _ in loaders]
+        loaders = list(run.lite.setup_dataloaders(*plain, shard="stride"))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        run.fit(module, loaders[0], loaders[1])
+        fitted = {name: float(value) for name, value in run.callback_metrics.items() if name != "rank0"}
+        predictions = run.predict(module, loaders[2], gather=True)
+    same = [str(one.message) for one in told if "same first batch" in str(one.message)]
+    return fitted, [p.tolist() for p in predictions], weights(module), same
+
+
+@pytest.mark.parametrize("way", ["hook", "pass"])
+def test_a_stream_counts_each_sample_once_where_one_says_so(way: str) -> None:
+    """In training, validation and prediction, as on one process with the doubled batch."""
+    whole = streamed("", 4)
+    assert whole[0]["rows"] == 11.0 and whole[3] == []
+    for fitted, predictions, found, told in run_distributed(streamed, way, 2):
+        assert fitted == pytest.approx(whole[0], rel=1e-12) and told == []
+        assert [p == pytest.approx(q, rel=1e-12) for p, q in zip(predictions, whole[1], strict=True)] == [True] * 3
+        assert found == pytest.approx(whole[2], rel=1e-12)
+
+
+def test_a_stream_that_every_rank_reads_whole_is_told_of_with_the_trainers_way() -> None:
+    """It counts once per rank, as in Lightning."""
+    (fitted, _, _, first), (_, _, _, second) = run_distributed(streamed, "", 2)
+    assert fitted["rows"] == 22.0 and first == []
+    assert len(second) == 3  # training, validation, prediction
+    assert all("return self.trainer.lite.setup_dataloaders(loader, shard='stride') from" in text for text in second)
