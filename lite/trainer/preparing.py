@@ -12,6 +12,7 @@ from lite.errors import ConfigError
 from lite.seed import RandomState
 from lite.trainer.data.sources import Sources
 from lite.trainer.hooks import Hooks, overrides
+from lite.trainer.logging.metric_objects import count_samples_once
 from lite.trainer.loops import EvaluationLoop
 from lite.trainer.loops.evaluate import no_gradients
 from lite.trainer.module import LightningModule
@@ -54,7 +55,7 @@ class Preparing(Sources):
     lr_scheduler_configs: list[SchedulerConfig]
     declared: list[Declared]
     _in_hands: list[Any]
-    _put_back: Callable[[], None] | None
+    _put_back: list[Callable[[], None]]
     _manual_backward: Any
     _told_hparams: bool
     _trained: Any
@@ -72,7 +73,8 @@ class Preparing(Sources):
                     "sync_batchnorm=True: torch's SyncBatchNorm doesn't run on the CPU; leave it out, and each rank's "
                     "BatchNorm takes the mean over its own samples."
                 )
-            self._put_back = synchronised_batch_norms(self.module)
+            self._put_back.append(synchronised_batch_norms(self.module))
+        self._put_back.append(count_samples_once(self.module, self.lite.strategy.data_group()))
         self._in_hands, self._manual_backward = [], None
         if not train:
             if self.module is not self._trained:  # otherwise they belong to what is saved after it, too

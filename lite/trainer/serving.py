@@ -30,7 +30,7 @@ class Serving(View):
     _loaded: set[str]
     _own_callbacks: list[Any]
     _merged: list[Any]
-    _put_back: Callable[[], None] | None
+    _put_back: list[Callable[[], None]]
 
     def begin(self, fn: TrainerFn, module: Any, datamodule: Any) -> None:
         """A run of this module begins."""
@@ -72,9 +72,8 @@ class Serving(View):
                     logger.finalize(outcome)
         finally:
             self.lite.teardown()
-            put_back, self._put_back = self._put_back, None
-            if put_back is not None:
-                put_back()
+            while self._put_back:
+                self._put_back.pop()()
 
     def agree_on_log_dir(self) -> None:
         """Every rank writes beside rank 0's logs."""

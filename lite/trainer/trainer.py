@@ -254,13 +254,14 @@ class Trainer(Evaluating, Interruption, Serving):
         self.module: Any = None
         self.datamodule: Any = None
         self.hooks: Hooks
-        self.metrics = Metrics(self.lite.world_size, self.lite.global_rank, enabled=not barebones)
+        _, part = self.lite.strategy.data_shards(self.lite.world_size, self.lite.global_rank)
+        self.metrics = Metrics(self.lite.world_size, self.lite.global_rank, part, enabled=not barebones)
         self.optimizers: list[Any] = []
         self.lr_scheduler_configs: list[SchedulerConfig] = []
         self.declared: list[Declared] = []
         self.ckpt_path: str | None = None
         self._in_hands: list[Any] = []
-        self._put_back: Callable[[], None] | None = None
+        self._put_back: list[Callable[[], None]] = []
         self._manual_backward = None
         self._given: dict[str, Any] = {}
         self._eval_data: dict[str, Any] = {}

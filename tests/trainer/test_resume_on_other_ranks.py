@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
+from lite import ModelParallelStrategy
 from lite.errors import CheckpointError
 from lite.trainer import Callback
 from lite.trainer.callbacks import EarlyStopping, ModelCheckpoint
@@ -56,6 +58,7 @@ class Logs(Tiny):
 
     def __init__(self) -> None:
         super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 1)).double()
         self.kinds, self.train_kinds = Kinds(), Kinds()
 
     def log_all(self, batch: Tensor, **options: Any) -> None:
@@ -102,13 +105,19 @@ class Nothing(Callback):
     """Stands in the place of `Saves`."""
 
 
-def fit(folder: str, batch_size: int, number: int | None = None) -> Any:
+def split() -> ModelParallelStrategy:
+    """Two ranks that compute one model of the same samples."""
+    return ModelParallelStrategy({"net.0": ColwiseParallel(), "net.2": RowwiseParallel()})
+
+
+def fit(folder: str, batch_size: int, number: int | None = None, strategy: Any = "ddp") -> Any:
     """Saving everywhere, or from the file with that number: everything that follows from what was logged."""
     stops = EarlyStopping("val/dataloader_idx_1", patience=50)
     best = ModelCheckpoint(Path(folder) / "best", "{epoch}-{step}", monitor="val/dataloader_idx_0", save_top_k=1)
     saves = Saves(folder) if number is None else Nothing()
-    options = {"max_epochs": 2, "val_check_interval": 0.5, "enable_checkpointing": True, "strategy": "ddp"}
-    run, module = trainer(callbacks=[saves, stops, best], num_sanity_val_steps=0, **options), Logs()
+    options = {"max_epochs": 2, "val_check_interval": 0.5, "enable_checkpointing": True}
+    strategy = split() if strategy == "tp" else strategy
+    run, module = trainer(callbacks=[saves, stops, best], strategy=strategy, **options), Logs()
     path = None if number is None else f"{folder}/{number}.ckpt"
     # Of the last batch one rank has nothing, and the other a row.
     loaders = numbers(13, batch_size, shuffle=True), [numbers(9, batch_size), numbers(6, batch_size)]
@@ -121,8 +130,8 @@ def fit(folder: str, batch_size: int, number: int | None = None) -> Any:
     return saves.count if number is None else 0, {**metrics, "found": found, "weights": weights(module)}
 
 
-def go_on(folder: str, batch_size: int, count: int) -> list[dict[str, Any]]:
-    return [fit(folder, batch_size, number)[1] for number in range(count)]
+def go_on(folder: str, batch_size: int, count: int, strategy: str = "ddp", every: int = 1) -> list[dict[str, Any]]:
+    return [fit(folder, batch_size, number, strategy)[1] for number in range(0, count, every)]
 
 
 def check(whole: dict[str, Any], resumed: list[dict[str, Any]]) -> None:
@@ -146,6 +155,20 @@ def test_a_run_goes_on_with_another_number_of_processes(before: int, tmp_path: P
     assert count > 15
     for rank in resumed:
         check(whole, rank)
+
+
+def test_ranks_with_the_same_samples_count_once(tmp_path: Path) -> None:
+    """Under tensor parallelism, in a whole run and in one that goes on from or with other ranks."""
+    folders = [str(tmp_path / name) for name in ("one", "tp", "ddp")]
+    count, whole = fit(folders[0], 4)
+    for split_count, split_whole in run_distributed(fit, folders[1], 4, None, "tp"):
+        check(whole, [split_whole])
+        assert split_count == count
+    run_distributed(fit, folders[2], 2)
+    check(whole, go_on(folders[1], 4, count, every=4))
+    for folder in folders:
+        for resumed in run_distributed(go_on, folder, 4, count, "tp", 5):
+            check(whole, resumed)
 
 
 class OwnParts(torchmetrics.Metric):

@@ -129,6 +129,7 @@ def _exact_state(trainer: Any, checkpoint: dict[str, Any]) -> dict[str, Any]:
     per_rank, val = _is_per_rank(loader), fit.val_loop
     under_way = fit.epoch_loop.under_way or fit.val_loop.under_way
     mine: dict[str, Any] = {
+        "part": _part(trainer.lite, trainer.global_rank),
         "random": RandomState.capture(cuda=True).state_dict(),
         "strategy": trainer.lite.strategy.own_state(*_trained(trainer, checkpoint)),
         **(fit.sums_before or epoch_sums(trainer, under_way=under_way)),
@@ -231,7 +232,8 @@ def restore_training(trainer: Any, checkpoint: dict[str, Any], parts: frozenset[
     if {"state_dict", "optimizer_states"} <= parts:  # the weights have been loaded before
         own = [one["strategy"] for one in ranks if one.get("strategy") is not None]
         trainer.lite.strategy.loading(own, *_trained(trainer, checkpoint))()
-    same = len(ranks) == trainer.world_size
+    saved_parts = [one.get("part", rank) for rank, one in enumerate(ranks)]
+    same = saved_parts == [_part(trainer.lite, rank) for rank in range(trainer.world_size)]
     mine = ranks[trainer.global_rank] if same else ranks[0]
     if "random" in parts:
         fit.moment = _moment(trainer.lite, ranks)
@@ -243,7 +245,7 @@ def restore_training(trainer: Any, checkpoint: dict[str, Any], parts: frozenset[
         _restore_metrics(trainer, mine, sums=not begun_anew)
     if "windows" in parts and "windows" in checkpoint and not begun_anew:
         parts_of_windows = parts_of_ranks(checkpoint["windows"])
-        fit.epoch_loop.windows.load_state_dict(_windows(parts_of_windows, trainer.world_size, trainer.global_rank))
+        fit.epoch_loop.windows.load_state_dict(_windows(parts_of_windows, trainer.global_rank if same else None))
     if "data" in parts:
         if not same:
             _check_positions(fit, mine, path, len(ranks), trainer.world_size)
@@ -283,8 +285,10 @@ def _restore_metrics(trainer: Any, mine: dict[str, Any], *, sums: bool) -> None:
 
 
 def _regrouped(trainer: Any, ranks: list[Any]) -> dict[str, Any]:
-    """This rank's part of the epoch's sums that another number of ranks has saved."""
-    metrics, torchmetrics, told = regrouped(ranks, trainer.module, trainer.global_rank, trainer.world_size)
+    """This rank's part of the epoch's sums that other ranks have saved; those with the same data count once."""
+    first = {one.get("part", rank): one for rank, one in reversed(list(enumerate(ranks)))}
+    parts, part = trainer.lite.strategy.data_shards(trainer.world_size, trainer.global_rank)
+    metrics, torchmetrics, told = regrouped([first[i] for i in sorted(first)], trainer.module, part, parts)
     if told:
         warnings.warn(
             f"the checkpoint was saved by {len(ranks)} processes, and this job has {trainer.world_size}: "
@@ -337,9 +341,9 @@ def _restore_val_loaders(fit: Any, states: list[Any]) -> None:
             discard(loader)  # one that was left before its end, by a limit
 
 
-def _windows(ranks: list[dict[str, Any]], world_size: int, rank: int) -> dict[str, Any]:
-    """This rank's part of the open windows; on another number of ranks each has the mean of all parts."""
-    if len(ranks) == world_size:
+def _windows(ranks: list[dict[str, Any]], rank: int | None) -> dict[str, Any]:
+    """This rank's part of the open windows; where other ranks have saved them (None), the mean of all parts."""
+    if rank is not None:
         return ranks[rank]
     return {name: _mean([states[name] for states in ranks if name in states]) for name in ranks[0]}
 
@@ -359,10 +363,15 @@ def _sum(gradients: Iterable[torch.Tensor | None], count: int) -> torch.Tensor |
     return torch.stack(there).sum(0) / count if there else None
 
 
+def _part(lite: Any, rank: int) -> int:
+    """Which part of the data a rank gets; ranks that compute one model together have the same one."""
+    part: int = lite.strategy.data_shards(lite.world_size, rank)[1]
+    return part
+
+
 def _moment(lite: Any, ranks: list[Any]) -> Moment:
     """What the run goes on under when it has come to where the state was taken; until then nothing changes."""
     now = RandomState.capture(cuda=True)
-    _, part = lite.strategy.data_shards(lite.world_size, lite.global_rank)
-    moment = restore_random_state([mine["random"] for mine in ranks], part)
+    moment = restore_random_state([mine["random"] for mine in ranks], _part(lite, lite.global_rank))
     now.restore()
     return moment

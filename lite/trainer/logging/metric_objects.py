@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,6 +24,27 @@ def torchmetrics_state(module: Any) -> dict[str, Any]:
         name: {"state": _copied(metric.metric_state), "count": metric._update_count, "newest": metric._forward_cache}
         for name, metric in torchmetrics_of(module).items()
     }
+
+
+def count_samples_once(module: Any, group: Any) -> Callable[[], None]:
+    """Let Metric objects sync over the ranks that have different data, where not all have.
+
+    Args:
+        module: The module that has them.
+        group: These ranks' process group; None is all ranks.
+
+    Returns:
+        What takes that back.
+    """
+    changed = [metric for metric in torchmetrics_of(module).values() if metric.process_group is None]
+
+    def put_back() -> None:
+        for metric in changed:
+            metric.process_group = None
+
+    for metric in changed:
+        metric.process_group = group
+    return put_back
 
 
 def epoch_sums(trainer: Any, *, under_way: bool = False) -> dict[str, Any]:

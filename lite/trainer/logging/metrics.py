@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
-from itertools import chain
 from typing import Any
 
 import torch
@@ -38,6 +37,7 @@ class Metrics:
     Args:
         world_size: Number of ranks.
         rank: This rank.
+        part: Which part of the data this rank has (`Strategy.data_shards`); ranks with the same one count once.
         enabled: False lets `log` do nothing (barebones).
 
     Attributes:
@@ -48,7 +48,7 @@ class Metrics:
         bar: The same for the progress bar.
     """
 
-    def __init__(self, world_size: int = 1, rank: int = 0, *, enabled: bool = True) -> None:
+    def __init__(self, world_size: int = 1, rank: int = 0, part: int = 0, *, enabled: bool = True) -> None:
         self.here = NOWHERE
         self.kept: Row = {}
         self.logged: Row = {}
@@ -58,7 +58,7 @@ class Metrics:
         self.filler = False
         self.number = 0  # of batches begun
         self.enabled = enabled
-        self._world_size, self._rank = world_size, rank
+        self._world_size, self._rank, self._part = world_size, rank, part
         self._places: dict[tuple[str, str, int | None], Place] = {}
         self._owners: dict[tuple[str, int | None, str], str] = {}
         self._batch: Any = None
@@ -211,7 +211,7 @@ class Metrics:
         kind = None if entry is None else entry.kind
         ending = next((e for e, _ in self._at_epoch_end() if e.name == name and e.options.sync_dist), None)
         partial = None if ending is None else ending.partial()
-        everyone = collectives.all_gather_objects((None if mine is None else float(mine), kind, partial))
+        everyone = self._of_each_part((None if mine is None else float(mine), kind, partial))
         there = [value for value, _, _ in everyone if value is not None]
         if not there:
             return None
@@ -336,16 +336,28 @@ class Metrics:
                 values.append((place, entry, value))
         return values
 
+    def _of_each_part(self, mine: tuple[Any, Any, Any]) -> list[tuple[Any, Any, Any]]:
+        """Of the ranks that have the same samples, what one of them has: a value, and a sum."""
+        found: dict[int, tuple[Any, Any, Any]] = {}
+        for part, one in collectives.all_gather_objects((self._part, mine)):
+            if one[0] is not None or one[2] is not None:
+                found.setdefault(part, one)
+        return list(found.values())
+
     def _gather(self, stage: str, mine: list[tuple[Place, Entry, Any]]) -> list[tuple[Place, Entry, list[Any]]]:
-        """What the ranks have of entries, whoever has logged them. Collective: call on all ranks."""
-        told = [((place.hook, place.loader, entry.key), entry.options.plain(), part) for place, entry, part in mine]
-        found: dict[tuple[Place, Entry], list[Any]] = {}
-        for where, plain, part in chain.from_iterable(collectives.all_gather_objects(told)):
-            place = self.place(stage, *where[:2])
-            entry = place.entries.get(where[2]) or self._learn(place, where[2], plain)
-            if entry is not None:
-                found.setdefault((place, entry), []).append(part)
-        return [(place, entry, parts) for (place, entry), parts in found.items()]
+        """What the ranks have of entries, whoever has logged them: of those with the same samples, one.
+
+        Collective: call on all ranks.
+        """
+        told = [((place.hook, place.loader, entry.key), entry.options.plain(), sums) for place, entry, sums in mine]
+        found: dict[tuple[Place, Entry], dict[int, Any]] = {}
+        for part, theirs in collectives.all_gather_objects((self._part, told)):
+            for where, plain, sums in theirs:
+                place = self.place(stage, *where[:2])
+                entry = place.entries.get(where[2]) or self._learn(place, where[2], plain)
+                if entry is not None:
+                    found.setdefault((place, entry), {}).setdefault(part, sums)
+        return [(place, entry, list(parts.values())) for (place, entry), parts in found.items()]
 
     def _learn(self, place: Place, key: str, plain: dict[str, Any]) -> Entry | None:
         """The entry for a key that other ranks alone have logged; None where this rank can't have one."""
