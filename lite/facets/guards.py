@@ -44,11 +44,15 @@ class Guards(Facet):
             raise ConfigError(f"after_s={after_s!r} must be a number of seconds from now, of at least 0.")
         self._stopping().request(reason, after_s=after_s)
 
-    def should_stop(self) -> bool:
+    def should_stop(self, *, now: bool = False) -> bool:
         """Whether the run stops after this step, decided alike on all ranks.
 
-        Call it once per step and equally often on all ranks; most calls cost one comparison, and none is a collective.
-        A request takes effect at most two polls after it was made; polls are about 0.25 s apart, and at least one step.
+        Call it once per step and equally often on all ranks; a call costs one comparison, and is no collective. A
+        request takes effect half a second after it was made, plus the step that is under way and the next one.
+
+        Args:
+            now: Whether what any rank has asked for before its call counts here at once, as it may at a loop's end,
+                where no step follows. Collective then: call on all ranks.
 
         Returns:
             True at the agreed step and from then on.
@@ -61,7 +65,7 @@ class Guards(Facet):
             (True, 'the loss is low enough')
         """
         agreement = self._agreement
-        return (agreement if agreement is not None else self._stopping()).step()
+        return (agreement if agreement is not None else self._stopping()).step(now=now)
 
     @property
     def stop_reason(self) -> str | None:

@@ -72,7 +72,7 @@ def watch_failures(store: Any) -> FailureWatch:
         _current.close(linger=False)
     # The store outlives a job that torchrun restarts, and may serve several: a name of its own keeps them apart.
     name = f"lite/{collectives.broadcast(uuid.uuid4().hex)}"
-    _current = FailureWatch(_own_client(store), name, group)
+    _current = FailureWatch(own_client(store), name, group)
     return _current
 
 
@@ -101,6 +101,7 @@ class FailureWatch:
         self._posted = self._told = self._acknowledged = False
         self._answered = self._names = 0
         self._progress: Callable[[], str] = str
+        self._before_close: list[Callable[[], Any]] = []
         self._stop = threading.Event()
         self._user_thread = threading.current_thread()
         # torchrun's agent hosts the store where it says so; else it ends with rank 0.
@@ -122,6 +123,10 @@ class FailureWatch:
     def report_progress(self, progress: Callable[[], str]) -> None:
         """Let this rank's answer to "where are you" hold what `progress()` returns."""
         self._progress = progress
+
+    def before_close(self, end: Callable[[], Any]) -> None:
+        """Let `end()` be called before this rank says that it needs the store no more."""
+        self._before_close.append(end)
 
     def post(self, error: BaseException) -> None:
         """Tell the other ranks that this one ends with `error`; the first failure of the job counts."""
@@ -197,6 +202,8 @@ class FailureWatch:
         """Stop watching: this process ends, or leaves the group. The hooks are what they were before."""
         if self.closed or os.getpid() != self._pid:
             return
+        for end in self._before_close:
+            end()
         self._stop.set()
         self._thread.join(timeout=_NOTE_S)
         self.closed = True
@@ -328,8 +335,8 @@ class FailureWatch:
         return PeerError(f"another rank ended, so this one can't go on: {self.failure.text}")
 
 
-def _own_client(store: Any) -> Any:
-    """Another connection to the store's server: a thread that waits on one must not block the others."""
+def own_client(store: Any) -> Any:
+    """Another connection to the store's server, or None: a thread that waits on one must not block the others."""
     # Undocumented in torch, and checked with 2.13: what a PrefixStore prefixes, here the TCPStore that has the address.
     while hasattr(store, "underlying_store"):
         store = store.underlying_store

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from lite.errors import ConfigError
 from lite.trainer.checkpoints import contents
 from lite.trainer.checkpoints.files import Checkpoints
 from lite.trainer.data.sources import or_datamodule
+from lite.trainer.interruption import Interruption
 from lite.trainer.loops import EvaluationLoop
 from lite.trainer.loops.evaluate import no_gradients
 from lite.trainer.preparing import Preparing
@@ -16,7 +18,7 @@ from lite.trainer.run import check_module, running
 from lite.trainer.state import RunningStage, TrainerFn
 
 
-class Evaluating(Preparing, Checkpoints):
+class Evaluating(Preparing, Checkpoints, Interruption):
     """The side of `Trainer` that evaluates by itself."""
 
     inference_mode: bool
@@ -43,7 +45,8 @@ class Evaluating(Preparing, Checkpoints):
         check_module(self, model, fn.value)
         self._launch()
         results: list[dict[str, Any]] = []  # of a run that Ctrl-C ends in a notebook
-        with running(self, fn, model, datamodule, lambda: self._begin_from(ckpt_path, fitting=False)):
+        find = partial(self._begin_from, ckpt_path, fitting=False)
+        with self._stop_signals(), running(self, fn, model, datamodule, find):
             checkpoint = self._read_checkpoint(weights_only)
             if checkpoint is not None:
                 contents.restore_callbacks(self, checkpoint, fitting=False)
@@ -54,7 +57,8 @@ class Evaluating(Preparing, Checkpoints):
             data = self._eval_data[fn.value] = self._make_eval_data(fn.value, dataloaders)
             names = data.names
             self.state.stage = RunningStage(fn.value)
-            results = loop.run(self, data, no_grad=no_gradients(self.inference_mode))
+            results = loop.run(self, data, no_grad=no_gradients(self.inference_mode), look=self.heed_signal)
+            self.heed_signal(now=True)
         if fn is TrainerFn.PREDICTING:
             return []
         found = [{name: float(value) for name, value in one.items()} for one in results]

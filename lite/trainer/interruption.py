@@ -1,4 +1,4 @@
-"""How a fit ends before its time: by a signal that all ranks agree on, or by Ctrl-C, to be gone on with."""
+"""How a run ends before its time: by a signal that all ranks agree on, or, a fit, by Ctrl-C, to be gone on with."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from lite import collectives
@@ -27,24 +27,58 @@ class Interruption(View):
 
     @contextmanager
     def _stop_signals(self) -> Iterator[None]:
-        """SIGTERM and SIGUSR1 end the fit at a step that all ranks agree on, after a save."""
-        if self.barebones or threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        handlers = [getattr(signal, n) for n in ("SIGTERM", "SIGUSR1") if hasattr(signal, n)]
-        ours = [n for n in handlers if signal.getsignal(n) is signal.SIG_DFL]
-        if not ours:
+        """SIGTERM and SIGUSR1 end the run, which is the block, at a place that all ranks agree on; then the process.
+
+        One that comes when the run has looked for the last time acts after it, as where no run is.
+        """
+        fit = self.fit_loop
+        fit.stopped_by_signal = False
+        numbers = [getattr(signal, n) for n in ("SIGTERM", "SIGUSR1") if hasattr(signal, n)]
+        listens = not self.barebones and threading.current_thread() is threading.main_thread()
+        ours = [n for n in numbers if listens and signal.getsignal(n) is signal.SIG_DFL]
+        # A rank that hears none itself, for a handler of the user's own, has the other ranks' word to go by.
+        if self.barebones or (not ours and self.world_size == 1):
             yield
             return
         poll: Callable[[], bool] = self.lite.should_stop
-        self.fit_loop.stop_poll = lambda: poll() and self.lite.stop_signal is not None
+        fit.stop_poll = lambda: poll() and self.lite.stop_signal is not None
+        received: list[int] = []
         try:
-            with self.lite.stop_on_signals(*ours):
+            with self.lite.stop_on_signals(*ours) if ours else nullcontext():
                 for number in ours:
-                    signal.signal(number, _waking(signal.getsignal(number), self.fit_loop.epoch_loop.look_now))
+                    signal.signal(number, _waking(signal.getsignal(number), received, fit.epoch_loop.look_now))
                 yield
+        except SystemExit:
+            if not fit.stopped_by_signal:
+                raise
         finally:
-            self.fit_loop.stop_poll = None
+            fit.stop_poll = None
+        if fit.stopped_by_signal:
+            self._exit_for_signal()
+        for number in received[:1]:
+            os.kill(os.getpid(), number)
+
+    def stops_for_signal(self, *, now: bool = False) -> bool:
+        """Whether the run stops here because of a signal, on all ranks alike. Call it equally often on all ranks.
+
+        Args:
+            now: Whether all ranks wait for each other here, so that none misses a signal that has come before.
+        """
+        if self.fit_loop.stop_poll is None or not self.lite.should_stop(now=now) or self.lite.stop_signal is None:
+            return False
+        self.fit_loop.stopped_by_signal = True
+        return True
+
+    def heed_signal(self, *, now: bool = False) -> bool:
+        """The same where there is nothing to save: what is under way ends here.
+
+        Raises:
+            SystemExit: It does.
+        """
+        if self.stops_for_signal(now=now):
+            self.lite.print(f"{self.lite.stop_reason}: the run is stopped, nothing is saved", file=sys.stderr)
+            raise SystemExit(self._signal_code)
+        return False
 
     @contextmanager
     def _interrupts(self) -> Iterator[None]:
@@ -77,17 +111,22 @@ class Interruption(View):
         self.state.status = TrainerStatus.INTERRUPTED
 
     def _exit_for_signal(self) -> None:
-        from lite.guards.signals import exit_code
-
         self.state.status = TrainerStatus.INTERRUPTED
         self.lite.requeue_job()
         self.lite.barrier()
-        raise SystemExit(exit_code(self.lite.stop_signal or 0))
+        raise SystemExit(self._signal_code)
+
+    @property
+    def _signal_code(self) -> int:
+        from lite.guards.signals import exit_code
+
+        return exit_code(self.lite.stop_signal or 0)
 
 
-def _waking(handler: Any, look_now: Callable[[], None]) -> Callable[[int, Any], None]:
+def _waking(handler: Any, received: list[int], look_now: Callable[[], None]) -> Callable[[int, Any], None]:
     def handle(number: int, frame: Any) -> None:
         handler(number, frame)
+        received.append(number)
         look_now()
 
     return handle

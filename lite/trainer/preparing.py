@@ -103,7 +103,7 @@ class Preparing(Sources):
                 "zero_grad(), self.manual_backward(loss) and step() in training_step."
             )
 
-    def _check_sanity(self) -> None:
+    def _check_sanity(self, look: Callable[..., bool] | None = None) -> None:
         """Run some validation batches before training, so that a mistake in it shows at once; nothing remains of it."""
         if not self.num_sanity_val_steps or not self._validates_in_fit() or self.fit_loop.is_over(self):
             return
@@ -118,7 +118,7 @@ class Preparing(Sources):
             data.loaders, [min(n, self.num_sanity_val_steps) for n in data.limits], data.names, data.move
         )
         if limited.num_batches:
-            EvaluationLoop("validate").run(self, limited, no_grad=no_gradients(False))
+            EvaluationLoop("validate").run(self, limited, no_grad=no_gradients(False), look=look)
         self.metrics.at(self.metrics.place("", "on_sanity_check_end"))
         self.hooks.call("on_sanity_check_end")
         self.metrics.discard("validate")

@@ -37,8 +37,8 @@ def running(
     """The block is a run of `module`: set up before, torn down after, and told of an exception.
 
     Loggers are told how it ended, in Lightning's words, unless it is only planned. Ctrl-C ends it with exit code 130 in
-    a script, and quietly in a notebook. `find` is called when its callbacks are known and nothing is set up: where it
-    goes on from.
+    a script, and quietly in a notebook; a signal's end is no exception that anyone is told of. `find` is called when
+    its callbacks are known and nothing is set up: where it goes on from.
     """
     stage = str(fn.value)
     try:
@@ -62,12 +62,13 @@ def running(
                 datamodule.setup(stage)
             trainer.metrics.at(trainer.metrics.place("", "setup"))
             trainer.hooks.call("setup", stage)
+            trainer.heed_signal(now=True)
             trainer.agree_on_log_dir()
             with trainer.lite.init_module():
                 module.configure_model()
             yield
         trainer.state.status = TrainerStatus.FINISHED
-        outcome = "finished" if fn is TrainerFn.FITTING and trainer.fit_loop.stopped_by_signal else "success"
+        outcome = "finished" if trainer.fit_loop.stopped_by_signal else "success"
     except BaseException as error:
         if isinstance(error, GeneratorExit):  # whoever drives the run by hand has left it
             trainer.state.status = TrainerStatus.INTERRUPTED
@@ -159,12 +160,8 @@ def _prepare_data(trainer: Any, module: Any, datamodule: Any) -> None:
 def _torch_settings(trainer: Any) -> Iterator[None]:
     """torch's global settings that the Trainer was given, for the run."""
     deterministic, benchmark = trainer.deterministic, trainer.benchmark
-    before = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-        torch.backends.cudnn.benchmark,
-        torch.is_anomaly_enabled(),
-    )
+    was_deterministic = _determinism()
+    before = (torch.backends.cudnn.benchmark, torch.is_anomaly_enabled())
     if deterministic:
         torch.use_deterministic_algorithms(True, warn_only=deterministic == "warn")
     if benchmark is not None or deterministic:
@@ -174,6 +171,11 @@ def _torch_settings(trainer: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.backends.cudnn.benchmark = before[2]
-        torch.autograd.set_detect_anomaly(before[3])
+        if _determinism() != was_deterministic:  # setting it imports torch's compiler, which takes more than a second
+            torch.use_deterministic_algorithms(was_deterministic[0], warn_only=was_deterministic[1])
+        torch.backends.cudnn.benchmark = before[0]
+        torch.autograd.set_detect_anomaly(before[1])
+
+
+def _determinism() -> tuple[bool, bool]:
+    return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()

@@ -359,7 +359,7 @@ class Trainer(Evaluating, Interruption, Serving):
         def find() -> None:
             self._begin_from(ckpt_path, fitting=True, goes_on="loops" in parts)
 
-        with running(self, TrainerFn.FITTING, model, datamodule, find), self._stop_signals():
+        with self._stop_signals(), running(self, TrainerFn.FITTING, model, datamodule, find):
             checkpoint = self._read_checkpoint(weights_only)
             if checkpoint is None:
                 self._warn_of_epoch_begun_anew(left)
@@ -379,7 +379,7 @@ class Trainer(Evaluating, Interruption, Serving):
                 self.load_data(self.fit_loop, "val")
                 contents.restore_training(self, checkpoint, parts, str(self.ckpt_path))
             if checkpoint is None or "loops" not in parts:
-                self._check_sanity()
+                self._check_sanity(self.heed_signal)
             self.load_data(self.fit_loop, "train")
             self.load_data(self.fit_loop, "val")
             self._warn_of_nothing_to_do()
@@ -387,13 +387,11 @@ class Trainer(Evaluating, Interruption, Serving):
             self.state.stage = RunningStage.TRAINING
             with self._interrupts():
                 yield from self.fit_loop.run(self)
-            if self.fit_loop.stopped_by_signal:
-                self._save_for_signal()
-            else:
+            if not self.fit_loop.stopped_by_signal:
                 self.metrics.at(self.metrics.place("", "on_fit_end"))
                 self.hooks.call("on_fit_end")
-        if self.fit_loop.stopped_by_signal:
-            self._exit_for_signal()
+            if self.fit_loop.stopped_by_signal or self.stops_for_signal(now=True):
+                self._save_for_signal()
 
     def plan(
         self,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from lite.errors import ConfigError
 from lite.trainer import Callback
 from lite.trainer.callbacks import EarlyStopping, ModelCheckpoint, Timer
 from lite.trainer.loops import FitLoop
+from tests.support.processes import ROOT
 from tests.trainer.modules import Numbers, Tiny, TinyData, numbers, trainer, weights
 
 
@@ -502,3 +505,72 @@ def test_a_signal_between_batches_is_acted_on_after_the_next_one(tmp_path: Path,
     assert ended.value.code == 128 + number
     assert sent == [10 if hook == "on_train_epoch_end" else 3]
     assert run.global_step == sent[0] + 1
+
+
+def sends(hook: str, told: list[str], *, at: int = 1) -> Callback:
+    """Sends SIGTERM in that hook, the so-manieth time, and notes what is told of the run's end."""
+
+    def send(self: Callback, *args: Any) -> None:
+        told.append(hook)
+        if told.count(hook) == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def note(what: str) -> Any:
+        return lambda self, *args: told.append(what)
+
+    return type("Sends", (Callback,), {"teardown": note("end"), "on_exception": note("exception"), hook: send})()
+
+
+@pytest.mark.parametrize(
+    ("call", "hook", "batches"),
+    [
+        ("validate", "on_validation_batch_start", 1),
+        ("test", "on_test_batch_start", 1),
+        ("predict", "on_predict_batch_start", 1),
+        ("predict", "setup", 0),
+        ("predict", "on_predict_end", 6),
+        ("fit", "setup", 0),
+        ("fit", "on_sanity_check_start", 1),
+    ],
+)
+def test_a_signal_outside_of_training_ends_the_run_at_the_next_batch(call: str, hook: str, batches: int) -> None:
+    """As in training, with the signal's code, and teardown; there is nothing to save."""
+    told: list[str] = []
+    module = Tiny()
+    forwards: list[int] = []
+    module.net.register_forward_hook(lambda *args: forwards.append(1))
+    run = trainer(callbacks=sends(hook, told), num_sanity_val_steps=2, enable_checkpointing=True)
+    with pytest.raises(SystemExit) as ended:
+        getattr(run, call)(module, *([numbers()] if call == "fit" else []), numbers(6, 1))
+    assert (ended.value.code, told, len(forwards)) == (143, [hook, "end"], batches)
+    assert run.interrupted and run.received_sigterm
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@pytest.mark.parametrize("hook", ["on_train_epoch_end", "on_train_end", "on_fit_end"])
+def test_a_signal_that_no_batch_follows_counts_too(tmp_path: Path, hook: str) -> None:
+    """All is trained: it is saved, and a run that goes on from there has only the last hooks left."""
+    told: list[str] = []
+    options: dict[str, Any] = {"enable_checkpointing": True, "default_root_dir": tmp_path}
+    with pytest.raises(SystemExit) as ended:
+        trainer(callbacks=sends(hook, told), **options).fit(module := Tiny(), numbers(), numbers())
+    assert (ended.value.code, told) == (143, [hook, "end"])
+    again = trainer(callbacks=sends("on_train_end", told, at=9), **options)
+    with pytest.warns(UserWarning, match="nothing is left to train"):
+        again.fit(other := Tiny(), numbers(), numbers(), ckpt_path=str(tmp_path / "checkpoints" / "interrupted.ckpt"))
+    assert weights(other) == weights(module)
+    assert (again.global_step, told[2:]) == (3, ["on_train_end", "end"])
+
+
+def test_a_signal_in_teardown_acts_when_the_run_is_over(tmp_path: Path) -> None:
+    """It is not swallowed: what it does outside of a run, it does after it."""
+    script = (
+        "import os, signal\n"
+        "from tests.trainer.modules import Tiny, TinyData, trainer\n"
+        "from tests.trainer.test_stopping import sends\n"
+        "run = trainer(callbacks=sends('teardown', []))\n"
+        "run.validate(Tiny(), datamodule=TinyData(), verbose=False)\n"
+        "print('went on')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (-signal.SIGTERM, ""), done.stderr

@@ -7,6 +7,7 @@ import io
 import os
 import signal
 import tempfile
+import time
 import warnings
 from contextlib import redirect_stderr
 from datetime import timedelta
@@ -799,3 +800,75 @@ def test_a_stream_that_every_rank_reads_whole_is_told_of_with_the_trainers_way()
     assert fitted["rows"] == 22.0 and first == []
     assert len(second) == 3  # training, validation, prediction
     assert all("return self.trainer.lite.setup_dataloaders(loader, shard='stride') from" in text for text in second)
+
+
+class Asks(Callback):
+    """Rank 1 gets SIGTERM in that hook, the so-manieth time."""
+
+    def __init__(self, hook: str, at: int = 1) -> None:
+        self.told: list[str] = []
+        self.left = at
+        setattr(self, hook, self.ask)
+
+    def ask(self, trainer: Any, *args: Any) -> None:
+        self.left -= not trainer.sanity_checking
+        if self.left == 0 and trainer.global_rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        self.told.append(stage)
+
+
+class Slow(Tiny):
+    """Evaluates slowly, and rank 1 more often than rank 0 where it is given a list."""
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> Any:
+        time.sleep(0.1)
+        return super().validation_step(batch, batch_idx)
+
+    def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        time.sleep(0.1)
+        return super().predict_step(batch, batch_idx)
+
+
+def signalled(folder: str) -> list[Any]:
+    uneven = [batch for batch in numbers(40, 2)][: 10 + 10 * int(os.environ["RANK"])]
+    found: list[Any] = []
+
+    def end(hook: str, at: int, call: str, *loaders: Any, **options: Any) -> None:
+        asks = Asks(hook, at)
+        root = f"{folder}/{len(found)}"
+        run = trainer(callbacks=asks, default_root_dir=root, enable_checkpointing=True, **options, **STRATEGY)
+        started = time.monotonic()
+        try:
+            getattr(run, call)(Slow(), *loaders)
+        except SystemExit as ended:
+            saved = os.path.exists(f"{root}/checkpoints/interrupted.ckpt")
+            found.append((ended.code, asks.told, saved, run.global_step, time.monotonic() - started < 20))
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is no DataLoader|.*split")
+        end("on_predict_batch_end", 2, "predict", numbers(400, 1))
+        end("setup", 1, "validate", numbers(400, 1))
+        # No batch follows; many fast steps, then slow validation; and signals to a rank that the other waits for.
+        end("on_train_epoch_end", 1, "fit", numbers(8, 2), numbers(8, 2))
+        end("on_validation_batch_start", 1, "fit", numbers(400, 1), numbers(400, 1))
+        end("on_validation_batch_end", 14, "fit", numbers(8, 2), uneven)
+        end("on_validation_batch_end", 14, "validate", uneven)
+        end("on_predict_batch_end", 14, "predict", uneven)
+    return found
+
+
+def test_a_signal_to_one_rank_ends_every_kind_of_run_on_all(tmp_path: Path) -> None:
+    """Within seconds, where no batch follows and where ranks evaluate different numbers of batches, too."""
+    zero, one = run_distributed(signalled, str(tmp_path))
+    assert zero == one
+    assert zero == [
+        (143, ["predict"], False, 0, True),
+        (143, ["validate"], False, 0, True),
+        (143, ["fit"], True, 2, True),
+        (143, ["fit"], True, 200, True),
+        (143, ["fit"], True, 2, True),
+        (143, ["validate"], False, 0, True),
+        (143, ["predict"], False, 0, True),
+    ]

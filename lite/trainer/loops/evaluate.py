@@ -64,7 +64,7 @@ class EvaluationLoop:
         *,
         no_grad: Callable[[], AbstractContextManager[Any]],
         go_on: Callable[[], None] | None = None,
-        each_batch: Callable[[], bool] | None = None,
+        look: Callable[..., bool] | None = None,
     ) -> list[dict[str, Any]]:
         """Evaluate all batches that count.
 
@@ -73,7 +73,8 @@ class EvaluationLoop:
             data: The loaders.
             no_grad: The context without gradients.
             go_on: Called as an interrupted evaluation is about to go on.
-            each_batch: Called after each batch; true ends the evaluation, which can be gone on with.
+            look: Called after each batch, and as look(now=True) after the last one, where ranks may have had different
+                numbers of them; true ends the evaluation, which can be gone on with.
 
         Returns:
             For each loader what was logged.
@@ -94,7 +95,7 @@ class EvaluationLoop:
                 go_on()
             results: list[dict[str, Any]] = []
             if end not in self.begun:
-                results = self._run_loaders(trainer, data, go_on if resumed else None, each_batch)
+                results = self._run_loaders(trainer, data, go_on if resumed else None, look)
             if not self.running:
                 self._call(trainer, end)
         if not self.running:
@@ -106,7 +107,7 @@ class EvaluationLoop:
         trainer: Any,
         data: StageData,
         go_on: Callable[[], None] | None,
-        each_batch: Callable[[], bool] | None,
+        look: Callable[..., bool] | None,
     ) -> list[dict[str, Any]]:
         """Evaluate all loaders; for each what was logged. One that was broken off is `running` still."""
         metrics, word = trainer.metrics, _HOOKS[self.stage]
@@ -120,8 +121,10 @@ class EvaluationLoop:
         for index in range(first, 0 if self.through else len(data.loaders)):
             if index > first:
                 self.loader, self.batch = index, 0
-            if self._run_loader(trainer, index, data, go_on if index == first else None, each_batch):
+            if self._run_loader(trainer, index, data, go_on if index == first else None, look):
                 return []
+        if look is not None and look(now=True):
+            return []
         self.through = True
         metrics.end_batches()
         if self._old is not None or getattr(trainer.hooks, f"on_{word}_epoch_end"):
@@ -143,7 +146,7 @@ class EvaluationLoop:
         index: int,
         data: StageData,
         go_on: Callable[[], None] | None,
-        each_batch: Callable[[], bool] | None,
+        look: Callable[..., bool] | None,
     ) -> bool:
         """Evaluate one loader; whether it was broken off."""
         hooks, metrics, word = trainer.hooks, trainer.metrics, _HOOKS[self.stage]
@@ -195,7 +198,7 @@ class EvaluationLoop:
             self.take(outputs, index, trainer)
             if old is not None and not metrics.filler:
                 old.keep(outputs, index)
-            if each_batch is not None and each_batch():
+            if look is not None and look():
                 return True
         self.seen[index] = seen + done
         return False

@@ -115,6 +115,8 @@ class FitLoop:
             return
         if self.interrupted:  # in the last hooks of an epoch
             raise KeyboardInterrupt
+        if trainer.stops_for_signal(now=True):  # the same
+            return
         trainer.lite.strategy.end_period()
         metrics.at(metrics.place("train", "on_train_end"))
         hooks.call("on_train_end")
@@ -280,11 +282,6 @@ class FitLoop:
         poll = self.stop_poll if trainer.world_size == 1 else None
         return self.interrupted or (poll is not None and poll())
 
-    def stop_for_signal(self, trainer: Any) -> bool:
-        """The ranks have agreed to stop because of a signal: here and now."""
-        self.stopped_by_signal = True
-        return True
-
     # ---- validation
 
     def validates(self, trainer: Any) -> bool:
@@ -340,16 +337,15 @@ class FitLoop:
         trainer.load_data(self, "val")
         trainer.lite.strategy.end_period()
 
-        def signalled() -> bool:
+        def look(*, now: bool = False) -> bool:
             if self.interrupted:
                 raise KeyboardInterrupt
-            return self.stop_poll is not None and self.stop_poll() and self.stop_for_signal(trainer)
+            stops: bool = trainer.stops_for_signal(now=now)
+            return stops
 
         with trainer.in_stage("validate"):
             # Not inference_mode: what the model keeps of it may be needed by the next backward.
-            self.val_loop.run(
-                trainer, self.val_data, no_grad=torch.no_grad, go_on=self.restore_moment, each_batch=signalled
-            )
+            self.val_loop.run(trainer, self.val_data, no_grad=torch.no_grad, go_on=self.restore_moment, look=look)
 
     # ---- state
 

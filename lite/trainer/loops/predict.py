@@ -41,7 +41,7 @@ class PredictLoop(EvaluationLoop):
         *,
         no_grad: Callable[[], AbstractContextManager[Any]],
         go_on: Callable[[], None] | None = None,
-        each_batch: Callable[[], bool] | None = None,
+        look: Callable[..., bool] | None = None,
     ) -> list[Any]:
         """Predict all batches that count; returns `predictions`, or [] where they are not kept."""
         self._keeps = self.keep or any(getattr(c, "wants_predictions", False) for c in trainer.callbacks)
@@ -57,7 +57,7 @@ class PredictLoop(EvaluationLoop):
             self._call(trainer, "on_predict_epoch_start")
             for index in range(len(data.loaders)):
                 self.loader, self.batch = index, 0
-                self._run_loader(trainer, index, data, None, each_batch)
+                self._run_loader(trainer, index, data, None, look)
             trainer.metrics.end_batches()
             self._call(trainer, "on_predict_epoch_end")
             self._call(trainer, "on_predict_end")

@@ -252,8 +252,8 @@ class TrainEpochLoop:
         talks = fit.wants_stop or (new_step and progress.stepped % trainer.ranks_talk_every == 0)
         if trainer.world_size > 1 and talks:
             fit.vote()
-        if fit.stop_poll is not None and fit.stop_poll():
-            return bool(fit.stop_for_signal(trainer))
+        if trainer.stops_for_signal():
+            return True
         due = fit.validation_is_due(trainer, count) if validates is None else validates
         validated = fit.validate_if(trainer, due)
         if not validated and fit.wants_stop and fit.may_stop_early():
