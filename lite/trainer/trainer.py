@@ -354,6 +354,7 @@ class Trainer(Evaluating, Interruption, Serving):
         self.metrics.discard("train")
         self.metrics.discard("validate")
         self.fit_loop.events = {choose("events", kind, ["batch", "epoch"]) for kind in events}
+        self.fit_loop.data_parts, _ = self.lite.strategy.data_shards(self.world_size, self.global_rank)
         self._check_fit(model, datamodule)
 
         def find() -> None:

@@ -9,15 +9,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel
+from torch.distributed.tensor import Replicate, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+from torch.utils.data import DataLoader
 
 from lite import ConfigError, Lite, ModelParallelStrategy, UsageError
 from lite.loggers import Logger
 from lite.sharded import is_sharded, whole
+from lite.trainer import LightningModule
 from tests.contracts.test_numbers import PLAN, SEQUENCE_PLAN
 from tests.support.models import TinyGPT, sentences
 from tests.support.processes import run_distributed
+from tests.trainer.modules import trainer
 
 SPLIT_LOGITS = {**PLAN, "head": ColwiseParallel(use_local_output=False)}
 
@@ -185,6 +188,48 @@ def test_a_number_of_split_logits_is_logged_whole() -> None:
     (first, whole_first), (second, _) = run_distributed(number_of_split_logits)
     assert first == [whole_first] == [pytest.approx(wanted, rel=1e-12)]
     assert second == []
+
+
+class Logging(LightningModule):
+    """Logs a number of split logits in every form."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 6)).double()
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        logits = self.net(batch)
+        self.log("step", logits.mean(), on_step=True, on_epoch=False)
+        for kind in ("mean", "sum", "max"):
+            self.log(kind, logits.mean(), on_step=False, on_epoch=True, reduce_fx=kind, sync_dist=kind != "max")
+        return whole_with_graph(logits).pow(2).mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def whole_with_graph(logits: Any) -> Tensor:
+    return logits.full_tensor() if is_sharded(logits) else logits
+
+
+def logged_by_a_trainer(strategy: str) -> tuple[dict[str, float], float]:
+    plan = {"net.0": RowwiseParallel(input_layouts=Replicate()), "net.2": ColwiseParallel(use_local_output=False)}
+    chosen = ModelParallelStrategy(plan) if strategy == "tp" else "auto"
+    module, run = Logging(), trainer(strategy=chosen)
+    rows = torch.randn(11, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    run.fit(module, DataLoader(rows, batch_size=4))
+    found = run.callback_metrics
+    assert not any(map(is_sharded, found.values()))
+    return {name: float(value) for name, value in found.items()}, run.clocks()["samples"]
+
+
+def test_a_trainer_logs_numbers_of_split_logits_and_counts_samples_once() -> None:
+    wanted, samples = logged_by_a_trainer("single")
+    assert samples == 11
+    for found, counted in run_distributed(logged_by_a_trainer, "tp"):
+        assert found == pytest.approx(wanted, rel=1e-12)
+        assert counted == 11
 
 
 def plain_mask(data_parallel: int, loss_parallel: bool) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lite.errors import ConfigError
+from lite.sharded import whole
 
 _FOLD_AT = 256
 _REDUCE = {"mean": "mean", "avg": "mean", "sum": "sum", "min": "min", "max": "max"}
@@ -152,7 +153,7 @@ class Entry:
         if isinstance(value, Tensor):
             if value.numel() != 1:
                 raise self._wrong(f"a tensor of shape {tuple(value.shape)}")
-            return value.detach().as_subclass(Tensor).clone()
+            return whole(value.detach()).as_subclass(Tensor).clone()
         if isinstance(value, (bool, int, float)):
             return value
         if hasattr(value, "__float__") and not isinstance(value, str):

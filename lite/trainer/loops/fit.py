@@ -74,6 +74,7 @@ class FitLoop:
         self.wish: bool | None = None
         self.follows_metrics = True
         self.events = {"batch", "epoch"}
+        self.data_parts = 1  # how many ranks have different samples
         self.stop_poll: Callable[[], bool] | None = None
         self.moment: RandomState | None = None
         self.sums_before: dict[str, Any] | None = None  # an epoch that is cut off may be gone on with
@@ -216,14 +217,14 @@ class FitLoop:
         return not self.epoch_loop.complete and self.is_over(trainer)
 
     def epoch_samples(self) -> int:
-        """Samples of this epoch so far over all ranks, where the loader knows."""
+        """Samples of this epoch so far over all ranks, where the loader knows; each once."""
         loader = self.data.loaders[0] if self.data.loaders else None
         size, count = sizes_of(loader)
         size = int(getattr(loader, "batch_size", None) or 0) if size is None else size
         samples = self.progress.batch * size
         samples = samples if count is None else min(samples, count)
         shard = getattr(getattr(loader, "batch_sampler", None), "shard", None)
-        return samples * (collectives.world_size() // (1 if shard is None else shard.world_size))
+        return samples * (self.data_parts // (1 if shard is None else shard.world_size))
 
     # ---- the end
 
