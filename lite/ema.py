@@ -23,6 +23,7 @@ from lite.state import plain_key
 from lite.swapped import swapped
 
 _HALF = (torch.float16, torch.bfloat16)
+_APART = 1 << 30  # no training comes to as many versions
 
 
 class EMA:
@@ -69,6 +70,8 @@ class EMA:
         self._in_sync = in_sync
         self._partition = partition
         self._kept: list[tuple[Tensor, Tensor]] | None = None  # the model's own values, within `swap`
+        self._versions: list[int] = []
+        self._swaps = 0
         self._with_buffers = buffers
         self._sharded = _sharded_modules(model)
         self._reshard()
@@ -125,9 +128,12 @@ class EMA:
             raise UsageError("ema.swap() is open already; leave the first block before you enter another.")
         self._check_same(added=True)
         self._kept = [(tensor, self._own(tensor).detach().clone()) for tensor in self._tensors.values()]
+        self._versions = [self._own(tensor)._version for tensor in self._tensors.values()]
         with swapped(self._model, self._tensors.values(), self._put_back):
             try:
                 self._put((tensor, _local(self._averages[name])) for name, tensor in self._tensors.items())
+                self._swaps += 1
+                self._set_versions([_APART + self._swaps] * len(self._versions))
                 yield
                 changed = self._changed()
             finally:
@@ -230,7 +236,14 @@ class EMA:
         """Give the model its own values; a teardown may have done so before the block's end."""
         if self._kept is not None:
             self._put(iter(self._kept))
+            self._set_versions(self._versions)
             self._kept = None
+
+    def _set_versions(self, versions: list[int]) -> None:
+        """Let autograd take the model's tensors for what they were at these versions: a backward of a forward before
+        the block finds the same values after it, and of one within it others."""
+        own = tuple(map(self._own, self._tensors.values()))
+        torch._C._autograd._unsafe_set_version_counter(own, tuple(versions))
 
     @torch.no_grad()
     def _changed(self) -> list[str]:

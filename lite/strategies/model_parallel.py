@@ -20,7 +20,7 @@ from lite.strategies.fsdp import names_of_blocks, place, policies, shard_over_da
 from lite.strategies.meshes import make_mesh, settle_sizes
 from lite.strategies.second_order import refuse_second_order
 from lite.strategies.sharded import ShardedStrategy
-from lite.strategies.split_draws import watch_first_draws
+from lite.strategies.split_draws import FirstDraws
 from lite.strategies.split_lengths import watch_lengths
 from lite.strategies.split_loss import loss_parallel as within_loss_parallel
 from lite.strategies.split_outputs import watch_first_outputs
@@ -39,7 +39,7 @@ class ModelParallelStrategy(ShardedStrategy):
 
     Outputs that stay split (`use_local_output=False`) are DTensors. `outputs.full_tensor()`, called on all ranks, is
     the whole, which a number (`item()`), an accuracy (`argmax` against plain targets), a generation step, and a loss
-    with `label_smoothing=` or plain soft targets need; `F.cross_entropy` alone takes them as they are.
+    with `label_smoothing=`, plain soft targets or a plain mask need; `F.cross_entropy` alone takes them as they are.
 
     Args:
         parallelize: What is split how: a dict of layer names (with `*`) and styles of
@@ -206,6 +206,9 @@ class ModelParallelStrategy(ShardedStrategy):
             return remedies.of_both_kinds(error)
         return super().explain_backward_error(error)
 
+    def first_draws(self) -> FirstDraws | None:
+        return FirstDraws(self._mesh["tensor"].get_group()) if self._tensor > 1 else None
+
     def check_new_optimizer(self, optimizer: Any) -> None:
         from lite.strategies.repointing import check_kernels
 
@@ -240,7 +243,6 @@ class ModelParallelStrategy(ShardedStrategy):
             watch_first_outputs(named, self._plan)
             watch_lengths(named, self._plan, self._tensor)
             refuse_second_order(named)
-            watch_first_draws(named, self._mesh["tensor"].get_group())
         how = f"layers split over {self._tensor} ranks"
         if self._data == 1:
             return how

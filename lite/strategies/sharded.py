@@ -29,6 +29,7 @@ from lite.strategies.process_group import ProcessGroup
 
 if TYPE_CHECKING:
     from lite.strategies.sharded_engine import ShardedEngine
+    from lite.strategies.split_draws import FirstDraws
 
 _log = logging.getLogger("lite")
 
@@ -105,6 +106,10 @@ class ShardedStrategy(Strategy):
     def shard(self, module: nn.Module, device: torch.device, blocks: dict[str, nn.Module]) -> str:
         """Shard a module in place; say how, in a few words. Collective."""
         raise NotImplementedError
+
+    def first_draws(self) -> FirstDraws | None:
+        """What looks whether ranks that compute one model draw alike; None where each computes its own."""
+        return None
 
     def explain_forward_error(self, module: nn.Module, error: RuntimeError) -> str | None:
         """What to do about an error in a forward, where the way of sharding is its reason."""
@@ -223,6 +228,7 @@ class ShardedStrategy(Strategy):
             buffers=self._broadcast_buffers and self.shards_over_data,
             full_state=self._full_state,
             explain=self.explain_forward_error,
+            draws=self.first_draws(),
             undo=undo + norms + self._compile(module),
         )
         self._all = [ref for ref in self._all if ref() is not None]

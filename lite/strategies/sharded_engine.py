@@ -36,6 +36,7 @@ from lite.strategies.numbers import WholeNumbers
 from lite.strategies.outside import OutsideCheck
 from lite.strategies.repointing import loading_into_shards, repoint
 from lite.strategies.restoring import Original
+from lite.strategies.split_draws import FirstDraws
 from lite.strategies.waiting import WaitingGradients
 
 
@@ -49,6 +50,7 @@ class ShardedEngine(Engine):
         buffers: Whether each forward that trains starts with rank 0's buffers.
         full_state: Whether `state_dict()` puts tensors together.
         explain: What to do about an error in a forward of the model, where that is known.
+        draws: What looks whether ranks that compute the model together draw alike.
         undo: What else is to be taken back.
 
     Attributes:
@@ -69,12 +71,14 @@ class ShardedEngine(Engine):
         buffers: bool,
         full_state: bool,
         explain: Callable[[nn.Module, RuntimeError], str | None],
+        draws: FirstDraws | None = None,
         undo: Iterable[Callable[[], None]] = (),
     ) -> None:
         self._module = weakref.ref(module)
         self._original = original
         self._precision = precision
         self._explain = explain
+        self._draws = draws
         self._undo = list(undo)
         current = dict(module.named_parameters(remove_duplicate=False))
         self._former = WeakIdKeyDictionary()
@@ -176,9 +180,13 @@ class ShardedEngine(Engine):
             elif self._aside:
                 self._reshard()
         alone = self._before_inference(args, kwargs) if torch.is_inference_mode_enabled() else nullcontext()
+        looks = outermost and self._draws is not None and provenance.has_tensors((args, kwargs))
+        stood = self._draws.stand(self.module) if looks and self._draws is not None else None
         try:
             with self._numbers, self._outside, alone:
                 outputs = call(run, args, kwargs)
+            if stood is not None and self._draws is not None:
+                self._draws.check(self.module, stood)
         except BaseException as error:
             if outermost:
                 self._recover()

@@ -17,37 +17,46 @@ from lite.seed import RandomState
 from lite.strategies.remedies import class_name
 
 
-def watch_first_draws(module: nn.Module, group: Any) -> None:
-    """Refuse a first training forward of the model that draws from generators which stand otherwise on other ranks.
+class FirstDraws:
+    """Refuses a model's first training run that draws from generators which stand otherwise on other ranks.
 
-    Later forwards cost nothing. What the compiler, or a transform of torch.func, runs is not looked at.
+    Later runs cost nothing, and are not looked at; nor is what the compiler, or a transform of torch.func, runs.
 
     Args:
-        module: The model, split already.
-        group: The ranks that compute it together.
+        group: The ranks that compute the model together.
     """
-    before: list[list[bytes]] = []
 
-    def note(model: nn.Module, inputs: Any) -> None:
-        looks = not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None
-        if looks and model.training and torch.is_grad_enabled():
-            before[:] = [_stands()]
+    def __init__(self, group: Any) -> None:
+        self._group = group
+        self._runs = 0
+        self._done = False
 
-    def check(model: nn.Module, inputs: Any, outputs: Any) -> None:
-        if not before:
+    def stand(self, module: nn.Module) -> list[bytes] | None:
+        """Where generators stand before a run; None where it is not looked at."""
+        traced = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+        if self._done or traced or not module.training or not torch.is_grad_enabled():
+            return None
+        return _stands()
+
+    def check(self, module: nn.Module, before: list[bytes]) -> None:
+        """Compare after the first run, and after the first one that has drawn. Collective over the group then.
+
+        Raises:
+            UsageError: The ranks would train apart.
+        """
+        self._runs += 1
+        drew = before != _stands()
+        if self._runs > 1 and not drew:
             return
-        for handle in handles:
-            handle.remove()
-        states = collectives.all_gather_objects((before[0], before[0] != _stands()), group=group)
-        if any(drew for _, drew in states) and any(state != states[0][0] for state, _ in states):
+        states = collectives.all_gather_objects((before, drew), group=self._group)
+        if any(drawn for _, drawn in states) and any(state != before for state, _ in states):
             raise UsageError(
-                f"{class_name(model)} draws random numbers in its forward (dropout, say), and the ranks that compute "
-                "it together under tensor parallelism have differently seeded generators, so that weights which each "
+                f"{class_name(module)} draws random numbers in training (dropout, say), and the ranks that compute it "
+                "together under tensor parallelism have differently seeded generators, so that weights which each "
                 "holds whole would train apart; call torch.manual_seed(seed) with the same seed on these ranks, after "
                 "the model is set up or loaded."
             )
-
-    handles = [module.register_forward_pre_hook(note), module.register_forward_hook(check)]
+        self._done = drew
 
 
 def _stands() -> list[bytes]:

@@ -56,8 +56,26 @@ def _separate() -> None:
 
 
 def _without_log_softmax(handle: Callable[..., Any], op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    gradient, result, *others = args
-    return handle(op, (gradient, _like(result, torch.full_like(local(result), -torch.inf)), *others), kwargs)
+    gradient, result, target, weight, reduction, ignore_index, total = args
+    if weight is not None:
+        gradient, target = _of_each_target(gradient, result, local(target), reduction, ignore_index, local(total))
+        reduction = 0  # none
+    nothing = _like(result, torch.full_like(local(result), -torch.inf))
+    return handle(op, (gradient, nothing, target, weight, reduction, ignore_index, total), kwargs)
+
+
+def _of_each_target(
+    gradient: Any, result: Any, target: Tensor, reduction: int, ignore_index: int, total: Tensor
+) -> tuple[Any, Tensor]:
+    """The gradient of each target's own loss, and targets that are classes: torch 2.13 looks up the weight of ignored
+    ones, too."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    counts = target != ignore_index
+    each = local(gradient) / total if reduction == 1 else local(gradient)  # 1: mean, 2: sum
+    each = torch.where(counts, each.expand(target.shape), 0)
+    mesh = result.device_mesh
+    return DTensor.from_local(each, mesh, [Replicate()] * mesh.ndim, run_check=False), target.where(counts, 0)
 
 
 def _log_softmax_backward(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

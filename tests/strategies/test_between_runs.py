@@ -279,9 +279,9 @@ def test_a_change_between_forward_and_backward_is_torchs_error(sharding: str, ch
         assert all("has been modified by an inplace operation" in one for one in told)
 
 
-def average_between() -> float:
+def average_between(strategy: str) -> float:
     """How far the gradient is off after averages stood in the weights' place between forward and backward."""
-    loop = Loop("fsdp")
+    loop = Loop(strategy)
     average = loop.lite.ema(loop.model, decay=0.5)
     loop.lite.backward(loop.loss(loop.batches[0]))
     loop.optimizer.step()
@@ -298,8 +298,29 @@ def average_between() -> float:
     return float((gradients[0] - gradients[1]).abs().max())
 
 
-def test_averages_may_come_and_go_between_forward_and_backward() -> None:
-    assert run_distributed(average_between) == [0.0, 0.0]
+@pytest.mark.parametrize("strategy", ["single", "ddp", "fsdp"])
+def test_averages_may_come_and_go_between_forward_and_backward(strategy: str) -> None:
+    processes = 1 if strategy == "single" else 2
+    assert run_distributed(average_between, strategy, world_size=processes) == [0.0] * processes
+
+
+@pytest.mark.parametrize("begins_within", [False, True])
+def test_a_backward_takes_the_weights_of_its_forward(begins_within: bool) -> None:
+    """Averages are no weights that a backward of the model's own may use, nor the other way round."""
+    loop = Loop("single")
+    average = loop.lite.ema(loop.model, decay=0.5)
+    loss = loop.loss(loop.batches[1])
+    with average.swap():
+        if begins_within:
+            loss = loop.loss(loop.batches[1])
+        else:
+            with pytest.raises(RuntimeError, match="has been modified by an inplace operation"):
+                loop.lite.backward(loss)
+    if begins_within:
+        with torch.no_grad():
+            loop.model.head.weight.mul_(0.5)  # the next version
+        with pytest.raises(RuntimeError, match="has been modified by an inplace operation"):
+            loop.lite.backward(loss)
 
 
 def early_step() -> str:

@@ -70,12 +70,19 @@ def weighted(logits: Tensor, wanted: Tensor) -> Tensor:
     )
 
 
+def weighted_some(logits: Tensor, wanted: Tensor) -> Tensor:
+    some, weight = wanted.clone(), torch.linspace(0.5, 2, 16, dtype=torch.float64)
+    some[::3] = -100
+    mean, total = F.cross_entropy(logits, some, weight), F.cross_entropy(logits, some, weight, reduction="sum")
+    return mean + 0.1 * total + F.cross_entropy(logits, some, weight, reduction="none").pow(2).mean()
+
+
 def divergence(logits: Tensor, wanted: Tensor) -> Tensor:
     teacher = (0.5 * logits.detach()).log_softmax(-1)
     return F.kl_div(logits.log_softmax(-1), teacher, log_target=True, reduction="batchmean")
 
 
-LOSSES = (entropy, smoothed, mixed, over_positions, weighted, divergence)
+LOSSES = (entropy, smoothed, mixed, over_positions, weighted, weighted_some, divergence)
 
 
 def losses_of(model: TinyGPT, backward: Callable[[Tensor], None]) -> dict[str, Tensor]:
@@ -106,35 +113,51 @@ def test_losses_of_split_logits_have_one_processs_gradients() -> None:
 # ---- random numbers
 
 
-def train_with_dropout(seeds: tuple[int, int], dropout: float) -> Any:
+class Dropped(TinyGPT):
+    """Drops what its first layer gives, in forward and in a method that calls layers itself."""
+
+    rate = 0.0
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return super().forward(tokens) * F.dropout(torch.ones((), dtype=torch.float64), self.rate)
+
+    def method(self, tokens: Tensor) -> Tensor:
+        return F.dropout(self.blocks[0](self.tokens(tokens)), self.rate).pow(2).mean()
+
+
+def train_with_dropout(seeds: tuple[int, int], rates: tuple[float, ...], method: bool) -> Any:
     lite = start()
-    model = lite.setup(made(dropout))
+    torch.manual_seed(3)
+    model = lite.setup(Dropped(torch.float64))
     torch.manual_seed(seeds[lite.global_rank])
+    (tokens,) = sentences(4)[:]
+    run = model.method if method else model.loss
     try:
-        lite.backward(model.loss(sentences(4)[:][0]))
+        for model.rate in rates:
+            model.zero_grad()
+            lite.backward(run(tokens))
     except UsageError as error:
         torch.manual_seed(7)  # as it says
         model.zero_grad()
-        lite.backward(model.loss(sentences(4)[:][0]))
+        lite.backward(run(tokens))
         lite.check_sync()
         return str(error)
     return whole(model.tokens.weight.grad)
 
 
-def test_ranks_of_one_model_must_draw_alike() -> None:
+@pytest.mark.parametrize("method", [False, True])
+@pytest.mark.parametrize("rates", [(0.5,), (0.0, 0.5)])
+def test_ranks_of_one_model_must_draw_alike(rates: tuple[float, ...], method: bool) -> None:
     """Whole weights would get another gradient on each rank."""
-    for told in run_distributed(train_with_dropout, (7, 8), 0.5):
-        assert "TinyGPT draws random numbers in its forward" in told
+    for told in run_distributed(train_with_dropout, (7, 8), rates, method):
+        assert "Dropped draws random numbers in training" in told
         assert "call torch.manual_seed(seed) with the same seed on these ranks" in told
-    model = made(0.5)
-    torch.manual_seed(7)
-    model.loss(sentences(4)[:][0]).backward()
-    for gradient in run_distributed(train_with_dropout, (7, 7), 0.5):
-        torch.testing.assert_close(gradient, model.tokens.weight.grad, rtol=0, atol=1e-12)
+    first, second = run_distributed(train_with_dropout, (7, 7), rates, method)
+    assert torch.equal(first, second)
 
 
 def test_a_seed_per_rank_is_fine_where_nothing_is_drawn() -> None:
-    for gradient in run_distributed(train_with_dropout, (7, 8), 0.0):
+    for gradient in run_distributed(train_with_dropout, (7, 8), (0.0,), False):
         assert isinstance(gradient, Tensor)
 
 
