@@ -31,10 +31,13 @@ class ModelParallelStrategy(ShardedStrategy):
 
     Loaders split batches over the data axis alone: all ranks of a group get the same samples. `lite.all_reduce` and
     `lite.gather_for_metrics` count each group once. Weights and buffers become rank 0's; tied weights stay tied.
-    Call the model, and methods of it that compute, on all ranks. The ranks of a group must draw the same random numbers
-    (one seed for all of them): a dropout of whole tensors is one process's then. Where a layer's output is split, over
-    features or, with SequenceParallel, over the sequence, each part gets the same mask, so it is another one than one
-    process's; torch draws for DTensors alone, and on CUDA alone, as for the whole.
+    Call the model, and methods of it that compute, on all ranks.
+
+    The ranks of a group must draw the same random numbers, from one seed for all of them: the first training run that
+    draws is refused else, while seeds of their own that come later are not noticed. A dropout of whole tensors is one
+    process's then. Where a layer's output is split, over features or, with SequenceParallel, over the sequence, each
+    part gets the same mask, so it is another one than one process's; torch draws for DTensors alone, and on CUDA alone,
+    as for the whole.
     A hook on a parameter that is split (`register_hook`) gets its gradient as a DTensor.
 
     Outputs that stay split (`use_local_output=False`) are DTensors. `outputs.full_tensor()`, called on all ranks, is

@@ -180,13 +180,15 @@ class ShardedEngine(Engine):
             elif self._aside:
                 self._reshard()
         alone = self._before_inference(args, kwargs) if torch.is_inference_mode_enabled() else nullcontext()
-        looks = outermost and self._draws is not None and provenance.has_tensors((args, kwargs))
-        stood = self._draws.stand(self.module) if looks and self._draws is not None else None
+        draws = self._draws
+        if draws is not None and not (outermost and provenance.has_tensors((args, kwargs))):
+            draws = None  # a part of a run, or what one rank may do alone
+        stood = None if draws is None else draws.stand(self.module)
         try:
             with self._numbers, self._outside, alone:
                 outputs = call(run, args, kwargs)
-            if stood is not None and self._draws is not None:
-                self._draws.check(self.module, stood)
+            if draws is not None and stood is not None:
+                draws.check(self.module, stood)
         except BaseException as error:
             if outermost:
                 self._recover()

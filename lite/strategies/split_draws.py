@@ -20,7 +20,8 @@ from lite.strategies.remedies import class_name
 class FirstDraws:
     """Refuses a model's first training run that draws from generators which stand otherwise on other ranks.
 
-    Later runs cost nothing, and are not looked at; nor is what the compiler, or a transform of torch.func, runs.
+    What comes after it costs nothing, and is not looked at; nor is what the compiler, or a transform of torch.func,
+    runs.
 
     Args:
         group: The ranks that compute the model together.
@@ -31,25 +32,27 @@ class FirstDraws:
         self._runs = 0
         self._done = False
 
-    def stand(self, module: nn.Module) -> list[bytes] | None:
+    def stand(self, module: nn.Module) -> RandomState | None:
         """Where generators stand before a run; None where it is not looked at."""
         traced = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
         if self._done or traced or not module.training or not torch.is_grad_enabled():
             return None
-        return _stands()
+        return RandomState.capture(torch_only=True, cuda=True)
 
-    def check(self, module: nn.Module, before: list[bytes]) -> None:
+    def check(self, module: nn.Module, before: RandomState) -> None:
         """Compare after the first run, and after the first one that has drawn. Collective over the group then.
 
         Raises:
             UsageError: The ranks would train apart.
         """
         self._runs += 1
-        drew = before != _stands()
+        now = RandomState.capture(torch_only=True, cuda=True)
+        drew = not all(map(torch.equal, _states(before), _states(now)))
         if self._runs > 1 and not drew:
             return
-        states = collectives.all_gather_objects((before, drew), group=self._group)
-        if any(drawn for _, drawn in states) and any(state != before for state, _ in states):
+        mine = [hashlib.blake2b(state.numpy().tobytes()).digest() for state in _states(before)]
+        everyones = collectives.all_gather_objects((mine, drew), group=self._group)
+        if any(drawn for _, drawn in everyones) and any(theirs != mine for theirs, _ in everyones):
             raise UsageError(
                 f"{class_name(module)} draws random numbers in training (dropout, say), and the ranks that compute it "
                 "together under tensor parallelism have differently seeded generators, so that weights which each "
@@ -59,8 +62,6 @@ class FirstDraws:
         self._done = drew
 
 
-def _stands() -> list[bytes]:
-    """Where torch's generators stand, of the CPU and of the CUDA device that is in use."""
-    state = RandomState.capture(torch_only=True, cuda=True)
-    found = [state.torch_state, state.cuda_state]
-    return [hashlib.blake2b(one.numpy().tobytes(), digest_size=8).digest() for one in found if one is not None]
+def _states(state: RandomState) -> list[torch.Tensor]:
+    """Of the CPU's generator, and of that of the CUDA device in use."""
+    return [one for one in (state.torch_state, state.cuda_state) if one is not None]
