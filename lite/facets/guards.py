@@ -195,5 +195,5 @@ class Guards(Facet):
                 self._agreement = StopAgreement(
                     self._store, name=self._stop_name, rank=self.global_rank, world_size=self.world_size, watch=watch
                 )
-                watch.report_progress(self._agreement.progress)
+                watch.report_progress(self._agreement.progress, self._agreement.counted)
         return self._agreement

@@ -18,7 +18,7 @@ import uuid
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -26,11 +26,14 @@ import torch.distributed as dist
 
 from lite import collectives
 from lite.checkpoint.background import wait_for_all
-from lite.errors import LiteError, PeerError
+from lite.errors import LiteError, PeerError, UsageError
 from lite.guards.hooks import Hooks
 from lite.launchers.notes import asked_for, leave_note
 
 POLL_S = 0.5
+_LATE_S = 1.0  # how long a rank waits for others in `meet` before it asks them where they are
+_ASK_AGAIN_S = 5.0
+_TELL_S = 30.0  # and before it says so
 _NOTE_S = 2.0  # how long a rank whose communication broke waits for another's note
 _GRACE_S = 5.0  # how long a rank may go on after another one has failed
 _CLEANUP_S = 30.0  # how long it may take to end once it knows
@@ -58,6 +61,20 @@ class Failure:
     text: str
 
 
+@dataclass(frozen=True)
+class _Answer:
+    """Where a rank is: in words, and as numbers that grow as it goes on; none of a rank that doesn't answer."""
+
+    rank: int
+    where: str
+    position: list[int] = field(default_factory=list)
+
+
+def current_watch() -> FailureWatch | None:
+    """This process's watch, if it has one."""
+    return None if _current is None or _current.closed else _current
+
+
 def watch_failures(store: Any) -> FailureWatch:
     """Return this process's watch over the default process group, which it joins. Collective: call on all ranks.
 
@@ -72,7 +89,7 @@ def watch_failures(store: Any) -> FailureWatch:
         _current.close(linger=False)
     # The store outlives a job that torchrun restarts, and may serve several: a name of its own keeps them apart.
     name = f"lite/{collectives.broadcast(uuid.uuid4().hex)}"
-    _current = FailureWatch(own_client(store), name, group)
+    _current = FailureWatch(own_client(store), name, group, timeout_s=store.timeout.total_seconds())
     return _current
 
 
@@ -83,24 +100,28 @@ class FailureWatch:
         client: A connection to the store that nobody else uses, or None to do nothing.
         name: What this job's keys in the store start with.
         group: The process group that is watched.
+        timeout_s: How long a rank waits for others in `meet`.
 
     Attributes:
         failure: The first failure of the job, once this rank knows of it.
         closed: Whether this watch has ended.
     """
 
-    def __init__(self, client: Any, name: str, group: Any) -> None:
+    def __init__(self, client: Any, name: str, group: Any, *, timeout_s: float) -> None:
         self.name = name
         self.group = weakref.ref(group)
         self.rank = collectives.rank()
         self.world_size = collectives.world_size()
         self.failure: Failure | None = None
         self.closed = False
-        self._client = client
+        self._client, self._timeout_s = client, timeout_s
         self._pid = os.getpid()
         self._posted = self._told = self._acknowledged = False
         self._answered = self._names = 0
         self._progress: Callable[[], str] = str
+        self._count: Callable[[], int] = int
+        self._position: Callable[[], tuple[int, ...]] = tuple
+        self._meetings: dict[str, int] = {}
         self._before_close: list[Callable[[], Any]] = []
         self._stop = threading.Event()
         self._user_thread = threading.current_thread()
@@ -120,9 +141,58 @@ class FailureWatch:
         self._names += 1
         return f"{self.name}/{what}{self._names}"
 
-    def report_progress(self, progress: Callable[[], str]) -> None:
-        """Let this rank's answer to "where are you" hold what `progress()` returns."""
-        self._progress = progress
+    def report_progress(self, progress: Callable[[], str], count: Callable[[], int]) -> None:
+        """Let this rank's answer to "where are you" hold what `progress()` returns, in words, and `count()`."""
+        self._progress, self._count = progress, count
+
+    def report_position(self, position: Callable[[], tuple[int, ...]]) -> None:
+        """Let it hold `position()` too, which tells places of one count apart: later ones are greater."""
+        self._position = position
+
+    def meet(self, what: str, remedy: str) -> None:
+        """Wait until all ranks are in this call, but not for one that has gone on without it. Collective, and rare.
+
+        Args:
+            what: The call, in words; the so-manieth of each rank belong together.
+            remedy: What to do where a rank doesn't come.
+
+        Raises:
+            UsageError: A rank has gone past the place where this one is, or has ended, without the call.
+            PeerError: A rank has failed, or it takes too long.
+        """
+        if self.closed:
+            return
+        number = self._meetings[what] = self._meetings.get(what, 0) + 1
+        here = f"{self.name}/meet/{what}/{number}"
+        self._client.set(f"{here}/{self.rank}", "")
+        everyone = [f"{here}/{rank}" for rank in range(self.world_size)]
+        started = time.monotonic()
+        ask_at, told = started + _LATE_S, False
+        while not self._client.check(everyone):
+            time.sleep(0.002)
+            if time.monotonic() < ask_at:
+                continue
+            failed = self.peer_failure()
+            if failed is not None:
+                raise failed
+            if ask_at > started + self._timeout_s:
+                raise self.timed_out(what)
+            answers = self._ask_all()
+            ask_at = time.monotonic() + _ASK_AGAIN_S
+            # Asked again after their answers: whoever was on its way has come, whoever is past the place never will.
+            away = [one for one in answers if not self._client.check([everyone[one.rank]])]
+            gone = [one for one in away if self.has_left(one.rank) or one.position > self._place()]
+            if gone:
+                ranks = ", ".join(str(one.rank) for one in gone)
+                places = "; ".join(f"rank {one.rank} is {one.where}" for one in gone)
+                raise UsageError(f"{what} on rank {self.rank}, but not on rank {ranks}: {places}. {remedy}")
+            if away and not told and time.monotonic() > started + _TELL_S:
+                told = True
+                places = "; ".join(f"rank {one.rank} is {one.where}" for one in away)
+                print(f"[rank {self.rank}] lite: {what} waits for all ranks. {places}. {remedy}", file=sys.stderr)
+        if self._client.add(f"{here}/met", 1) == self.world_size:
+            for key in (*everyone, f"{here}/met"):
+                self._client.delete_key(key)
 
     def before_close(self, end: Callable[[], Any]) -> None:
         """Let `end()` be called before this rank says that it needs the store no more."""
@@ -185,7 +255,7 @@ class FailureWatch:
     def timed_out(self, what: str) -> PeerError:
         """The error about a wait that took too long: it says where every rank is."""
         self._told = True
-        places = "\n".join(f"  rank {rank}: {place}" for rank, place in self._ask_all())
+        places = "\n".join(f"  rank {one.rank}: {one.where}" for one in self._ask_all())
         return PeerError(
             f"{what} timed out: not every rank has joined it. Where they are:\n{places}\nA rank that takes longer on "
             "purpose needs DDPStrategy(timeout=timedelta(...)); LITE_DEBUG=1 names collectives that don't match."
@@ -268,21 +338,24 @@ class FailureWatch:
             "0 alone, say; LITE_DEBUG=1 names them)."
         )
 
-    def _ask_all(self) -> list[tuple[int, str]]:
-        """Every other rank's whereabouts, as its watcher tells them."""
+    def _ask_all(self) -> list[_Answer]:
+        """Every rank's whereabouts, as its watcher tells them."""
         number = self._client.add(f"{self.name}/asked", 1)
-        answers: dict[int, str] = {self.rank: f"waiting, {self._where()}"}
+        answers = {self.rank: _Answer(self.rank, f"waiting, {self._where()}", self._place())}
         deadline = time.monotonic() + 3 * POLL_S + 1.0
         while len(answers) < self.world_size and time.monotonic() < deadline:
             for rank in set(range(self.world_size)) - set(answers):
                 key = f"{self.name}/answer/{number}/{rank}"
                 if self._client.check([key]):
-                    answers[rank] = self._client.get(key).decode()
+                    answers[rank] = _Answer(**json.loads(self._client.get(key)))
                 elif self.has_left(rank):
-                    answers[rank] = f"ended already, {self._how_left(rank)}"
+                    answers[rank] = _Answer(rank, f"ended already, {self._how_left(rank)}")
             time.sleep(0.02)
         silent = "no answer: its process is gone, or its Python is blocked"
-        return [(rank, answers.get(rank, silent)) for rank in range(self.world_size)]
+        return [answers.get(rank, _Answer(rank, silent)) for rank in range(self.world_size)]
+
+    def _place(self) -> list[int]:
+        return [self._count(), *self._position()]
 
     def _where(self) -> str:
         from lite.guards.whereabouts import whereabouts
@@ -297,7 +370,8 @@ class FailureWatch:
                 asked = self._client.add(f"{self.name}/asked", 0)
                 if asked != self._answered:
                     self._answered = asked
-                    self._client.set(f"{self.name}/answer/{asked}/{self.rank}", f"alive, {self._where()}")
+                    answer = _Answer(self.rank, f"alive, {self._where()}", self._place())
+                    self._client.set(f"{self.name}/answer/{asked}/{self.rank}", json.dumps(asdict(answer)))
                 if self._look() is not None:
                     self._acknowledge()
                     break

@@ -152,6 +152,10 @@ class StopAgreement:
         """For people: how many steps this rank has counted."""
         return f"{self.count} steps counted by should_stop"
 
+    def counted(self) -> int:
+        """The same as a number."""
+        return self.count
+
     # ---- at a boundary
 
     def _poll(self) -> bool:

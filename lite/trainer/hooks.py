@@ -61,6 +61,9 @@ class Hooks:
         bases: The base classes whose own methods do nothing: of callbacks, of modules.
         wrap: What is put around each method (a profiler's), or None.
 
+    Attributes:
+        done: How many hooks have been run that are not part of every step: the same on all ranks.
+
     Raises:
         ConfigError: A method's name begins with `on_` and is nearly a hook's.
     """
@@ -78,6 +81,7 @@ class Hooks:
             check_names(callback, {**SHARED, **CALLBACKS_ALONE})
         check_names(module, {**SHARED, **MODULE_ALONE})
         wrap = wrap or (lambda name, owner, method: method)
+        self.done = 0
         self.monitors: tuple[Method, ...] = ()
         self._owners: dict[str, list[str]] = {}
         for name, count in {**SHARED, **CALLBACKS_ALONE, **MODULE_ALONE}.items():
@@ -108,6 +112,7 @@ class Hooks:
         """Run a hook that is not part of every step."""
         for method in getattr(self, name):
             method(*args)
+        self.done += 1
 
     def call_rest(self, name: str, begun: list[str]) -> None:
         """Run a hook's methods but those of `begun`, where each is noted as it begins: so a save within is whole.
@@ -121,6 +126,7 @@ class Hooks:
             if owner not in before:
                 begun.append(owner)
                 method()
+        self.done += 1
 
 
 def overrides(owner: Any, name: str, base: type) -> bool:

@@ -20,6 +20,7 @@ from lite.trainer.module import LightningModule
 from lite.trainer.module_hooks import DataHooks
 from lite.trainer.old import GONE_FROM_CALLBACKS, check_old_hooks, tell_of_gone
 from lite.trainer.state import TrainerFn, TrainerStatus
+from lite.trainer.together import report_position
 
 INTERRUPTED = 130
 
@@ -41,6 +42,7 @@ def running(
     its callbacks are known and nothing is set up: where it goes on from.
     """
     stage = str(fn.value)
+    report_position(trainer)
     try:
         trainer.begin(fn, module, datamodule)
     except BaseException:

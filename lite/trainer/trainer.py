@@ -31,6 +31,7 @@ from lite.trainer.profilers import make_profiler
 from lite.trainer.run import check_module, running
 from lite.trainer.serving import Serving
 from lite.trainer.state import RunningStage, TrainerFn, TrainerState
+from lite.trainer.together import on_all_ranks
 
 
 class Trainer(Evaluating, Interruption, Serving):
@@ -274,6 +275,8 @@ class Trainer(Evaluating, Interruption, Serving):
         self._merged: list[Any] = list(self.callbacks)
 
     # ---- what users call
+
+    save_checkpoint = on_all_ranks(Evaluating.save_checkpoint)
 
     def fit(
         self,

@@ -9,6 +9,7 @@ import signal
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from contextlib import redirect_stderr
 from datetime import timedelta
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lite import collectives
-from lite.errors import ConfigError, UsageError
+from lite.errors import ConfigError, PeerError, UsageError
 from lite.loggers import CSVLogger
 from lite.trainer import Callback, CombinedLoader, LightningModule
 from lite.trainer.callbacks import BasePredictionWriter, EarlyStopping, ModelCheckpoint
@@ -872,3 +873,79 @@ def test_a_signal_to_one_rank_ends_every_kind_of_run_on_all(tmp_path: Path) -> N
         (143, ["validate"], False, 0, True),
         (143, ["predict"], False, 0, True),
     ]
+
+
+class Alone(Callback):
+    """Does what needs all ranks on one of them: in which hook what is done, on which rank."""
+
+    def __init__(self, hook: str, rank: int, do: Callable[[Any], Any]) -> None:
+        self.rank, self.do = rank, do
+        setattr(self, hook, self.act)
+
+    def act(self, trainer: Any, *args: Any) -> Any:
+        return self.do(trainer) if trainer.global_rank == self.rank and trainer.global_step == 2 else None
+
+
+def skip(trainer: Any) -> int:
+    return -1
+
+
+def save(trainer: Any) -> None:
+    trainer.save_checkpoint(os.path.join(tempfile.gettempdir(), "never-written.ckpt"))
+
+
+def alone(hook: str, rank: int, do: Callable[[Any], Any]) -> str:
+    run = trainer(callbacks=Alone(hook, rank, do), limit_train_batches=4 if "batch" in hook else 2)
+    run.fit_loop.max_epochs = 2
+    try:
+        run.fit(Tiny(), numbers(16, 2), numbers(4, 2))
+    except (UsageError, PeerError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+@pytest.mark.parametrize(
+    ("hook", "rank", "do"),
+    [
+        ("on_train_batch_end", 0, save),
+        ("on_train_epoch_end", 0, save),
+        ("on_validation_end", 1, save),
+        ("on_train_batch_start", 1, skip),
+    ],
+)
+def test_what_one_rank_does_alone_is_told(hook: str, rank: int, do: Callable[[Any], Any]) -> None:
+    """A save, and a skipped rest of an epoch: an error in seconds, where ranks would wait for each other for ever."""
+    started = time.monotonic()
+    told = run_distributed(alone, hook, rank, do)
+    what = "trainer.save_checkpoint() was called" if do is save else "on_train_batch_start returned -1"
+    assert told[rank].startswith(f"UsageError: {what} on rank {rank}, but not on rank {1 - rank}: "), told
+    assert told[1 - rank].startswith("PeerError: ")
+    assert time.monotonic() - started < 60
+
+
+class Late(Callback):
+    """Rank 1 comes to each save later than rank 0 asks for it."""
+
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        time.sleep(1.5 * trainer.global_rank)
+        trainer.save_checkpoint(self.path)
+
+    def on_train_epoch_end(self, trainer: Any, *args: Any) -> None:
+        self.on_train_batch_end(trainer)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> int | None:
+        time.sleep(1.5 * trainer.global_rank * (batch_idx == 1))
+        return -1 if batch_idx == 1 else None
+
+
+def late(folder: str) -> int:
+    callback = Late()
+    callback.path = f"{folder}/x.ckpt"
+    run = trainer(callbacks=callback, max_epochs=2)
+    run.fit(Tiny(), numbers(16, 2), numbers(4, 2))
+    return run.global_step
+
+
+def test_who_is_only_late_is_waited_for(tmp_path: Path) -> None:
+    """In the step before, or in a hook; nobody is taken for one that has gone on."""
+    assert run_distributed(late, str(tmp_path)) == [2, 2]

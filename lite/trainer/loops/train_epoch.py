@@ -31,6 +31,12 @@ from lite.trainer.module import LightningModule
 from lite.trainer.old import OldHooks
 from lite.trainer.optimization.schedules import step_schedulers
 from lite.trainer.optimization.windows import Windows, make_window
+from lite.trainer.together import meet
+
+_SKIPPED = (
+    "on_train_batch_start returned -1",
+    "Let it return -1 on all ranks or on none, by what lite.all_reduce or lite.broadcast says, for example.",
+)
 
 
 class TrainEpochLoop:
@@ -110,14 +116,14 @@ class TrainEpochLoop:
         for batch in () if over else batches:
             if move is not None:
                 batch = move(batch, 0)
+            begin_batch(batch, in_start if on_start else training)
             self.under_way, self.entered, self._updates = True, False, progress.updates
-            begin_batch(batch, training)
             if real is not None:
                 metrics.filler = real() == 0
             if on_start:
-                at(in_start)
                 if any([hook(batch, count) == -1 for hook in on_start]):
                     self.under_way = False
+                    meet(trainer, *_SKIPPED)
                     self._end_unannounced(trainer, count, validates=False)
                     break
                 at(training)
@@ -125,9 +131,9 @@ class TrainEpochLoop:
             count += 1
             if old is not None and not metrics.filler:
                 old.keep(hook_outputs(self.output))
+            self.under_way = False
             progress.batches += 1
             progress.batch = count
-            self.under_way = False
             if count >= num_batches:
                 self._end_of_batches(trainer)
             if on_end:
