@@ -458,7 +458,7 @@ def compose_backward(lite: Steps) -> Callable[..., None]:
             plain(loss, *args, **kwargs)
         except BaseException as error:
             if scale is not None:
-                scale.failed = True
+                scale.failed = not strategy.refuses_after_failure
             if isinstance(error, RuntimeError):
                 gradients.check_loss(loss, args, kwargs)
             raise
@@ -485,7 +485,7 @@ def compose_backward(lite: Steps) -> Callable[..., None]:
         except BaseException as error:
             strategy.abandon_backward()
             if scale is not None:
-                scale.failed = True
+                scale.failed = not strategy.refuses_after_failure
             if not isinstance(error, RuntimeError):
                 raise
             gradients.check_loss(loss, args, kwargs)

@@ -65,6 +65,7 @@ class Strategy:
         has_gradients: Whether a parameter's `grad` is its gradient after backward, or this rank's part of it, once it
             is connected.
         distributes_layers: Whether a model's layers lie on different ranks, once it is connected.
+        refuses_after_failure: Whether it refuses by itself to go on after a backward that has begun and failed.
         start_method: How `Lite.launch` starts processes for it: "spawn", "fork" or "forkserver".
     """
 
@@ -74,6 +75,7 @@ class Strategy:
     shards: bool = False
     has_gradients: bool = True
     distributes_layers: bool = False
+    refuses_after_failure: bool = False
     start_method: str = "spawn"
 
     def check_world_size(self, world_size: int) -> None:

@@ -100,6 +100,7 @@ class DeepSpeedStrategy(Strategy):
 
     name = "deepspeed"
     distributed = True
+    refuses_after_failure = True
 
     def __init__(
         self,
