@@ -13,7 +13,7 @@ from lite import collectives
 from lite.errors import ConfigError, UsageError, shown
 from lite.facets.base import Facet
 from lite.loggers import Logger
-from lite.sharded import is_sharded, whole
+from lite.sharded import whole
 
 _NO_CALLBACKS = (str, bytes, bool, int, float, dict, set, frozenset, FunctionType, MethodType, BuiltinFunctionType)
 
@@ -93,8 +93,7 @@ class Records(Facet):
                 )
             if not isinstance(value, (Tensor, bool, int, float)) and not hasattr(value, "__float__"):
                 raise ConfigError(f"log: {name!r} is a {type(value).__name__}; log a number or a one-element tensor.")
-        if any(map(is_sharded, metrics.values())):
-            metrics = {name: whole(v) if is_sharded(v) else v for name, v in metrics.items()}
+        metrics = {name: whole(value) for name, value in metrics.items()}
         if self.is_global_zero and self._loggers:
             # A clone: the loop may go on adding to its tensor before the value is written out.
             values = {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in metrics.items()}

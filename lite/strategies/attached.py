@@ -39,7 +39,6 @@ class Attached:
                 own = torch.zeros(parameter.shape, dtype=parameter.dtype) if own is None else own
                 own = own.to(parameter.device, parameter.dtype)
                 parameter.grad = cut(collectives.all_reduce(own, "mean"), parameter)
-        self._hooks = {}
 
 
 def hooks_of(parameter: Tensor) -> dict[str, Any]:

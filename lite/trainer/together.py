@@ -3,25 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
-from functools import wraps
-from typing import Any, ParamSpec
+from typing import Any
 
 from lite.guards.failure import current_watch
-
-P = ParamSpec("P")
-
-
-def on_all_ranks(method: Callable[P, None]) -> Callable[P, None]:
-    """The Trainer's method, which first waits for all ranks to call it."""
-
-    @wraps(method)
-    def called(*args: P.args, **kwargs: P.kwargs) -> None:
-        what = f"trainer.{method.__name__}() was called"
-        meet(args[0], what, "Call it on all ranks; rank 0 alone writes the file.")
-        method(*args, **kwargs)
-
-    return called
 
 
 def meet(trainer: Any, what: str, remedy: str) -> None:

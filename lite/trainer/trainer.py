@@ -20,7 +20,6 @@ from lite.trainer.defaults import LoggerList, assemble_callbacks, assemble_logge
 from lite.trainer.evaluation import Evaluating
 from lite.trainer.events import Event
 from lite.trainer.hooks import Hooks
-from lite.trainer.interruption import Interruption
 from lite.trainer.logging.metrics import Metrics
 from lite.trainer.loops import EvaluationLoop, FitLoop, PredictLoop
 from lite.trainer.optimization.declared import Declared
@@ -31,10 +30,9 @@ from lite.trainer.profilers import make_profiler
 from lite.trainer.run import check_module, running
 from lite.trainer.serving import Serving
 from lite.trainer.state import RunningStage, TrainerFn, TrainerState
-from lite.trainer.together import on_all_ranks
 
 
-class Trainer(Evaluating, Interruption, Serving):
+class Trainer(Evaluating, Serving):
     """Trains, validates, tests and predicts with a LightningModule, on what Lite runs on.
 
     All arguments have names. LITE_TRAINER_<ARGUMENT> (or PL_TRAINER_<ARGUMENT>) is a default from the environment: an
@@ -275,8 +273,6 @@ class Trainer(Evaluating, Interruption, Serving):
         self._merged: list[Any] = list(self.callbacks)
 
     # ---- what users call
-
-    save_checkpoint = on_all_ranks(Evaluating.save_checkpoint)
 
     def fit(
         self,

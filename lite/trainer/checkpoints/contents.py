@@ -241,7 +241,7 @@ def restore_training(trainer: Any, checkpoint: dict[str, Any], parts: frozenset[
         fit.moment = RandomState.capture(cuda=True)
     if "metrics" in parts:
         if not same and not begun_anew:
-            mine = {**mine, **_regrouped(trainer, ranks)}
+            mine = {**mine, **_regrouped(trainer, ranks, saved_parts)}
         _restore_metrics(trainer, mine, sums=not begun_anew)
     if "windows" in parts and "windows" in checkpoint and not begun_anew:
         parts_of_windows = parts_of_ranks(checkpoint["windows"])
@@ -284,9 +284,9 @@ def _restore_metrics(trainer: Any, mine: dict[str, Any], *, sums: bool) -> None:
         trainer.fit_loop.shown_after = mine.get("shown")
 
 
-def _regrouped(trainer: Any, ranks: list[Any]) -> dict[str, Any]:
+def _regrouped(trainer: Any, ranks: list[Any], saved_parts: list[int]) -> dict[str, Any]:
     """This rank's part of the epoch's sums that other ranks have saved; those with the same data count once."""
-    first = {one.get("part", rank): one for rank, one in reversed(list(enumerate(ranks)))}
+    first = dict(zip(reversed(saved_parts), reversed(ranks), strict=True))
     parts, part = trainer.lite.strategy.data_shards(trainer.world_size, trainer.global_rank)
     metrics, torchmetrics, told = regrouped([first[i] for i in sorted(first)], trainer.module, part, parts)
     if told:

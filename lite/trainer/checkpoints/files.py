@@ -15,6 +15,7 @@ from lite.trainer.checkpoints.finding import newest_checkpoint, sibling_versions
 from lite.trainer.checkpoints.foreign import foreign_globals
 from lite.trainer.loggers import agree_on_versions, checkpoint_folder
 from lite.trainer.state import TrainerStatus
+from lite.trainer.together import meet
 from lite.trainer.view import View
 
 # What the names of the files begin with among which the newest is meant.
@@ -37,6 +38,7 @@ class Checkpoints(View):
             weights_only: Leave out what only a resumed training needs.
             storage_options: None; how a URL is reached is said by fsspec's own settings.
         """
+        meet(self, "trainer.save_checkpoint() was called", "Call it on all ranks; rank 0 alone writes the file.")
         if storage_options is not None:
             raise ConfigError(
                 f"save_checkpoint(storage_options={storage_options!r}) is not supported; put options of a storage into "
