@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -19,6 +19,9 @@ from lite.prepared import Prepared
 from lite.sharded import whole_tensors
 from lite.strategies.base import Engine, Strategy
 
+if TYPE_CHECKING:
+    from lite.guards.failure import FailureWatch
+
 
 class Facet:
     """Base of the sides of `Lite`. It owns these attributes, which `Lite.__init__` and `Lite._connect` fill."""
@@ -32,6 +35,7 @@ class Facet:
     _weight: BatchWeight
     _prepared: Prepared
     _windows: list[tuple[Accumulation, set[nn.Module], Optimizer | None]]
+    _watch: FailureWatch | None = None
 
     @property
     def device(self) -> torch.device:
@@ -110,6 +114,13 @@ class Facet:
                 "into a function and call lite.launch(fn), or start the script with torchrun "
                 f"--nproc-per-node={count}."
             )
+
+    def _meet(self, what: str, remedy: str) -> None:
+        """Wait until all ranks make this call, but not for one that has gone on without. Collective, and rare."""
+        if self._watch is not None:
+            from lite.guards.meeting import meet
+
+            meet(self._watch, what, remedy)
 
     def _for_group(self, data: Any) -> Any:
         """What can be sent: sharded tensors put together, and for NCCL on the device."""

@@ -21,6 +21,11 @@ from lite.state import Filter, LoadReport, collect, sanitise
 
 Path = str | os.PathLike[str]
 
+_SAVED_ALONE = (
+    "lite.save() was called",
+    "Call it on all ranks, not under `if lite.is_global_zero:`; of a single file rank 0 does the writing.",
+)
+
 
 class Checkpoints(Facet):
     """The side of `Lite` that keeps what was reached."""
@@ -65,9 +70,11 @@ class Checkpoints(Facet):
         Raises:
             CheckpointError: (on all ranks) The checkpoint can't be written, or a value can't be stored; it names the
                 key. Or the background save before this one has failed.
+            UsageError: Another rank has gone on, or has ended, without this call.
         """
         self._require_connected("save")
         refuse_alone("lite.save")
+        self._meet(*_SAVED_ALONE)
         busy = choose("busy", busy, ["wait", "skip"])
         before = self._background
         if before is not None:

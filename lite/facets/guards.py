@@ -12,7 +12,6 @@ from lite.errors import ConfigError, UsageError
 from lite.facets.base import Facet
 
 if TYPE_CHECKING:
-    from lite.guards.failure import FailureWatch
     from lite.guards.nonfinite import NanGuard
     from lite.guards.signals import StopSignals
     from lite.guards.stop import StopAgreement
@@ -22,7 +21,6 @@ class Guards(Facet):
     """The side of `Lite` that guards a run. What is not asked for is not even imported."""
 
     _optimizers: list[Optimizer]
-    _watch: FailureWatch | None = None
     _agreement: StopAgreement | None = None
     _stop_name: str = ""
     _sync_calls: dict[int, int]
@@ -175,6 +173,8 @@ class Guards(Facet):
 
             end_with_launcher()
             self._watch = watch_failures(self._store)
+            weight = self._weight
+            self._watch.begun = lambda: weight.uses
             self._stop_name = self._watch.new_name("stop")
 
     def _tell_of_failure(self, error: BaseException) -> None:

@@ -457,10 +457,10 @@ def compose_backward(lite: Steps) -> Callable[..., None]:
         try:
             plain(loss, *args, **kwargs)
         except BaseException as error:
+            if isinstance(error, RuntimeError):
+                gradients.check_loss(loss, args, kwargs)  # refused before it began
             if scale is not None:
                 scale.failed = not strategy.refuses_after_failure
-            if isinstance(error, RuntimeError):
-                gradients.check_loss(loss, args, kwargs)
             raise
 
     def checked_backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:

@@ -26,14 +26,11 @@ import torch.distributed as dist
 
 from lite import collectives
 from lite.checkpoint.background import wait_for_all
-from lite.errors import LiteError, PeerError, UsageError
+from lite.errors import LiteError, PeerError
 from lite.guards.hooks import Hooks
 from lite.launchers.notes import asked_for, leave_note
 
 POLL_S = 0.5
-_LATE_S = 1.0  # how long a rank waits for others in `meet` before it asks them where they are
-_ASK_AGAIN_S = 5.0
-_TELL_S = 30.0  # and before it says so
 _NOTE_S = 2.0  # how long a rank whose communication broke waits for another's note
 _GRACE_S = 5.0  # how long a rank may go on after another one has failed
 _CLEANUP_S = 30.0  # how long it may take to end once it knows
@@ -62,12 +59,27 @@ class Failure:
 
 
 @dataclass(frozen=True)
-class _Answer:
-    """Where a rank is: in words, and as numbers that grow as it goes on; none of a rank that doesn't answer."""
+class Answer:
+    """Where a rank is.
+
+    Attributes:
+        where: In words.
+        position: As numbers that grow as it goes on; none of a rank that doesn't answer.
+        begun: How many backwards and the like it has begun, which ranks begin together.
+        moment: What tells two moments of its main thread apart.
+        communicates: Whether that is in a collective.
+    """
 
     rank: int
     where: str
     position: list[int] = field(default_factory=list)
+    begun: int = 0
+    moment: int = 0
+    communicates: bool = False
+
+    def same_moment(self, other: Answer) -> bool:
+        """Whether nothing has moved between the two."""
+        return (self.begun, self.moment) == (other.begun, other.moment)
 
 
 def current_watch() -> FailureWatch | None:
@@ -100,9 +112,10 @@ class FailureWatch:
         client: A connection to the store that nobody else uses, or None to do nothing.
         name: What this job's keys in the store start with.
         group: The process group that is watched.
-        timeout_s: How long a rank waits for others in `meet`.
+        timeout_s: How long ranks may wait for each other.
 
     Attributes:
+        begun: Counts the backwards and the like that this rank has begun, and ranks begin together. To be set.
         failure: The first failure of the job, once this rank knows of it.
         closed: Whether this watch has ended.
     """
@@ -114,13 +127,14 @@ class FailureWatch:
         self.world_size = collectives.world_size()
         self.failure: Failure | None = None
         self.closed = False
-        self._client, self._timeout_s = client, timeout_s
+        self.client, self.timeout_s = client, timeout_s
         self._pid = os.getpid()
         self._posted = self._told = self._acknowledged = False
         self._answered = self._names = 0
         self._progress: Callable[[], str] = str
         self._count: Callable[[], int] = int
         self._position: Callable[[], tuple[int, ...]] = tuple
+        self.begun: Callable[[], int] = int
         self._meetings: dict[str, int] = {}
         self._before_close: list[Callable[[], Any]] = []
         self._stop = threading.Event()
@@ -149,50 +163,14 @@ class FailureWatch:
         """Let it hold `position()` too, which tells places of one count apart: later ones are greater."""
         self._position = position
 
-    def meet(self, what: str, remedy: str) -> None:
-        """Wait until all ranks are in this call, but not for one that has gone on without it. Collective, and rare.
-
-        Args:
-            what: The call, in words; the so-manieth of each rank belong together.
-            remedy: What to do where a rank doesn't come.
-
-        Raises:
-            UsageError: A rank has gone past the place where this one is, or has ended, without the call.
-            PeerError: A rank has failed, or it takes too long.
-        """
-        if self.closed:
-            return
+    def new_meeting(self, what: str) -> str:
+        """Where keys of the next meeting of that name begin; the so-manieth of each rank belong together."""
         number = self._meetings[what] = self._meetings.get(what, 0) + 1
-        here = f"{self.name}/meet/{what}/{number}"
-        self._client.set(f"{here}/{self.rank}", "")
-        everyone = [f"{here}/{rank}" for rank in range(self.world_size)]
-        started = time.monotonic()
-        ask_at, told = started + _LATE_S, False
-        while not self._client.check(everyone):
-            time.sleep(0.002)
-            if time.monotonic() < ask_at:
-                continue
-            failed = self.peer_failure()
-            if failed is not None:
-                raise failed
-            if ask_at > started + self._timeout_s:
-                raise self.timed_out(what)
-            answers = self._ask_all()
-            ask_at = time.monotonic() + _ASK_AGAIN_S
-            # Asked again after their answers: whoever was on its way has come, whoever is past the place never will.
-            away = [one for one in answers if not self._client.check([everyone[one.rank]])]
-            gone = [one for one in away if self.has_left(one.rank) or one.position > self._place()]
-            if gone:
-                ranks = ", ".join(str(one.rank) for one in gone)
-                places = "; ".join(f"rank {one.rank} is {one.where}" for one in gone)
-                raise UsageError(f"{what} on rank {self.rank}, but not on rank {ranks}: {places}. {remedy}")
-            if away and not told and time.monotonic() > started + _TELL_S:
-                told = True
-                places = "; ".join(f"rank {one.rank} is {one.where}" for one in away)
-                print(f"[rank {self.rank}] lite: {what} waits for all ranks. {places}. {remedy}", file=sys.stderr)
-        if self._client.add(f"{here}/met", 1) == self.world_size:
-            for key in (*everyone, f"{here}/met"):
-                self._client.delete_key(key)
+        return f"{self.name}/meet/{what}/{number}"
+
+    def place(self) -> list[int]:
+        """How far this rank has come: later places are greater."""
+        return [self._count(), *self._position()]
 
     def before_close(self, end: Callable[[], Any]) -> None:
         """Let `end()` be called before this rank says that it needs the store no more."""
@@ -220,7 +198,7 @@ class FailureWatch:
         if self.failure is not None:
             return  # another rank's, which counts; the store may be gone with it
         try:
-            self._client.compare_set(f"{self.name}/failure", "", json.dumps(asdict(Failure(self.rank, text))))
+            self.client.compare_set(f"{self.name}/failure", "", json.dumps(asdict(Failure(self.rank, text))))
         except RuntimeError:
             return  # the store is gone, and with it whoever could read it
 
@@ -255,7 +233,7 @@ class FailureWatch:
     def timed_out(self, what: str) -> PeerError:
         """The error about a wait that took too long: it says where every rank is."""
         self._told = True
-        places = "\n".join(f"  rank {one.rank}: {one.where}" for one in self._ask_all())
+        places = "\n".join(f"  rank {one.rank}: {one.where}" for one in self.ask_all())
         return PeerError(
             f"{what} timed out: not every rank has joined it. Where they are:\n{places}\nA rank that takes longer on "
             "purpose needs DDPStrategy(timeout=timedelta(...)); LITE_DEBUG=1 names collectives that don't match."
@@ -263,10 +241,10 @@ class FailureWatch:
 
     def has_left(self, rank: int) -> bool:
         """Whether `rank` has ended by itself, without an error that it could tell."""
-        return bool(self._client.check([f"{self.name}/left/{rank}"]))
+        return bool(self.client.check([f"{self.name}/left/{rank}"]))
 
     def _how_left(self, rank: int) -> str:
-        return str(self._client.get(f"{self.name}/left/{rank}").decode())
+        return str(self.client.get(f"{self.name}/left/{rank}").decode())
 
     def close(self, *, linger: bool = True) -> None:
         """Stop watching: this process ends, or leaves the group. The hooks are what they were before."""
@@ -288,11 +266,11 @@ class FailureWatch:
 
     def _leave(self, how: str) -> None:
         if not self._posted:
-            self._client.set(f"{self.name}/left/{self.rank}", how)
+            self.client.set(f"{self.name}/left/{self.rank}", how)
         self._acknowledge()
         deadline = time.monotonic() + _LINGER_S
         while self._hosts and time.monotonic() < deadline:
-            if self._client.add(f"{self.name}/gone", 0) >= self.world_size:
+            if self.client.add(f"{self.name}/gone", 0) >= self.world_size:
                 break
             time.sleep(0.02)
 
@@ -300,11 +278,11 @@ class FailureWatch:
         """Once per rank: it needs the store no more, or knows what it had to know."""
         if not self._acknowledged:
             self._acknowledged = True
-            self._client.add(f"{self.name}/gone", 1)
+            self.client.add(f"{self.name}/gone", 1)
 
     def _look(self) -> Failure | None:
-        if self.failure is None and self._client.check([f"{self.name}/failure"]):
-            self.failure = Failure(**json.loads(self._client.get(f"{self.name}/failure")))
+        if self.failure is None and self.client.check([f"{self.name}/failure"]):
+            self.failure = Failure(**json.loads(self.client.get(f"{self.name}/failure")))
         return self.failure
 
     def _vanished(self, text: str) -> PeerError:
@@ -334,44 +312,43 @@ class FailureWatch:
             return PeerError(f"{ends}, while this rank was still in a collective; every rank must make the same calls.")
         return PeerError(
             "another rank vanished without a word in the middle of a collective: killed (by the kernel, out of memory, "
-            "or by the scheduler), its machine is gone, or it aborted since ranks made different calls (a save on rank "
-            "0 alone, say; LITE_DEBUG=1 names them)."
+            "or by the scheduler), its machine is gone, or it aborted since ranks made different calls (an all_reduce "
+            "on rank 0 alone, say; LITE_DEBUG=1 names them)."
         )
 
-    def _ask_all(self) -> list[_Answer]:
+    def ask_all(self) -> list[Answer]:
         """Every rank's whereabouts, as its watcher tells them."""
-        number = self._client.add(f"{self.name}/asked", 1)
-        answers = {self.rank: _Answer(self.rank, f"waiting, {self._where()}", self._place())}
+        number = self.client.add(f"{self.name}/asked", 1)
+        answers = {self.rank: self._answer("waiting")}
         deadline = time.monotonic() + 3 * POLL_S + 1.0
         while len(answers) < self.world_size and time.monotonic() < deadline:
             for rank in set(range(self.world_size)) - set(answers):
                 key = f"{self.name}/answer/{number}/{rank}"
-                if self._client.check([key]):
-                    answers[rank] = _Answer(**json.loads(self._client.get(key)))
+                if self.client.check([key]):
+                    answers[rank] = Answer(**json.loads(self.client.get(key)))
                 elif self.has_left(rank):
-                    answers[rank] = _Answer(rank, f"ended already, {self._how_left(rank)}")
+                    answers[rank] = Answer(rank, f"ended already, {self._how_left(rank)}")
             time.sleep(0.02)
         silent = "no answer: its process is gone, or its Python is blocked"
-        return [answers.get(rank, _Answer(rank, silent)) for rank in range(self.world_size)]
+        return [answers.get(rank, Answer(rank, silent)) for rank in range(self.world_size)]
 
-    def _place(self) -> list[int]:
-        return [self._count(), *self._position()]
-
-    def _where(self) -> str:
+    def _answer(self, doing: str) -> Answer:
         from lite.guards.whereabouts import whereabouts
 
-        place, progress = whereabouts(self._user_thread.ident or 0), self._progress()
-        return f"{place}, {progress}" if progress else place
+        here, progress = whereabouts(self._user_thread.ident or 0), self._progress()
+        where = f"{doing}, {here.text}, {progress}" if progress else f"{doing}, {here.text}"
+        return Answer(self.rank, where, self.place(), self.begun(), here.moment, here.communicates)
 
     def _watch(self) -> None:
         """The watcher thread."""
         try:
             while not self._stop.wait(POLL_S):
-                asked = self._client.add(f"{self.name}/asked", 0)
+                asked = self.client.add(f"{self.name}/asked", 0)
                 if asked != self._answered:
+                    answer = json.dumps(asdict(self._answer("alive")))
+                    for number in range(self._answered + 1, asked + 1):  # several may have asked
+                        self.client.set(f"{self.name}/answer/{number}/{self.rank}", answer)
                     self._answered = asked
-                    answer = _Answer(self.rank, f"alive, {self._where()}", self._place())
-                    self._client.set(f"{self.name}/answer/{asked}/{self.rank}", json.dumps(asdict(answer)))
                 if self._look() is not None:
                     self._acknowledge()
                     break

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
+from lite.guards import meeting
 from lite.guards.failure import current_watch
 
 
@@ -12,7 +13,7 @@ def meet(trainer: Any, what: str, remedy: str) -> None:
     """Wait until all ranks are here, but not for one that has gone on. Collective, and rare."""
     watch = current_watch() if trainer.world_size > 1 and not trainer.barebones else None
     if watch is not None:
-        watch.meet(what, remedy)
+        meeting.meet(watch, what, remedy)
 
 
 def report_position(trainer: Any) -> None:

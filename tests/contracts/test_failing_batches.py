@@ -155,3 +155,20 @@ def test_a_window_of_which_a_backward_failed_waits_for_drop(strategy: str) -> No
     for told in run_distributed(go_on_without_drop, strategy, world_size=STRATEGIES[strategy][0]):
         assert told.startswith("1: a backward failed after 1 of 3 micro-batches")
         assert "window.drop()" in told
+
+
+def test_a_window_goes_on_after_a_backward_that_was_refused() -> None:
+    """Of a loss that is no single number, on one process: no gradient has been added by then."""
+    lite, model, optimizer = start("single", "32-true")
+    window = lite.accumulate(model, steps=2)
+    batch = sentences(4)[:][0].view(4, -1)
+    for reduced in (False, True, True):
+        refusal = contextlib.nullcontext() if reduced else pytest.raises(UsageError, match="no single number")
+        with refusal, window():
+            loss = next_token_loss(model(batch[:, :-1]), batch)
+            lite.backward(loss if reduced else loss.repeat(2))
+    assert window.ready
+    found = [p.grad for p in model.parameters()]
+    optimizer.zero_grad()
+    next_token_loss(model(batch[:, :-1]), batch).backward()
+    assert all(torch.equal(p.grad, grad) for p, grad in zip(model.parameters(), found, strict=True))

@@ -118,6 +118,34 @@ def lives() -> None:
     print(f"life {life} rank {lite.global_rank} stopped {stopped} reason {lite.stop_reason}", flush=True)
 
 
+def save_alone(folder: str, strategy: str, case: str) -> None:
+    """Rank 0 saves, and rank 1 goes on without, has ended, or is only late."""
+    from lite.guards import meeting
+
+    meeting._ASK_AGAIN_S, meeting._STILL_S = 0.5, 1.0  # soon
+    lite = Lite(accelerator="cpu", strategy=strategy)
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    model, optimizer = lite.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+    def train(steps: int) -> None:
+        for _ in range(steps):
+            lite.backward(model(torch.rand(4, 4)).sum())
+            optimizer.step()
+            optimizer.zero_grad()
+
+    train(2)
+    if case == "late" and lite.global_rank == 1:  # it sleeps, then has more backwards than the other rank
+        time.sleep(3)
+        with lite.no_backward_sync(model):
+            end = time.monotonic() + 3
+            while time.monotonic() < end:
+                lite.backward(model(torch.rand(4, 4)).sum())
+        optimizer.zero_grad()
+    if case == "late" or lite.global_rank == 0:
+        lite.save(f"{folder}/x.ckpt", {"model": model})
+    train(0 if case == "last" else 2)
+
+
 def stop_on_sigterm() -> None:
     lite = Lite(accelerator="cpu")
     with lite.stop_on_signals() as signals:
@@ -149,6 +177,9 @@ def save_meanwhile(path: str) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "save":
-        save_meanwhile(sys.argv[2])
-    {"lives": lives, "sigterm": stop_on_sigterm}.get(sys.argv[1], lambda: train(sys.argv[1]))()
+    scripts = {"save": save_meanwhile, "alone": save_alone, "lives": lives, "sigterm": stop_on_sigterm}
+    name, *arguments = sys.argv[1:]
+    if name in scripts:
+        scripts[name](*arguments)
+    else:
+        train(name)

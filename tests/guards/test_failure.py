@@ -188,3 +188,17 @@ def test_lite_debug_names_collectives_that_do_not_match() -> None:
     for text in run_distributed(debugged):
         assert text.startswith("RuntimeError: Detected mismatch between collectives")
         assert "TensorShape=[2]" in text and "TensorShape=[3]" in text
+
+
+@pytest.mark.parametrize(("strategy", "case"), [("ddp", "next"), ("ddp", "last"), ("ddp", "late"), ("fsdp", "next")])
+def test_a_save_on_rank_0_alone_is_told(tmp_path: Path, strategy: str, case: str) -> None:
+    """While the other rank is in its next backward or forward, or has ended; but who is only late is waited for."""
+    zero, one = run_ranks(SCRIPT, "alone", str(tmp_path), strategy, case)
+    if case == "late":
+        assert zero.returncode == one.returncode == 0, zero.stderr + one.stderr
+        assert (tmp_path / "x.ckpt").is_file()
+        return
+    assert "UsageError: lite.save() was called on rank 0, but not on rank 1: rank 1 is " in zero.stderr, zero.stderr
+    assert "Call it on all ranks" in zero.stderr
+    assert (zero.returncode, one.returncode) == (1, int(case != "last"))
+    assert list(tmp_path.iterdir()) == []
