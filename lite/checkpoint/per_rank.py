@@ -8,7 +8,7 @@ evaluation in between sees them.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,25 +43,50 @@ def gather(content: dict[str, Any], state: Mapping[str, Any], *, rng: bool) -> l
     return [random_state for random_state, _ in everyone] if rng else []
 
 
-def pick(loaded: dict[str, Any], state: Mapping[str, Any]) -> None:
+def counterpart(saved: Sequence[int], now: Sequence[int], rank: int) -> int | None:
+    """The rank of a checkpoint whose place this rank takes, so that it goes on from what that one had for itself.
+
+    Args:
+        saved: Which part of the data each rank had (`Strategy.data_shards`); those that share a model share a part.
+        now: Which it has in this job.
+        rank: This rank.
+
+    Returns:
+        The rank, or None where the data were divided into another number of parts.
+
+    Example:
+        >>> counterpart([0, 1], [0, 0, 1, 1], 2), counterpart([0, 0], [0, 1], 1)
+        (1, None)
+    """
+    if list(saved) == list(now):
+        return rank
+    return list(saved).index(now[rank]) if set(saved) == set(now) else None
+
+
+def pick(loaded: dict[str, Any], state: Mapping[str, Any], source: int | None) -> None:
     """Put this rank's part in the place of all ranks' parts, in the entries that `state` asks for; changes `loaded`.
 
+    Args:
+        loaded: The entries of a checkpoint.
+        state: The user's objects.
+        source: The rank whose part it is (`counterpart`).
+
     Raises:
-        CheckpointError: It was saved by another number of processes.
+        CheckpointError: There is none: the data were divided into another number of parts.
     """
-    world, rank = collectives.world_size(), collectives.rank()
     for name in state:
         entry = loaded.get(name)
         if not isinstance(entry, dict) or _MARK not in entry:
             continue
         parts = entry[_MARK]
-        if len(parts) != world:
+        if source is None:
             raise CheckpointError(
                 f"the checkpoint's {name!r} was saved by {len(parts)} processes, each with a position of its own, and "
-                f"this job has {world}: resume with as many, or leave {name!r} out of state to begin it anew. A loader "
-                "that lite splits (a map-style dataset, or shard='stride') can be resumed with any number."
+                f"this job has {collectives.world_size()}, or divides its data otherwise: resume as it was saved, or "
+                f"leave {name!r} out of state to begin it anew. A loader that lite splits (a map-style dataset, or "
+                "shard='stride') can be resumed with any number."
             )
-        loaded[name] = parts[rank]
+        loaded[name] = parts[source]
 
 
 def parts_of_ranks(entry: Any) -> list[Any]:
@@ -96,14 +121,18 @@ def gather_buffers(content: dict[str, Any], state: Mapping[str, Any]) -> dict[st
     return found
 
 
-def restore_buffers(saved: Mapping[str, Mapping[str, list[Tensor]]], state: Mapping[str, Any]) -> None:
-    """Give this rank's buffers back to the models in `state`, where as many processes saved them."""
+def restore_buffers(
+    saved: Mapping[str, Mapping[str, list[Tensor]]], state: Mapping[str, Any], source: int | None
+) -> None:
+    """Give the buffers of the rank `source` (`counterpart`) to the models in `state`, which have rank 0's already."""
+    if source is None:
+        return
     for name, entries in saved.items():
         module = state.get(name)
         buffers = _buffers(module) if isinstance(module, nn.Module) else {}
         for key, values in entries.items():
-            if key in buffers and len(values) == collectives.world_size():
-                buffers[key].copy_(values[collectives.rank()])
+            if key in buffers:
+                buffers[key].copy_(values[source])
 
 
 def _buffers(module: nn.Module) -> dict[str, Tensor]:
@@ -129,22 +158,23 @@ def _checksum(buffer: Tensor) -> tuple[Any, ...]:
     return found  # type: ignore[no-any-return]
 
 
-def restore_random_state(saved: list[Any], part: int) -> Moment:
-    """Go on from the saved random state: this rank's own, where as many processes saved it.
+def restore_random_state(saved: list[Any], source: int | None, part: int) -> Moment:
+    """Go on from the saved random state of the rank `source`.
 
-    With another number of processes, the ranks of the first part of the data go on from rank 0's, which decides the
-    order of later epochs; the others are seeded anew from it and their part.
+    Where there is none, since the data were divided into another number of parts, the ranks of the first part go on
+    from rank 0's, which decides the order of later epochs; the others are seeded anew from it and their part.
 
     Args:
         saved: The states of all ranks.
+        source: The rank whose state it is (`counterpart`).
         part: Which part of the data this rank gets (`Strategy.data_shards`), its rank under most strategies.
 
     Returns:
         The state that this rank now has, for whatever goes on from it later.
     """
-    world, rank = collectives.world_size(), collectives.rank()
-    if len(saved) == world or part == 0:
-        RandomState.from_state_dict(saved[rank if len(saved) == world else 0]).restore()
+    if source is not None or part == 0:
+        RandomState.from_state_dict(saved[source or 0]).restore()
     else:
+        world = collectives.world_size()
         seed_everything(mix(RandomState.from_state_dict(saved[0]).digest(), world, part) & (2**32 - 1))
     return Moment(RandomState.capture(cuda=True))

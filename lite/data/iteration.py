@@ -72,6 +72,7 @@ class Iteration:
         self._moment: Moment | None = None  # the random state of the moment from which that pass goes on
         self._pass: Pass | None = None  # the newest one
         self._iterator: weakref.ref[Any] | None = None  # what gives out its batches
+        self._stream_before: Any = None  # the loaded state of a dataset whose pass has ended
         self.is_beside = False
         self.epoch = 0
 
@@ -94,6 +95,9 @@ class Iteration:
         if self._sampler is not None:
             self._sampler.upcoming = current
         if self._tracker is not None:
+            if self._stream_before is not None:
+                self._tracker.end_pass(self._stream_before)
+                self._stream_before = None
             self._tracker.open(current)
         return current
 
@@ -226,7 +230,7 @@ class Iteration:
         self.check_state_dict(state)
         if self._pass is not None:
             self._pass.replaced = True
-        self._pass = self._moment = None
+        self._pass = self._moment = self._stream_before = None
         self.epoch = state["epoch"]
         if "items" not in state:
             self._next = None
@@ -263,8 +267,8 @@ class Iteration:
         self._restore_samplers(rest["samplers"], rest["epochs"])
         if self._sampler is not None:
             self._sampler.begin_apart(rest["apart"])
-        if rest["stream"] is not None:
-            self._dataset.load_state_dict(rest["stream"])
+        if rest["stream"] is not None and self._tracker is not None and self._tracker.reads_here:
+            self._stream_before = rest["stream"]
 
     def _restore_samplers(self, states: list[Any], epochs: list[Any]) -> None:
         for teller, epoch in zip(self._epochs, epochs, strict=True):
@@ -274,6 +278,8 @@ class Iteration:
 
     def _rest_of_stream(self) -> Any:
         """The state of a dataset that this process reads itself, between two epochs."""
+        if self._stream_before is not None:
+            return self._stream_before
         here = self._tracker is not None and self._tracker.reads_here
         return self._dataset.state_dict() if here and is_stateful(self._dataset) else None
 

@@ -76,6 +76,21 @@ class StreamTracker:
                 f"stream, and this loader has num_workers={self._loader.num_workers}; resume with as many as before."
             )
 
+    def end_pass(self, state: Any) -> None:
+        """Bring a dataset that is read here to where a pass that has ended left it.
+
+        Loading a state lets the next pass go on from there, and there is nothing left of that one; where the state is
+        the next one's beginning already, there is something.
+
+        Args:
+            state: The dataset's, taken after the pass.
+        """
+        self._dataset.load_state_dict(state)
+        with drawing_under(RandomState.capture()):
+            for _ in self._dataset:
+                self._dataset.load_state_dict(state)
+                break
+
     def _first_read(self, current: Pass) -> int:
         """The number of the first batch that workers read in this pass."""
         if not current.resumed or not self._stateful:

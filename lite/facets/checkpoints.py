@@ -168,8 +168,9 @@ class Checkpoints(Facet):
                 of, and kept in `load_report`.
             verify: Whether checksums are compared before anything is read.
             weights_only: False lets the checkpoint run code, so do it only with one that you trust; it is logged.
-            rng: Whether random number generators go on from their saved states. Where another number of processes saved
-                them, rank 0's do, and the other ranks are seeded from rank 0's state and their part of the data.
+            rng: Whether random number generators go on from their saved states. Where the data were divided into
+                another number of parts, those of the first part go on from rank 0's, and the other ranks are seeded
+                from it and their part.
 
         Returns:
             The entries that `state` doesn't ask for.
@@ -190,19 +191,19 @@ class Checkpoints(Facet):
             return loaded
         if lazily:
             loaded = {k: v if holds_parts(state.get(k)) else resolve(v) for k, v in loaded.items()}
-        per_rank.pick(loaded, state)
+        source, part = self._counterpart(about)
+        per_rank.pick(loaded, state, source)
         kept = about.get("strategy", {})
         states = kept["states"] if kept.get("name") == self.strategy.name else []
         go_on = self.strategy.loading(states, state, loaded)
         rest, report = restore(state, loaded, strict=strict)
         self._report(path, report)
         go_on()
-        per_rank.restore_buffers(about.get("buffers", {}), state)
+        per_rank.restore_buffers(about.get("buffers", {}), state, source)
         if "precision" in about:
             self.precision.load_state_dict(about["precision"])
         if rng and about.get("rng"):
-            _, part = self.strategy.data_shards(self.world_size, self.global_rank)
-            moment = per_rank.restore_random_state(about["rng"], part)
+            moment = per_rank.restore_random_state(about["rng"], source, part)
             for value in state.values():
                 if hasattr(value, "go_on_under"):
                     value.go_on_under(moment)
@@ -274,6 +275,16 @@ class Checkpoints(Facet):
 
     # ---- pieces
 
+    def _counterpart(self, about: Mapping[str, Any]) -> tuple[int | None, int]:
+        """The rank of that checkpoint whose place this one takes, if there is one; and this rank's part of the data."""
+        now = self._data_parts()
+        saved = about.get("data_parts", range(about.get("world_size", 1)))
+        return per_rank.counterpart(saved, now, self.global_rank), now[self.global_rank]
+
+    def _data_parts(self) -> list[int]:
+        """Which part of the data each rank has."""
+        return [self.strategy.data_shards(self.world_size, rank)[1] for rank in range(self.world_size)]
+
     def _warn_of_open_windows(self, state: Mapping[str, Any]) -> None:
         held = {id(part) for value in state.values() for part in (value, *getattr(value, "windows", ()))}
         if any(window.is_open and id(window) not in held for window, *_ in self._windows):
@@ -292,6 +303,7 @@ class Checkpoints(Facet):
             states = collectives.all_gather_objects(own)
             entries["strategy"] = {"name": self.strategy.name, "states": states}
         if self.world_size > 1:
+            entries["data_parts"] = self._data_parts()
             entries["buffers"] = per_rank.gather_buffers(content, state)
         return manifest.compose(self.world_size, {k: sanitise(v, manifest.KEY) for k, v in entries.items() if v})
 

@@ -37,6 +37,18 @@ class BetweenRanks(Facet):
         self._require_connected("broadcast")
         return collectives.broadcast(obj, src, device=self._device)  # type: ignore[no-any-return]
 
+    def sync_buffers(self) -> None:
+        """Give every rank rank 0's buffers now, as each training forward does. Collective: call on all ranks.
+
+        After a training step a BatchNorm's statistics hold the rank's own last batch; call this before an evaluation of
+        which each rank does a part, and all evaluate the model that a checkpoint would hold. The Trainer does.
+        It does nothing where the strategy takes no buffers from rank 0 (one process, LocalSGD, pipelines, DeepSpeed).
+        """
+        self._require_connected("sync_buffers")
+        for engine in self._modules.values():
+            if engine is not None and engine.syncs_buffers:
+                engine.sync_buffers()
+
     def all_gather(self, data: Any, *, cat: bool = False, sync_grads: bool = False) -> Any:
         """Every rank's tensors, as `lite.collectives.all_gather` gives them. Collective: call on all ranks."""
         self._require_connected("all_gather")

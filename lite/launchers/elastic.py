@@ -26,7 +26,7 @@ from lite.launchers.notes import VARIABLE, first_failure, leave_note
 T = TypeVar("T")
 
 START_METHODS = ("spawn", "fork", "forkserver")
-_HANDLED = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
+_HANDLED = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1")
 
 
 class ElasticLauncher(Launcher):
@@ -98,6 +98,7 @@ class ElasticLauncher(Launcher):
             max_restarts=0,
             monitor_interval=0.1,
             start_method=self.start_method,
+            signals_to_handle=",".join(number.name for number in _handled()),
             logs_specs=DefaultLogsSpecs(log_dir=str(folder / "torchelastic")),
         )
         received: int | None = None
@@ -175,7 +176,7 @@ def _signal_handlers() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in map(_number, _HANDLED) if number is not None}
+    before = {number: signal.getsignal(number) for number in _handled()}
     try:
         yield
     finally:
@@ -183,8 +184,10 @@ def _signal_handlers() -> Iterator[None]:
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
 
-def _number(name: str) -> signal.Signals | None:
-    return getattr(signal, name, None)
+def _handled() -> list[signal.Signals]:
+    """What is handed on to the processes, which end; a SIGUSR1 that this process has a use for is not."""
+    numbers = [getattr(signal, name) for name in _HANDLED if hasattr(signal, name)]
+    return [number for number in numbers if number.name != "SIGUSR1" or signal.getsignal(number) == signal.SIG_DFL]
 
 
 @contextmanager

@@ -50,6 +50,9 @@ class Engine:
         """A context in which forward and backward leave gradients unsynchronised."""
         raise NotImplementedError
 
+    def sync_buffers(self) -> None:
+        """Take rank 0's buffers now, where `syncs_buffers`. Collective."""
+
     def close(self) -> None:
         """Take every hook off the model again."""
 

@@ -331,6 +331,12 @@ class DDPEngine(Engine):
         finally:
             self._averaged.set_synchronise(before)
 
+    def sync_buffers(self) -> None:
+        ddp = self._averaged.ddp
+        if self.syncs_buffers and ddp is not None and ddp.modules_buffers:
+            with torch.no_grad():
+                ddp._sync_module_buffers(0)  # type: ignore[no-untyped-call]  # so in torch 2.6 to 2.13
+
     def close(self) -> None:
         self._averaged.close()
         self.closed = True

@@ -299,7 +299,7 @@ class ShardedEngine(Engine):
             self._reshard()
             return outputs
         if self.syncs_buffers and self.module.training:
-            self._take_buffers()
+            self.sync_buffers()
         outputs = run(*args, **kwargs)
         self._writes.check_written()
         self._writes.check_assigned()
@@ -316,7 +316,7 @@ class ShardedEngine(Engine):
             and torch.is_grad_enabled()
             and provenance.has_tensors((args, kwargs))
         ):
-            self._take_buffers()
+            self.sync_buffers()
         outputs = self._unsharded(state, run, args, kwargs) if state is not None else run(*args, **kwargs)
         self._writes.check_written()
         self._writes.check_assigned()
@@ -368,7 +368,7 @@ class ShardedEngine(Engine):
         owners = {id(m): m for info in infos for m in (info.module, *info.shared_modules)}
         return [m for m in owners.values() if m is not self.module]
 
-    def _take_buffers(self) -> None:
+    def sync_buffers(self) -> None:
         for part, name in self._buffers:
             buffer = part._buffers[name]
             assert buffer is not None

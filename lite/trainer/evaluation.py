@@ -50,8 +50,9 @@ class Evaluating(Preparing, Checkpoints, Interruption):
             checkpoint = self._read_checkpoint(weights_only)
             if checkpoint is not None:
                 contents.restore_callbacks(self, checkpoint, fitting=False)
-                contents.restore_weights(self, checkpoint, str(self.ckpt_path))
             self._log_graph()
+            if checkpoint is not None:
+                contents.restore_weights(self, checkpoint, str(self.ckpt_path))
             self._set_up(train=False)
             self._log_hyperparameters()
             data = self._eval_data[fn.value] = self._make_eval_data(fn.value, dataloaders)

@@ -365,9 +365,9 @@ class Trainer(Evaluating, Serving):
                 self._warn_of_epoch_begun_anew(left)
             else:
                 contents.restore_callbacks(self, checkpoint, parts=parts, fitting=True)
-                if "state_dict" in parts:
-                    contents.restore_weights(self, checkpoint, str(self.ckpt_path))
             self._log_graph()
+            if checkpoint is not None and "state_dict" in parts:
+                contents.restore_weights(self, checkpoint, str(self.ckpt_path))
             self._set_up(train=True)
             self.metrics.at(self.metrics.place("", "on_fit_start"))
             self.hooks.call("on_fit_start")

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 from torch.utils.data import DataLoader, IterableDataset
 
-from lite import CheckpointError, Lite, UsageError
+from lite import CheckpointError, Lite, ModelParallelStrategy, UsageError
 from tests.support.processes import run_distributed
 
 
@@ -177,3 +178,61 @@ def test_every_rank_evaluates_with_its_buffers_after_a_resume(tmp_path: Path, su
     assert load_and_evaluate(str(tmp_path), suffix) == two[0]
     keys = torch.load(tmp_path / "bn.ckpt", weights_only=True)["model"].keys() if suffix else ()
     assert list(keys) == (list(normalised(Lite(accelerator="cpu"))[0].state_dict()) if suffix else [])
+
+
+def divided(strategy: str) -> Lite:
+    plan = ModelParallelStrategy({"2": ColwiseParallel(), "3": RowwiseParallel()}, tensor_parallel=2)
+    return Lite(accelerator="cpu", strategy=plan if strategy == "tp" else strategy)
+
+
+def in_layout(folder: str, strategy: str, load: bool) -> tuple[Any, ...]:
+    """What a rank draws and evaluates after a save, or after a load of it."""
+    lite = divided(strategy)
+    model = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 4), nn.Linear(4, 1))
+    model, optimizer = lite.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    _, part = lite.strategy.data_shards(lite.world_size, lite.global_rank)
+    seed(7 + part)
+    if load:
+        lite.load(f"{folder}/x", {"model": model})
+    else:
+        lite.backward(model(torch.randn(4, 2)).square().mean())
+        optimizer.step()
+        lite.save(f"{folder}/x", {"model": model})
+    return draw(), model[1].running_mean.tolist()
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded"), [("ddp", "tp"), ("tp", "ddp"), ("ddp", "fsdp"), ("tp", "tp"), ("fsdp", "tp")]
+)
+def test_what_ranks_have_for_themselves_goes_by_their_part_of_the_data(tmp_path: Path, saved: str, loaded: str) -> None:
+    """Ranks of one model go on alike, and ranks with other data draw other numbers, whoever saved."""
+    first = run_distributed(in_layout, str(tmp_path), saved, False)
+    again = run_distributed(in_layout, str(tmp_path), loaded, True)
+    assert again[0] == first[0]
+    if saved == "tp" and loaded == "ddp":
+        assert again[1][0] != again[0][0]
+        assert again[1][1] == again[0][1] == first[0][1]
+    elif loaded == "tp":
+        assert again[1] == again[0]
+    else:
+        assert again == first
+    if saved != "tp":
+        assert first[0][0] != first[1][0] and first[0][1] != first[1][1]
+
+
+def synced(strategy: str) -> tuple[list[float], list[float]]:
+    lite = divided(strategy)
+    model, optimizer = normalised(lite)
+    seed(lite.global_rank)
+    lite.backward(model(torch.randn(4, 2)).square().mean())
+    optimizer.step()
+    before = model[1].running_mean.tolist()
+    lite.sync_buffers()
+    return before, model[1].running_mean.tolist()
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_sync_buffers_gives_all_ranks_the_first_ones(strategy: str) -> None:
+    """As a checkpoint has them."""
+    (before, after), (others_before, others_after) = run_distributed(synced, strategy)
+    assert before == after == others_after != others_before

@@ -509,6 +509,51 @@ def test_a_stateful_stream_goes_on_by_its_state(workers: int, persistent: bool) 
     )
 
 
+class Restarting(IterableDataset):
+    """A stream that a loaded state lets begin there, once; `ahead`: at its end it stands at the next epoch's begin."""
+
+    def __init__(self, ahead: bool) -> None:
+        self.ahead = ahead
+        self.epoch = self.next = self.start = 0
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        self.next, self.start = self.start, 0
+        while self.next < 6:
+            self.next += 1
+            yield torch.tensor([self.epoch, self.next, torch.rand(()).item()])
+        self.epoch += 1
+        if self.ahead:
+            self.next = 0
+
+    def state_dict(self) -> dict[str, int]:
+        # Who has come to the end without `ahead` stands there in the epoch before.
+        ended = self.next == 6 and not self.ahead
+        return {"next": self.next, "epoch": self.epoch - ended}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.start, self.epoch = state["next"], state["epoch"]
+
+
+@pytest.mark.parametrize("twice", [False, True])
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_stateful_stream_begins_anew_after_an_epochs_end(ahead: bool, twice: bool) -> None:
+    """Whether its state is there that of the end or of a beginning; also of a state that is stored once more."""
+
+    def epochs(loader: Any, count: int) -> list[Any]:
+        return [[batch.tolist() for batch in loader] for _ in range(count)]
+
+    seed(1)
+    whole = epochs(prepare(DataLoader(Restarting(ahead), batch_size=4)), 3)
+    seed(1)
+    first, second = (prepare(DataLoader(Restarting(ahead), batch_size=4)) for _ in range(2))
+    begun = epochs(first, 1)
+    second.load_state_dict(through_a_file(first.state_dict()))
+    if twice:
+        state, second = second.state_dict(), prepare(DataLoader(Restarting(ahead), batch_size=4))
+        second.load_state_dict(state)
+    assert begun + epochs(second, 2) == whole
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("shard", [None, "stride"])
 @pytest.mark.parametrize("begun", [False, True])

@@ -124,6 +124,7 @@ def test_a_script_without_a_main_guard_is_told_so(tmp_path: Path) -> None:
     [
         ("wait", signal.SIGINT, -signal.SIGINT),
         ("wait", signal.SIGTERM, 143),
+        ("wait", signal.SIGUSR1, 128 + signal.SIGUSR1),
         ("wait", signal.SIGKILL, -signal.SIGKILL),
         ("wait-script", signal.SIGKILL, -signal.SIGKILL),
     ],

@@ -663,3 +663,53 @@ def test_a_save_after_an_evaluation_has_the_optimizers(tmp_path: Path) -> None:
     again = trainer(max_epochs=2)
     again.fit(Tiny(), numbers(), numbers(), ckpt_path=tmp_path / "x.ckpt")
     assert again.global_step == 6
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+def test_weights_come_back_in_the_precision_that_they_were_saved_in(precision: str, tmp_path: Path) -> None:
+    """Also those of a module that has 32 bits until it is set up: in a resume, and for a test."""
+
+    def fit(epochs: int, path: Path | None = None) -> Any:
+        seed_everything(0)
+        module = Noisy()
+        run = trainer(max_epochs=epochs, precision=precision, limit_val_batches=0)
+        run.fit(module, DataLoader(Augmented(), batch_size=4), ckpt_path=path)
+        return module, run
+
+    whole, _ = fit(2)
+    _, run = fit(1)
+    run.save_checkpoint(tmp_path / "x.ckpt")
+    resumed, _ = fit(2, tmp_path / "x.ckpt")
+    for mine, other in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(mine, other)
+    loaded = Noisy()
+    trainer(precision=precision).validate(loaded, DataLoader(Augmented(), batch_size=4), ckpt_path=tmp_path / "x.ckpt")
+    saved = torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(p, saved[name]) for name, p in loaded.named_parameters())
+
+
+class Normalised(Tiny):
+    """Evaluates with the statistics of its batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4).double()
+        self.seen: list[Any] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.norm(x))  # type: ignore[no-any-return]
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.seen.append(self.norm.running_mean.tolist())
+
+
+def validated() -> list[Any]:
+    module = Normalised()
+    trainer(strategy="ddp", max_epochs=1).fit(module, numbers(16), numbers(8))
+    return module.seen
+
+
+def test_all_ranks_validate_the_model_that_is_saved() -> None:
+    """Statistics of a BatchNorm are rank 0's."""
+    first, second = run_distributed(validated)
+    assert first == second != []

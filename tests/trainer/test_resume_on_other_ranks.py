@@ -270,3 +270,60 @@ def test_positions_that_were_each_ranks_own_are_refused(stage: str, named: str, 
     with pytest.raises(CheckpointError, match=rf"by 2 processes within {named} data.*has 1: .*restore_except"):
         unsplit(path, stage, False)
     assert any("begins anew" in one for one in unsplit(path, stage, False, restore_except=("data",)))
+
+
+class Declared(Tiny):
+    """Two optimizers, of which the second one accumulates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = nn.Linear(4, 1).double()
+
+    def one_step(self, batch: Tensor) -> Tensor:
+        return self.loss(batch)
+
+    def other_step(self, batch: Tensor) -> Tensor:
+        return (self.other(batch)[:, 0] - batch[:, 0]).pow(2).mean()
+
+    def configure_optimizers(self) -> Any:
+        one, other = (torch.optim.SGD(part.parameters(), lr=0.3) for part in (self.net, self.other))
+        return [
+            {"optimizer": one, "step": "one_step"},
+            {"optimizer": other, "step": "other_step", "accumulate_grad_batches": 3},
+        ]
+
+
+class SavesInWindows(Callback):
+    def __init__(self, folder: str) -> None:
+        self.folder, self.count = folder, 0
+
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        trainer.save_checkpoint(f"{self.folder}/{self.count}.ckpt")
+        self.count += 1
+
+
+def accumulate(folder: str, batch_size: int, kind: type[Tiny], saved: tuple[int | None, ...]) -> list[list[float]]:
+    found = []
+    for number in saved:
+        module = kind()
+        options = {"accumulate_grad_batches": 2} if kind is Tiny else {}
+        callback = SavesInWindows(folder) if number is None else Nothing()
+        run = trainer(callbacks=[callback], strategy="ddp", max_epochs=2, limit_val_batches=0, **options)
+        run.fit(module, numbers(14, batch_size), ckpt_path=None if number is None else f"{folder}/{number}.ckpt")
+        found.append(weights(module))
+    return found
+
+
+@pytest.mark.parametrize("kind", [Tiny, Declared])
+@pytest.mark.parametrize("before", [1, 2])
+def test_a_window_goes_on_with_another_number_of_processes(before: int, kind: type[Tiny], tmp_path: Path) -> None:
+    """Also one that is weighed, since a ragged batch ends it."""
+    folder, later = str(tmp_path), tuple(range(7))
+    if before == 1:
+        whole = accumulate(folder, 4, kind, (None,))
+        resumed = [x for rank in run_distributed(accumulate, folder, 2, kind, later) for x in rank]
+    else:
+        whole = run_distributed(accumulate, folder, 2, kind, (None,))[0]
+        resumed = accumulate(folder, 4, kind, later)
+    for again in resumed:
+        assert again == pytest.approx(whole[0], rel=0, abs=1e-13)

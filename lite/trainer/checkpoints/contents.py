@@ -14,7 +14,13 @@ from typing import Any
 import torch
 
 from lite import collectives
-from lite.checkpoint.per_rank import gather_buffers, parts_of_ranks, restore_buffers, restore_random_state
+from lite.checkpoint.per_rank import (
+    counterpart,
+    gather_buffers,
+    parts_of_ranks,
+    restore_buffers,
+    restore_random_state,
+)
 from lite.errors import CheckpointError, ConfigError, choose, shown
 from lite.loading import restore_object
 from lite.seed import Moment, RandomState
@@ -165,6 +171,8 @@ def restore_weights(trainer: Any, checkpoint: dict[str, Any], path: str) -> None
             f"ckpt_path={path!r} has no 'state_dict'; it has {', '.join(map(repr, checkpoint)):.200}. Weights alone "
             "are loaded by module.load_state_dict(torch.load(path, weights_only=True))."
         )
+    if trainer.lite.precision.param_dtype is not None:  # as `setup` will: 64 bits would not fit into 32
+        trainer.module.to(trainer.lite.precision.param_dtype)
     strict = trainer.module.strict_loading
     report = restore_object(trainer.module, checkpoint["state_dict"], "state_dict", strict=strict)
     if report.missing or report.unexpected:
@@ -226,17 +234,19 @@ def restore_training(trainer: Any, checkpoint: dict[str, Any], parts: frozenset[
         fit.forget_saves()
     if exact is None:
         return
-    if "state_dict" in parts:
-        restore_buffers({"module": exact.get("buffers", {})}, {"module": trainer.module})
     ranks = exact["ranks"]
+    saved_parts = [one.get("part", rank) for rank, one in enumerate(ranks)]
+    parts_now = [_part(trainer.lite, rank) for rank in range(trainer.world_size)]
+    source = counterpart(saved_parts, parts_now, trainer.global_rank)
+    if "state_dict" in parts:
+        restore_buffers({"module": exact.get("buffers", {})}, {"module": trainer.module}, source)
     if {"state_dict", "optimizer_states"} <= parts:  # the weights have been loaded before
         own = [one["strategy"] for one in ranks if one.get("strategy") is not None]
         trainer.lite.strategy.loading(own, *_trained(trainer, checkpoint))()
-    saved_parts = [one.get("part", rank) for rank, one in enumerate(ranks)]
-    same = saved_parts == [_part(trainer.lite, rank) for rank in range(trainer.world_size)]
+    same = saved_parts == parts_now
     mine = ranks[trainer.global_rank] if same else ranks[0]
     if "random" in parts:
-        fit.moment = _moment(trainer.lite, ranks)
+        fit.moment = _moment(ranks, source, parts_now[trainer.global_rank])
     elif "data" in parts:  # a pass that is gone on with has states of its own, which end with it
         fit.moment = RandomState.capture(cuda=True)
     if "metrics" in parts:
@@ -245,7 +255,8 @@ def restore_training(trainer: Any, checkpoint: dict[str, Any], parts: frozenset[
         _restore_metrics(trainer, mine, sums=not begun_anew)
     if "windows" in parts and "windows" in checkpoint and not begun_anew:
         parts_of_windows = parts_of_ranks(checkpoint["windows"])
-        fit.epoch_loop.windows.load_state_dict(_windows(parts_of_windows, trainer.global_rank if same else None))
+        windows = parts_of_windows[trainer.global_rank] if same else _regrouped_windows(parts_of_windows, parts_now)
+        fit.epoch_loop.windows.load_state_dict(windows)
     if "data" in parts:
         if not same:
             _check_positions(fit, mine, path, len(ranks), trainer.world_size)
@@ -341,26 +352,27 @@ def _restore_val_loaders(fit: Any, states: list[Any]) -> None:
             discard(loader)  # one that was left before its end, by a limit
 
 
-def _windows(ranks: list[dict[str, Any]], rank: int | None) -> dict[str, Any]:
-    """This rank's part of the open windows; where other ranks have saved them (None), the mean of all parts."""
-    if rank is not None:
-        return ranks[rank]
-    return {name: _mean([states[name] for states in ranks if name in states]) for name in ranks[0]}
+def _regrouped_windows(ranks: list[dict[str, Any]], parts: list[int]) -> dict[str, Any]:
+    """What a rank has of the open windows that other ranks have saved, given which part of the data each has now."""
+    shares = len(set(parts))
+    return {name: _share([states[name] for states in ranks if name in states], shares) for name in ranks[0]}
 
 
-def _mean(states: list[dict[str, Any]]) -> dict[str, Any]:
-    mean = dict(states[0])
-    if "total" in mean:
-        mean["total"] = sum(state["total"] for state in states) / len(states)
+def _share(states: list[dict[str, Any]], shares: int) -> dict[str, Any]:
+    """One share of a window: of weighed gradients and their weights the sum counts, of others the ranks' mean."""
+    share = dict(states[0])
+    if not share["weighted"]:
+        shares = len(states)
+    share["total"] = sum(state["total"] for state in states) / shares
     columns = zip(*[state["gradients"] for state in states], strict=True)
-    mean["gradients"] = [_sum(column, len(states)) for column in columns]
-    return mean
+    share["gradients"] = [_sum(column, shares) for column in columns]
+    return share
 
 
-def _sum(gradients: Iterable[torch.Tensor | None], count: int) -> torch.Tensor | None:
-    """One of so many ranks' shares of their sum; a rank that has no gradient counts as zeros."""
+def _sum(gradients: Iterable[torch.Tensor | None], shares: int) -> torch.Tensor | None:
+    """One share of the ranks' sum; a rank that has no gradient counts as zeros."""
     there = [gradient for gradient in gradients if gradient is not None]
-    return torch.stack(there).sum(0) / count if there else None
+    return torch.stack(there).sum(0) / shares if there else None
 
 
 def _part(lite: Any, rank: int) -> int:
@@ -369,9 +381,9 @@ def _part(lite: Any, rank: int) -> int:
     return part
 
 
-def _moment(lite: Any, ranks: list[Any]) -> Moment:
+def _moment(ranks: list[Any], source: int | None, part: int) -> Moment:
     """What the run goes on under when it has come to where the state was taken; until then nothing changes."""
     now = RandomState.capture(cuda=True)
-    moment = restore_random_state([mine["random"] for mine in ranks], _part(lite, lite.global_rank))
+    moment = restore_random_state([mine["random"] for mine in ranks], source, part)
     now.restore()
     return moment

@@ -89,6 +89,7 @@ class EvaluationLoop:
         if not resumed:
             self.loader, self.batch, self.begun = 0, 0, {}
             self.opened, self.settled, self.through = False, True, False
+            trainer.lite.sync_buffers()
         end = f"on_{word}_end"
         with evaluating(trainer, word), no_grad():
             if go_on is not None and resumed and (end in self.begun or self.through or not self.opened):
