@@ -153,6 +153,7 @@ class ModelParallelStrategy(ShardedStrategy):
             )
         sizes = settle_sizes(self._asked, world_size)
         tensor, data = sizes["tensor_parallel"], sizes["data_parallel"]
+        self.check_parameters(module, over_data=data > 1)
         split = parallel_plan.split_dims(module, self._plan)
         return Footprint(
             part=parts(data if self._sharded else 1, split, tensor),
