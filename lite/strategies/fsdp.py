@@ -34,9 +34,7 @@ class FSDPStrategy(ShardedStrategy):
     Change weights by operations in place (`lerp_`, `copy_`) between its runs, or in a method without tensors; what a
     forward writes into them, and `parameter.data = value`, would be lost and is refused. Between a forward and its
     backward a change is torch's error, as on one process, but for one by `torch._foreach_*`, which is not noticed.
-    `parameter.register_hook` sees the gradient as this rank has computed it, whole, before the ranks' mean;
-    `register_post_accumulate_grad_hook` comes after that, once for the backwards of an accumulation window. Gradients
-    from before `setup` stay, as the ranks' mean.
+    Gradients from before `setup` stay, as the ranks' mean.
 
     In a loop of your own such a number is that of this rank's part, as in torch, of weights and of gradients
     (`p.grad.norm().item()`). Use `weight.full_tensor()`, or `grad.norm().full_tensor().item()`, which gathers less, on
@@ -46,6 +44,13 @@ class FSDPStrategy(ShardedStrategy):
     and gradients are reduced in float32 (torch's MixedPrecisionPolicy, under autocast; BatchNorms, whose statistics are
     float32, and parametrizations (torch.nn.utils.parametrize) by themselves in float32). With "bf16-true" and the like
     they are reduced in the parameters' own dtype.
+
+    `parameter.register_hook` gets the gradient as this rank has computed it from its own part of the data, whole,
+    before the ranks' mean: under a mixed precision in the 16 bits that the layer computes in, where on one process it
+    is float32. `register_post_accumulate_grad_hook` is called when the ranks' mean, this rank's part of it, is in
+    `grad`: once for the backwards of an accumulation window, where on one process it is called at each of them. Under
+    "16-mixed" both see gradients times the loss scale, as on one process, and so is `grad` until `lite.clip_gradients`
+    or the step; all may be inf at the first steps, while the scale is found.
 
     Args:
         auto_wrap: What is sharded by itself, besides the model: None or "transformer blocks found" finds the layers
