@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -45,6 +46,21 @@ class Net(nn.Module):
             x = block(x)
         logits: Tensor = self.head(self.norm(x.transpose(1, 2)).transpose(1, 2))
         return logits
+
+
+class Scaled(nn.Linear):
+    """Has a parameter that can't be sharded."""
+
+    def __init__(self, width: int = 3) -> None:
+        super().__init__(width, width)
+        self.scale = nn.Parameter(torch.ones(()))
+
+
+number = 3
+
+
+def failing() -> nn.Module:
+    raise ValueError("its own")
 
 
 def tokens() -> Tensor:
@@ -212,6 +228,7 @@ def test_wrong_arguments_are_refused() -> None:
     class Own(Strategy):
         distributed = True
 
+    hybrid = FSDPStrategy(sharding="hybrid", replicate_axis=2)
     for call, words in (
         (lambda: memory_estimate(net, "fdsp"), "fsdp"),
         (lambda: memory_estimate(net, Own()), "does not tell"),
@@ -220,6 +237,10 @@ def test_wrong_arguments_are_refused() -> None:
         (lambda: memory_estimate(net, "ddp", world_size=0), "world_size=0"),
         (lambda: memory_estimate(net, FSDPStrategy(sharding="hybrid"), world_size=4), "pass replicate_axis"),
         (lambda: memory_estimate(net, FSDPStrategy(sharding="hybrid", replicate_axis=3), world_size=4), "divisors"),
+        (lambda: memory_estimate(net, hybrid, world_size=2), "leaves one rank for each replica"),
+        (lambda: memory_estimate(Scaled(), "fsdp", world_size=2), "'scale' of this Scaled is a scalar"),
+        (lambda: memory_estimate(nn.Linear), "the class Linear as the model; pass a model that is made of it"),
+        (lambda: memory_estimate(net.weight), "a Parameter as the model; pass a torch.nn.Module"),
         (lambda: memory_estimate(net, ModelParallelStrategy(split), world_size=2), "a dict of layer names"),
         (lambda: memory_estimate(net, ModelParallelStrategy({"haed": ColwiseParallel()}), world_size=2), "'haed'"),
         (lambda: memory_estimate(nn.LSTM(2, 2), ModelParallelStrategy({"x": Odd()}), world_size=2), "no layer"),
@@ -246,14 +267,47 @@ def test_the_command_prints_a_row_per_strategy(capsys: pytest.CaptureFixture[str
     assert main(["memory", "tests.support.models:TinyGPT", "--world-size", "4", *split_options]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
     assert [row[0] for row in rows] == ["ddp", "ddp+zero1", "fsdp", "fsdp-grad", "tp", "fsdp+tp", "ddp+tp"]
-    for words in (
-        ("nowhere:Net",),
-        ("tests.test_memory",),
-        ("tests.test_memory:Net", "--optimizer", "Adamm"),
-        ("tests.test_memory:Net", "--world-size", "2", "--strategy", "tp"),
+    mine, scaled = "tests.test_memory:Net", "tests.test_memory:Scaled"
+    assert main(["memory", scaled, "--world-size", "2"]) == 0
+    rows = [line.split(maxsplit=2) for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[0] for row in rows] == ["ddp", "ddp+zero1", "fsdp", "fsdp-grad"]
+    assert all(row[1] == "-" and "'scale' of this Scaled is a scalar" in row[2] for row in rows[2:])
+    for words, told in (
+        (("nowhere:Net",), "No module named 'nowhere'"),
+        (("tests.test_memory",), "must be MODULE:NAME"),
+        ((":Net",), "must be MODULE:NAME"),
+        (("torch.nn:Linear",), "missing a required argument: 'in_features'. Write a function that makes the model"),
+        (("tests.test_memory:number",), "is 3; it must be a function that makes the model, or a class"),
+        ((mine, "--optimizer", "Adamm"), "AdamW"),
+        ((mine, "--world-size", "2", "--strategy", "tp"), "--plan"),
+        ((mine, "--world-size", "2", "--replicate-axis", "2"), "leaves one rank for each replica"),
+        ((scaled, "--world-size", "2", "--strategy", "fsdp"), "is a scalar"),
+        ((mine, "--batch=-1,9:int64"), "--batch -1,9:int64: no batch has such sizes; write"),
+        ((mine, "--batch", f"{2**40},{2**40}"), "no batch has such sizes"),
+        ((scaled, "--world-size", "2", "--batch", "4,5"), "does not run on this batch"),
     ):
         assert main(["memory", *words]) == 2
-        assert "python -m lite:" in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert error.startswith("python -m lite: ") and told in error and error.count("\n") == 1
+    with pytest.raises(ValueError, match="its own"):  # with its traceback
+        main(["memory", "tests.test_memory:failing"])
+
+
+def test_torch_logs_nothing_of_a_forward_that_does_not_run() -> None:
+    """The error says it; afterwards torch logs as before."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    heard: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = heard.append  # type: ignore[method-assign]
+    log.addHandler(handler)
+    level = log.level
+    try:
+        with pytest.raises(ConfigError, match="activations of Linear"):
+            memory_estimate(nn.Linear(2, 2), batch=torch.ones(1, 3))
+    finally:
+        log.removeHandler(handler)
+    assert not heard
+    assert log.level == level
 
 
 @pytest.mark.gpu

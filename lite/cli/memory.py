@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
+import math
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -11,12 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from lite.errors import ConfigError, choose
-from lite.memory import memory_estimate
+from lite.errors import ConfigError, choose, shown
+from lite.memory import MemoryEstimate, memory_estimate
 from lite.strategies import DDPStrategy, SingleStrategy, Strategy
 
 _COLUMNS = ("parameters", "gradients", "optimizer", "buffers", "communication", "activations", "total")
 _KINDS = ("single", "ddp", "ddp+zero1", "fsdp", "fsdp-grad", "fsdp-hybrid", "tp", "fsdp+tp", "ddp+tp")
+_UNASKED = ("ddp", "ddp+zero1", "fsdp", "fsdp-grad")  # are listed without an option that names or is for them
 
 
 def add_to(rooms: Any) -> None:
@@ -50,23 +53,27 @@ def run(options: argparse.Namespace) -> int:
         optimizer = getattr(torch.optim, choose("--optimizer", options.optimizer, _optimizers()))
     batch = tuple(map(_tensor, options.batch)) if options.batch else None
     makers = _strategies(options)
-    kinds = options.strategy or _fitting(options)
-    rows = {
-        kind: memory_estimate(
-            model,
-            makers[choose("--strategy", kind, _KINDS)](),
-            options.precision,
-            optimizer,
-            batch,
-            world_size=options.world_size,
-        )
-        for kind in kinds
-    }
+    rows: dict[str, MemoryEstimate] = {}
+    refused: dict[str, ConfigError] = {}
+    for kind in options.strategy or _fitting(options):
+        strategy = makers[choose("--strategy", kind, _KINDS)]()
+        try:
+            rows[kind] = memory_estimate(
+                model, strategy, options.precision, optimizer, batch, world_size=options.world_size
+            )
+        except ConfigError as error:
+            if options.strategy or kind not in _UNASKED:
+                raise
+            refused[kind] = error
+    if not rows:
+        raise next(iter(refused.values()))
     print(f"MiB on the rank that needs most, of {options.world_size}; {options.precision}")
     print(f"{'':12}" + "".join(f"{name:>15}" for name in _COLUMNS))
     for kind, estimate in rows.items():
         numbers = [getattr(estimate, name) for name in _COLUMNS]
         print(f"{kind:12}" + "".join(f"{'-' if n is None else format(n / 2**20, '.2f'):>15}" for n in numbers))
+    for kind, reason in refused.items():
+        print(f"{kind:12} - {reason}")
     return 0
 
 
@@ -105,16 +112,34 @@ def _fitting(options: argparse.Namespace) -> list[str]:
 
 def _model(where: str) -> nn.Module:
     make = _find("model", where)
+    if isinstance(make, nn.Module):
+        return make
+    if not callable(make):
+        raise ConfigError(f"model={where!r} is {shown(make)}; it must be a function that makes the model, or a class.")
+    _check_arguments(make, where)
     with torch.device("meta"):
-        model = make if isinstance(make, nn.Module) else make()
+        model = make()
     if not isinstance(model, nn.Module):
-        raise ConfigError(f"model={where!r} made a {type(model).__name__}; it must make a torch.nn.Module.")
+        raise ConfigError(f"model={where!r} made {shown(model)}; it must make a torch.nn.Module.")
     return model
+
+
+def _check_arguments(make: Callable[..., Any], where: str) -> None:
+    """Refuse what can't be called without arguments; an error within it is the user's own, with its traceback."""
+    try:
+        inspect.signature(make).bind()
+    except ValueError:  # one in C that doesn't tell
+        return
+    except TypeError as error:
+        raise ConfigError(
+            f"model={where!r} is called without arguments: {error}. Write a function that makes the model, e.g. "
+            f"`def make(): return {getattr(make, '__name__', 'Net')}(...)`, and name that."
+        ) from None
 
 
 def _find(argument: str, where: str) -> Any:
     module, _, name = where.partition(":")
-    if not name:
+    if not name or not module or module.startswith("."):
         raise ConfigError(f"{argument}={where!r} must be MODULE:NAME, e.g. net:GPT for GPT in net.py.")
     sys.path.insert(0, "")
     try:
@@ -135,6 +160,9 @@ def _tensor(text: str) -> torch.Tensor:
     try:
         if not isinstance(kind, torch.dtype):
             raise ValueError(f"torch has no dtype {dtype!r}")
-        return torch.empty([int(n) for n in shape.split(",")], dtype=kind, device="meta")
+        sizes = [int(n) for n in shape.split(",")]
+        if min(sizes) < 1 or math.prod(sizes) > sys.maxsize // 16:  # of complex128
+            raise ValueError("no batch has such sizes")
+        return torch.empty(sizes, dtype=kind, device="meta")
     except ValueError as error:
         raise ConfigError(f"--batch {text}: {error}; write sizes and a dtype, e.g. 8,128:int64.") from error

@@ -89,7 +89,8 @@ class Steps(Facet):
         divide_by_initial_world_size: bool = True,
         throw_on_early_termination: bool = False,
     ) -> AbstractContextManager[None]:
-        """A context for a loop whose ranks may run out of batches at different steps, under DDP.
+        """A context for a loop whose ranks may run out of batches at different steps, under DDP; with one process it
+        does nothing.
 
         Collective: call on all ranks. A rank that has left the loop waits at the block's end and answers the others'
         gradient averaging with zeros: the forward and then the backward of each model, in the order in which they are
@@ -114,8 +115,9 @@ class Steps(Facet):
             throw_on_early_termination: Raise RuntimeError on all ranks as soon as one runs out.
 
         Raises:
-            UsageError: A model is not set up, or the strategy has nothing of the kind; within the block, a forward that
-                the ranks without batches would not answer.
+            UsageError: A model is not set up, or the strategy has nothing of the kind for several ranks, as all but DDP
+                (local SGD, ZeRO-1, and what other packages add and doesn't override `Strategy.join`); within the block,
+                a forward that the ranks without batches would not answer.
 
         Source: https://docs.pytorch.org/docs/stable/distributed.algorithms.join.html
         """

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from lite.errors import ConfigError, choose
+from lite.errors import ConfigError, choose, shown
 from lite.memory.activations import kept_by_forward
 from lite.memory.states import Size, State, shares, states_after_a_step
 from lite.precision import PRECISION_ALIASES, PRECISIONS, Precision, make_precision
@@ -77,8 +77,8 @@ def memory_estimate(
         world_size: Number of ranks.
 
     Raises:
-        ConfigError: An argument is wrong, the strategy can't tell, or the optimizer or the forward can't run without
-            values.
+        ConfigError: An argument is wrong, the strategy can't tell or would refuse the model on so many ranks, or the
+            optimizer or the forward can't run without values.
 
     Example:
         >>> import torch
@@ -88,6 +88,12 @@ def memory_estimate(
         >>> estimate.parameters, estimate.gradients, estimate.optimizer  # two moments and a step count
         (200, 200, 404)
     """
+    if not isinstance(model, nn.Module):
+        remedy = "pass a model that is made of it" if isinstance(model, type) else "pass a torch.nn.Module"
+        raise ConfigError(
+            f"memory_estimate got {shown(model)} as the model; {remedy}. `with torch.device('meta'):` makes one "
+            "without memory."
+        )
     precision = _precision(precision)
     footprint = _footprint(strategy, model, world_size)
     named = {name: Size.of(p, precision) for name, p in model.named_parameters()}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -55,6 +57,7 @@ def kept_by_forward(model: nn.Module, batch: Any, precision: Precision, casts_we
             stack.enter_context(torch.random.fork_rng(devices=[]))
             stack.enter_context(torch.enable_grad())
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(keep, _back))
+            stack.enter_context(_without_log())
             stack.enter_context(mode)
             if half is not None and not casts_weights:
                 stack.enter_context(torch.autocast(device.type, dtype=half))
@@ -68,6 +71,18 @@ def kept_by_forward(model: nn.Module, batch: Any, precision: Precision, casts_we
         if isinstance(value, Tensor):
             keep(value)
     return sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in own)
+
+
+@contextmanager
+def _without_log() -> Iterator[None]:
+    """Within it torch does not log what fails on tensors without values: the error says it, and the log a page more."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    level = log.level
+    log.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def _back(tensor: Tensor) -> Tensor:

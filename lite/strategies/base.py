@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lite import collectives
 from lite.environments.base import Environment
 from lite.errors import ConfigError, UsageError
 from lite.precision.base import Precision
@@ -125,7 +126,7 @@ class Strategy:
         Raises:
             ConfigError: The strategy gives each rank the whole model.
         """
-        if self.distributed and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        if self._on_several_ranks:
             raise ConfigError(
                 f"lite.setup_pipeline puts a model's layers on different ranks, which strategy={self.name!r} does not; "
                 "use Lite(strategy='pipeline'), or lite.setup."
@@ -196,8 +197,22 @@ class Strategy:
     def join(
         self, engines: Sequence[Engine | None], optimizers: Sequence[Optimizer], **options: Any
     ) -> AbstractContextManager[None]:
-        """A context in which ranks may run out of batches at different steps; see `Lite.join`."""
-        return nullcontext()
+        """A context in which ranks may run out of batches at different steps; see `Lite.join`.
+
+        Raises:
+            UsageError: There are several ranks, and a strategy that doesn't override this has nothing for it.
+        """
+        if not self._on_several_ranks:
+            return nullcontext()
+        raise UsageError(
+            f"lite.join is for DDP, and strategy={self.name!r} has nothing that answers for a rank without batches: "
+            "the others would wait for it. Use strategy='ddp', or give all ranks equally many batches, as loaders from "
+            "lite.setup_dataloaders do."
+        )
+
+    @property
+    def _on_several_ranks(self) -> bool:
+        return self.distributed and collectives.world_size() > 1
 
     @property
     def trains_apart(self) -> bool:

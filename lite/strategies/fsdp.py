@@ -34,9 +34,7 @@ class FSDPStrategy(ShardedStrategy):
     Change weights by operations in place (`lerp_`, `copy_`) between its runs, or in a method without tensors; what a
     forward writes into them, and `parameter.data = value`, would be lost and is refused. Between a forward and its
     backward a change is torch's error, as on one process, but for one by `torch._foreach_*`, which is not noticed.
-    `parameter.register_hook` sees the gradient as this rank has computed it, whole, before the ranks' mean;
-    `register_post_accumulate_grad_hook` comes after that, once for the backwards of an accumulation window. Gradients
-    from before `setup` stay, as the ranks' mean.
+    Gradients from before `setup` stay, as the ranks' mean.
 
     In a loop of your own such a number is that of this rank's part, as in torch, of weights and of gradients
     (`p.grad.norm().item()`). Use `weight.full_tensor()`, or `grad.norm().full_tensor().item()`, which gathers less, on
@@ -46,6 +44,13 @@ class FSDPStrategy(ShardedStrategy):
     and gradients are reduced in float32 (torch's MixedPrecisionPolicy, under autocast; BatchNorms, whose statistics are
     float32, and parametrizations (torch.nn.utils.parametrize) by themselves in float32). With "bf16-true" and the like
     they are reduced in the parameters' own dtype.
+
+    `parameter.register_hook` gets the gradient as this rank has computed it from its own part of the data, whole,
+    before the ranks' mean: under a mixed precision in the 16 bits that the layer computes in, where on one process it
+    is float32. `register_post_accumulate_grad_hook` is called when the ranks' mean, this rank's part of it, is in
+    `grad`: once for the backwards of an accumulation window, where on one process it is called at each of them. Under
+    "16-mixed" both see gradients times the loss scale, as on one process, and so is `grad` until `lite.clip_gradients`
+    or the step; all may be inf at the first steps, while the scale is found.
 
     Args:
         auto_wrap: What is sharded by itself, besides the model: None or "transformer blocks found" finds the layers
@@ -126,39 +131,29 @@ class FSDPStrategy(ShardedStrategy):
 
     def check_world_size(self, world_size: int) -> None:
         if self._replicate_axis is not None and world_size > 1:
-            settle_sizes({"replicate_axis": self._replicate_axis, "ranks per replica": None}, world_size)
+            _hybrid_sizes(self._replicate_axis, world_size)
 
     def lay_out(self, device: torch.device, num_nodes: int) -> None:
         if self._sharding != "hybrid":
             self._mesh = make_mesh(device.type, {"shard": self._world_size})
             return
         replicas = self._replicate_axis if self._replicate_axis is not None else num_nodes
-        if replicas == 1:
-            raise ConfigError(
-                "sharding='hybrid' on one machine needs replicate_axis=, the number of replicas; or use "
-                "sharding='full'."
-            )
-        sizes = settle_sizes({"replicate_axis": replicas, "ranks per replica": None}, self._world_size)
-        shard = sizes["ranks per replica"]
-        if shard == 1:
-            raise ConfigError(
-                f"replicate_axis={replicas} on {self._world_size} processes leaves one rank for each replica, so "
-                "nothing would be sharded; use a smaller replicate_axis, or strategy='ddp'."
-            )
-        self._mesh = make_mesh(device.type, {"replicate": replicas, "shard": shard})
+        self._mesh = make_mesh(device.type, _hybrid_sizes(replicas, self._world_size))
 
     def footprint(self, module: nn.Module, world_size: int) -> Footprint | None:
         if world_size == 1:
             return Footprint()
-        if self._sharding == "hybrid" and self._replicate_axis is None:
-            raise ConfigError(
-                "sharding='hybrid' without replicate_axis= has a replica per machine, and how many machines there are "
-                "is not known here; pass replicate_axis."
-            )
-        replicas = self._replicate_axis or 1
-        sizes = settle_sizes({"replicate_axis": replicas, "ranks per replica": None}, world_size)
+        self.check_parameters(module, over_data=True)
+        shard = world_size
+        if self._sharding == "hybrid":
+            if self._replicate_axis is None:
+                raise ConfigError(
+                    "sharding='hybrid' without replicate_axis= has a replica per machine, and how many machines there "
+                    "are is not known here; pass replicate_axis."
+                )
+            shard = _hybrid_sizes(self._replicate_axis, world_size)["shard"]
         return Footprint(
-            part=parts(sizes["ranks per replica"]),
+            part=parts(shard),
             blocks=names_of_blocks(module, self.blocks(module)),
             keeps_whole=self._reshard is False,
             casts_weights=True,
@@ -175,6 +170,26 @@ class FSDPStrategy(ShardedStrategy):
             cpu_offload=self._cpu_offload,
         )
         return f"fully_shard ({self._sharding}) around {how}, over {self._world_size} ranks"
+
+
+def _hybrid_sizes(replicas: int, world_size: int) -> dict[str, int]:
+    """The mesh's axes with sharding="hybrid".
+
+    Raises:
+        ConfigError: They don't make up the job, or one of them is 1, so that nothing is replicated or nothing sharded.
+    """
+    if replicas == 1:
+        raise ConfigError(
+            "sharding='hybrid' with one replica (replicate_axis=1, or no replicate_axis on one machine) replicates "
+            "nothing; pass the number of replicas as replicate_axis=, or use sharding='full'."
+        )
+    shard = settle_sizes({"replicate_axis": replicas, "ranks per replica": None}, world_size)["ranks per replica"]
+    if shard == 1:
+        raise ConfigError(
+            f"replicate_axis={replicas} on {world_size} processes leaves one rank for each replica, so nothing would "
+            "be sharded; use a smaller replicate_axis, or strategy='ddp'."
+        )
+    return {"replicate": replicas, "shard": shard}
 
 
 def names_of_blocks(module: nn.Module, blocks: dict[str, nn.Module]) -> tuple[tuple[str, ...], ...]:

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +22,7 @@ from lite.precision.base import is_packed
 from lite.state import parameters_of
 from lite.strategies.base import Engine
 from lite.strategies.ddp import DDPStrategy
-from lite.strategies.rounds import OuterOptimizer, Round
+from lite.strategies.rounds import OuterOptimizer, Round, make_outer
 from lite.swapped import refuse_swapped
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class LocalSGDStrategy(DDPStrategy):
     Args:
         sync_every: Optimizer steps between two syncs: H in the papers.
         outer_optimizer: None; "diloco" for the paper's (SGD with Nesterov momentum 0.9 and learning rate 0.7); or a
-            function of a list of parameters that returns an optimizer of them.
+            function of a list of parameters that returns an optimizer of all of them, whose step needs no closure.
         process_group_backend: "gloo", "nccl", ...; None chooses by device.
         timeout: How long a collective may wait for the other ranks; None is torch's default.
         start_method: How `Lite.launch` starts processes: "spawn", "fork" or "forkserver".
@@ -114,8 +115,9 @@ class LocalSGDStrategy(DDPStrategy):
     def footprint(self, module: nn.Module, world_size: int) -> Footprint | None:
         from lite.strategies.footprint import Footprint
 
+        outer = partial(make_outer, self._outer) if self._outer is not None else None
         # Averaging sends the parameters, or their changes, in one piece, of the gradients' size.
-        return Footprint(gradient_copy=world_size > 1, outer=self._outer)
+        return Footprint(gradient_copy=world_size > 1, outer=outer)
 
     def explain(self, module: nn.Module) -> str:
         if self._world_size == 1:

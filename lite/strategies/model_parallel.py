@@ -38,7 +38,12 @@ class ModelParallelStrategy(ShardedStrategy):
     process's then. Where a layer's output is split, over features or, with SequenceParallel, over the sequence, each
     part gets the same mask, so it is another one than one process's; torch draws for DTensors alone, and on CUDA alone,
     as for the whole.
-    A hook on a parameter that is split (`register_hook`) gets its gradient as a DTensor.
+
+    A hook on a parameter that is split (`register_hook`) gets its gradient as a DTensor. With one group of ranks hooks
+    on parameters are called as on one process. Between several groups, with `sharded=False` too, they are
+    FSDPStrategy's: `register_hook` gets the gradient of the group's own part of the data, under a mixed precision in 16
+    bits, and `register_post_accumulate_grad_hook` is called once for the backwards of an accumulation window, when the
+    groups' mean is in `grad`. What is said of "16-mixed" there holds here.
 
     Outputs that stay split (`use_local_output=False`) are DTensors. `outputs.full_tensor()`, called on all ranks, is
     the whole, which a number (`item()`), an accuracy (`argmax` against plain targets), a generation step, and a loss
@@ -153,6 +158,7 @@ class ModelParallelStrategy(ShardedStrategy):
             )
         sizes = settle_sizes(self._asked, world_size)
         tensor, data = sizes["tensor_parallel"], sizes["data_parallel"]
+        self.check_parameters(module, over_data=data > 1)
         split = parallel_plan.split_dims(module, self._plan)
         return Footprint(
             part=parts(data if self._sharded else 1, split, tensor),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,9 +16,9 @@ from torch.optim import Optimizer
 
 from lite import collectives
 from lite.disguise import disguise
-from lite.errors import ConfigError
+from lite.errors import ConfigError, shown
 from lite.fitting import check_fit
-from lite.state import plain_key
+from lite.state import parameters_of, plain_key
 from lite.swapped import is_swapped, refuse_swapped
 
 OuterOptimizer = Callable[[list[nn.Parameter]], Optimizer]
@@ -70,9 +71,7 @@ class Round:
             ref for ref in modules if (m := ref()) is not None and any(id(p) in mine for p in m.parameters())
         ]
         self._start = [nn.Parameter(p.detach().clone()) for p in held] if outer is not None else []
-        self._outer = outer(self._start) if outer is not None else None
-        if self._outer is not None and not isinstance(self._outer, Optimizer):
-            raise ConfigError(f"outer_optimizer returned {self._outer!r}; it must return a torch optimizer.")
+        self._outer = make_outer(outer, self._start) if outer is not None else None
         self._own: _Own | None = None
         self._raw = type(optimizer)
         self._patched = optimizer.__dict__.pop("step", None)
@@ -277,6 +276,37 @@ class Round:
             _copy(self.held, kept["weights"])
         for buffer, value in kept["buffers"]:
             buffer.copy_(value)
+
+
+def make_outer(outer: OuterOptimizer, parameters: list[nn.Parameter]) -> Optimizer:
+    """Call the user's `outer_optimizer`.
+
+    Raises:
+        ConfigError: What it returns is no optimizer, can't step on the gradients alone, or holds other parameters than
+            it was given: a sync would put back those that are left out.
+    """
+    made = outer(parameters)
+    if not isinstance(made, Optimizer):
+        raise ConfigError(f"outer_optimizer returned {shown(made)}; it must return a torch optimizer.")
+    try:
+        inspect.signature(made.step).bind()
+    except TypeError:
+        raise ConfigError(
+            f"outer_optimizer returned {shown(made)}, whose step() needs a closure, and at a sync there is no loss to "
+            "evaluate again, but the ranks' mean change alone; return one that steps on gradients, e.g. "
+            "torch.optim.SGD(params, lr=0.7, momentum=0.9, nesterov=True)."
+        ) from None
+    given, held = {id(p) for p in parameters}, {id(p) for p in parameters_of(made)}
+    if held != given:
+        missing, foreign = len(given - held), len(held - given)
+        wrong = [f"leaves out {missing} of the {len(given)} parameters that it was given"] * bool(missing)
+        wrong += [f"holds others ({foreign})"] * bool(foreign)
+        raise ConfigError(
+            f"outer_optimizer returned {shown(made)} that {' and '.join(wrong)}, and each sync gives the model what it "
+            "has stepped on; let it hold all of its argument and nothing else. Parameters that are to become their "
+            "mean over the ranks go into a group of SGD with lr=1.0, momentum=0 and nesterov=False."
+        )
+    return made
 
 
 def _places(state: Mapping[str, Any], content: Mapping[str, Any]) -> dict[int, list[Place]]:

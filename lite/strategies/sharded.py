@@ -137,11 +137,25 @@ class ShardedStrategy(Strategy):
         return store
 
     def check_module(self, module: nn.Module) -> None:
-        name = type(module).__name__
         prepare_blocks(module, self._activation_checkpointing, compile_blocks=False, dry=True)
         if self._world_size == 1:
             return
         refuse_sync_batch_norm(module, self._device)
+        self.check_parameters(module, over_data=self.shards_over_data)
+        if self.shards_over_data:
+            self._check_dtypes(module)
+
+    def check_parameters(self, module: nn.Module, *, over_data: bool) -> None:
+        """Refuse what several ranks can't divide, for `footprint` too; nothing is asked of this job.
+
+        Args:
+            module: The model.
+            over_data: Whether blocks are sharded one by one, over parts of the data.
+
+        Raises:
+            ConfigError: It is never called, or has a parameter that can't be sharded.
+        """
+        name = type(module).__name__
         if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
             raise ConfigError(f"{name} has no forward, and is never called; set up the module that holds it.")
         for key, parameter in module.named_parameters():
@@ -150,12 +164,12 @@ class ShardedStrategy(Strategy):
                     f"parameter {key!r} of this {name} is a DTensor already, and strategy={self.name!r} would shard it "
                     "again; pass the raw model to lite.setup, and leave fully_shard and parallelize_module to lite."
                 )
-            if parameter.ndim == 0 and self.shards_over_data:
+            if parameter.ndim == 0 and over_data:
                 raise ConfigError(
                     f"parameter {key!r} of this {name} is a scalar, which has no dimension to shard; make it a vector "
                     "of one element: torch.nn.Parameter(torch.ones(1))."
                 )
-        if not self.shards_over_data:
+        if not over_data:
             return
         for key, part in module.named_modules():
             lookup = isinstance(part, (nn.Embedding, nn.EmbeddingBag))
@@ -164,6 +178,8 @@ class ShardedStrategy(Strategy):
                     f"{key!r} of this {name} has sparse=True, and FSDP can't reduce sparse gradients; use "
                     "sparse=False, or strategy='ddp'."
                 )
+
+    def _check_dtypes(self, module: nn.Module) -> None:
         blocks = self.blocks(module)
         groups: dict[str, dict[torch.dtype, str]] = {}
         for key, parameter in module.named_parameters():
@@ -173,7 +189,7 @@ class ShardedStrategy(Strategy):
         for owner, dtypes in groups.items():
             if len(dtypes) > 1 and self._precision.param_dtype is None:
                 keys = " and ".join(f"{key!r} ({dtype})" for dtype, key in list(dtypes.items())[:2])
-                where = f"the block {owner!r}" if owner else f"{name} outside of its blocks"
+                where = f"the block {owner!r}" if owner else f"{type(module).__name__} outside of its blocks"
                 raise ConfigError(
                     f"{where} trains parameters of several dtypes, {keys}, and their gradients are reduced together; "
                     "convert the model to one dtype, freeze the odd ones, or wrap them by themselves with auto_wrap."

@@ -29,7 +29,7 @@ from lite.errors import ConfigError, UsageError
 from lite.state import parameters_of
 
 _SMALL_BYTES = 4096
-_partial: weakref.WeakKeyDictionary[Optimizer, list[Any]] = weakref.WeakKeyDictionary()
+_partial: weakref.WeakKeyDictionary[Optimizer, list[Callable[[], None]]] = weakref.WeakKeyDictionary()
 
 
 def check(optimizer: Optimizer) -> None:
@@ -61,8 +61,7 @@ class Sharded:
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
-        for handle in _partial.pop(optimizer, ()):
-            handle.remove()
+        _allow(optimizer)
         self._raw = type(optimizer)
         # A scheduler that was made before has put a counter there; schedulers see the step's flags below instead.
         self._patched = optimizer.__dict__.pop("step", None)
@@ -125,7 +124,17 @@ class Sharded:
             "load_state_dict": load_state_dict,
             "add_param_group": add_param_group,
             "state_is_local": True,
+            **dict.fromkeys(("__reduce_ex__", "__deepcopy__"), _refuse_copy),
         }
+
+
+def _refuse_copy(optimizer: Optimizer, *unused: Any) -> Any:
+    raise UsageError(
+        f"this {type(optimizer).__name__} is set up with zero_optimizer=True: a pickle or a copy would have the state "
+        "of this rank's share of the parameters alone. Store its state, the other ranks' included, by lite.save, or as "
+        "optimizer.state_dict(), called on all ranks; where the object itself has to be pickled or copied, load that "
+        "into it after lite.teardown()."
+    )
 
 
 def _refuse_partial(optimizer: Optimizer) -> None:
@@ -142,15 +151,22 @@ def _refuse_partial(optimizer: Optimizer) -> None:
             "load that into it first."
         )
 
-    def complete(optimizer: Optimizer) -> None:
-        for handle in _partial.pop(optimizer, ()):
-            handle.remove()
-
+    # What pickle and copy ask an object for. An attribute, since the class is the user's own again.
+    optimizer.__dict__["__getstate__"] = refuse
     _partial[optimizer] = [
-        optimizer.register_step_pre_hook(refuse),
-        optimizer.register_state_dict_pre_hook(refuse),
-        optimizer.register_load_state_dict_post_hook(complete),
+        optimizer.register_step_pre_hook(refuse).remove,
+        optimizer.register_state_dict_pre_hook(refuse).remove,
+        optimizer.register_load_state_dict_post_hook(_allow).remove,
     ]
+
+
+def _allow(optimizer: Optimizer) -> None:
+    """Take back what `_refuse_partial` did, where it did."""
+    undoing = _partial.pop(optimizer, None)
+    if undoing is not None:
+        del optimizer.__dict__["__getstate__"]
+        for undo in undoing:
+            undo()
 
 
 def _view(optimizer: Optimizer, raw: type[Optimizer], groups: list[dict[str, Any]]) -> Optimizer:

@@ -77,3 +77,32 @@ def different_gradients() -> tuple[float, bool]:
 
 def test_gradients_before_setup_become_the_ranks_mean() -> None:
     assert run_distributed(different_gradients) == [(1.5, True)] * 2
+
+
+def seen_by_hooks(strategy: str) -> dict[str, list[Any]]:
+    """Dtypes and classes of what hooks on the head's weight get in a window of two backwards, in a mixed precision."""
+    lite = Lite(accelerator="cpu", strategy=STRATEGIES[strategy][2](), precision="bf16-mixed")
+    torch.manual_seed(3)
+    model = lite.setup(TinyGPT())
+    seen: dict[str, list[Any]] = {"hook": [], "post": []}
+    weight = model.head.weight
+    weight.register_hook(lambda gradient: seen["hook"].append((gradient.dtype, type(gradient).__name__)))
+    weight.register_post_accumulate_grad_hook(lambda p: seen["post"].append((p.grad.dtype, type(p.grad).__name__)))
+    batch, window = sentences(4)[:][0], lite.accumulate(model, steps=2)
+    for _ in range(2):
+        with window():
+            lite.backward(next_token_loss(model(batch[:, :-1]), batch))
+    return seen
+
+
+@pytest.mark.parametrize("strategy", ["single", *DIVIDED])
+def test_hooks_see_what_is_documented(strategy: str) -> None:
+    """Between groups with different data each rank's own gradient in 16 bits, and the mean once per window."""
+    size = STRATEGIES[strategy][0]
+    kind = "Tensor" if strategy == "single" else "DTensor"
+    for seen in run_distributed(seen_by_hooks, strategy, world_size=size) if size > 1 else [seen_by_hooks(strategy)]:
+        if strategy in ("single", "tp"):
+            assert seen == {"hook": [(torch.float32, kind)] * 2, "post": [(torch.float32, kind)] * 2}
+        else:
+            own = "DTensor" if "tp" in strategy else "Tensor"
+            assert seen == {"hook": [(torch.bfloat16, own)] * 2, "post": [(torch.float32, kind)]}

@@ -627,6 +627,8 @@ def refused(stage: int, folder: Path) -> dict[str, str]:
     lite.backward((model(torch.ones(2, 4), True) + model(torch.ones(2, 4), False)).sum())
     whole.step()
 
+    tell("join", lambda: lite.join(model))
+
     # loading
     weights = {key: value.clone() for key, value in model.state_dict().items()}
     before = state_of(whole)
@@ -657,6 +659,7 @@ def test_what_is_refused_stays_as_it_was(stage: int, tmp_path: Path) -> None:
         "setup": f"ConfigError: Adam has state: {uneven}",
         "typo": "ConfigError: config is refused by DeepSpeed: .*'stgae' .*Extra inputs",
         "within": "RuntimeError: within DeepSpeed",
+        "join": "UsageError: lite.join is for DDP, and strategy='deepspeed' .*equally many batches",
         "load_state_dict": f"CheckpointError: {uneven}",
         "load": f"CheckpointError: {uneven}",
     }

@@ -426,7 +426,7 @@ def test_misuse_is_refused_with_the_remedy() -> None:
         "inner layer": "keep the inner layer's class out of auto_wrap",
         "choice": "auto_wrap='Block' is not known",
         "activation": "activation_checkpointing='all' is not known",
-        "hybrid": "sharding='hybrid' on one machine needs replicate_axis=",
+        "hybrid": "sharding='hybrid' with one replica",
         "replicas": "replicate_axis=3 but the job has 2 processes",
         "all replicas": "leaves one rank for each replica",
     }

@@ -7,8 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
-from lite import ConfigError, DDPStrategy, Lite, UsageError
+from lite import ConfigError, DDPStrategy, Lite, ModelParallelStrategy, Strategy, UsageError
+from lite.environments import Environment
+from lite.strategies.process_group import ProcessGroup
 from tests.support.models import MLP
 from tests.support.processes import run_distributed
 
@@ -96,6 +99,59 @@ def test_the_first_end_can_end_all() -> None:
     model = lite.setup(MLP())
     with lite.join(model):
         lite.backward(model(torch.ones(1, 4)).sum())
+
+
+class Own(Strategy):
+    """Another package's, which doesn't override `join`."""
+
+    name = "own"
+    distributed = True
+
+    def connect(self, environment: Environment, device: torch.device) -> Any:
+        self._group = ProcessGroup(None, None)
+        return self._group.join(environment, device)
+
+    def close(self) -> None:
+        self._group.leave()
+
+
+STRATEGIES = ("fsdp", "model_parallel", "pipeline", "local_sgd", "own")
+
+
+def joined(name: str) -> None:
+    """Enter `join` under a strategy."""
+    plan = {"body.0": ColwiseParallel(), "body.2": RowwiseParallel()}
+    own = {"model_parallel": lambda: ModelParallelStrategy(plan), "own": Own}.get(name)
+    lite = Lite(accelerator="cpu", strategy=own() if own is not None else name)
+    model: Any = MLP()
+    if name == "pipeline":
+        lite.setup_pipeline(model := nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), loss=nn.MSELoss(), microbatches=2)
+    else:
+        lite.setup(model)
+    with lite.join(model):
+        pass
+    lite.teardown()
+
+
+def refused_under_others() -> list[str]:
+    messages = []
+    for name in STRATEGIES:
+        with pytest.raises(UsageError) as caught:
+            joined(name)
+        messages.append(str(caught.value))
+    return messages
+
+
+def test_a_strategy_that_has_nothing_of_the_kind_refuses() -> None:
+    """On several ranks, with what to use instead; with one process the same script runs."""
+    for messages in run_distributed(refused_under_others):
+        for name, message in zip(STRATEGIES, messages, strict=True):
+            told = "LocalSGDStrategy" if name == "local_sgd" else f"strategy={name!r}"
+            assert message.startswith("lite.join is for DDP"), name
+            assert told in message
+            assert "all ranks equally many" in message
+    for name in STRATEGIES:
+        joined(name)
 
 
 def windows(counts: tuple[int, int]) -> Any:

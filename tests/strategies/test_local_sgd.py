@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lite import CheckpointError, ConfigError, Lite, LocalSGDStrategy, UsageError
+from lite import CheckpointError, ConfigError, Lite, LocalSGDStrategy, UsageError, memory_estimate
 from lite.checkpoint import manifest
 from lite.precision.mixed import MixedPrecision
 from lite.trainer import LightningModule, Trainer
@@ -342,9 +343,19 @@ def test_wrong_arguments_are_refused() -> None:
     ):
         with pytest.raises(ConfigError, match=words):
             LocalSGDStrategy(**arguments)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="must return a torch optimizer"):
-        lite = Lite(accelerator="cpu", strategy=LocalSGDStrategy(outer_optimizer=lambda params: params))
-        lite.setup(model := nn.Linear(1, 1), torch.optim.SGD(model.parameters(), lr=0.1))
+    sgd = partial(torch.optim.SGD, lr=1.0)
+    for outer, words in (
+        (lambda params: params, "must return a torch optimizer"),
+        (lambda params: sgd([p for p in params if p.ndim > 1]), "leaves out 1 of the 2 parameters"),
+        (lambda params: sgd([torch.zeros(1, requires_grad=True)]), r"out 2 .* and holds others \(1\),"),
+        (lambda params: torch.optim.LBFGS(params), "LBFGS, whose step.* a closure"),
+    ):
+        strategy = LocalSGDStrategy(outer_optimizer=outer)
+        model = nn.Linear(1, 1)
+        with pytest.raises(ConfigError, match=f"outer_optimizer returned .*{words}"):
+            Lite(accelerator="cpu", strategy=strategy).setup(model, sgd(model.parameters()))
+        with pytest.raises(ConfigError, match=words):
+            memory_estimate(model, strategy, optimizer=sgd)
 
 
 # ---- what is asked for is loaded, and nothing else

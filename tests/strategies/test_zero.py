@@ -55,15 +55,18 @@ def train(lite: Lite, model: nn.Module, optimizer: torch.optim.Optimizer, schedu
     return [p.detach().tolist() for p in model.parameters()]
 
 
+def copies(optimizer: torch.optim.Optimizer) -> list[str]:
+    """What is said to each way of copying."""
+    return [told(lambda call=call: call(optimizer)) for call in (pickle.dumps, copy.copy, copy.deepcopy)]
+
+
 def zero_is_ddp(folder: str) -> list[Any]:
     answers: list[Any] = []
     whole = build(False)
     expected = train(*whole, 0, 6)
     lite, model, optimizer, scheduler = build(True)
     answers.append(isinstance(optimizer, Counting) and isinstance(optimizer, torch.optim.AdamW))
-    answers.append(
-        type(copy.deepcopy(optimizer)) is Counting and type(pickle.loads(pickle.dumps(optimizer))) is Counting
-    )
+    answers.append(all("set up with zero_optimizer=True" in text for text in copies(optimizer)))
     seen: list[Any] = []
     optimizer.register_step_post_hook(
         lambda o, *_: seen.append((o is optimizer, [p.detach().tolist() for p in model.parameters()]))
@@ -154,10 +157,15 @@ def misused() -> list[Any]:
     lite, model, optimizer, scheduler = build(True)
     train(lite, model, optimizer, scheduler, 0, 2)
     whole = optimizer.state_dict()
+    assert all("lite.save" in text and "UsageError" in text for text in copies(optimizer))
     lite.teardown()
     messages = [type(optimizer) is Counting, told(optimizer.step), told(optimizer.state_dict)]
+    assert all(text == messages[-1] for text in copies(optimizer))
     optimizer.load_state_dict(whole)
     messages += [told(optimizer.step), bytes_of_state(optimizer)]
+    copied = pickle.loads(pickle.dumps(optimizer))
+    assert type(copied) is type(copy.deepcopy(optimizer)) is Counting
+    assert bytes_of_state(copied) == bytes_of_state(optimizer)
     lite = Lite(accelerator="cpu", strategy=DDPStrategy(zero_optimizer=True))
     mixed = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).double())
     messages.append(told(lambda: lite.setup(mixed, torch.optim.SGD(mixed.parameters(), lr=0.1))))
@@ -182,7 +190,7 @@ def misused() -> list[Any]:
 
 
 def test_what_zero_cannot_do_is_refused() -> None:
-    """Shares of a state after teardown, LBFGS, several dtypes; groups may come later."""
+    """Copies with a share of the state, also after teardown, LBFGS, several dtypes; groups may come later."""
     results = run_distributed(misused)
     for raw, step, state, loaded, size, mixed, lbfgs, untouched, _ in results:
         assert raw
