@@ -220,8 +220,9 @@ class Lite(Resuming, Pipelines):
         others = (*optimizers, *_as_tuple(schedulers))
         _check_move(move_to_device)
         self._prepared.check("setup", (model,), others)
-        self._prepared.add_module(model, self._device, move=move_to_device)
-        self._prepared.add_optimizers(others, self._prepare_optimizer, self._methods("on_after_optimizer_step"))
+        with self._prepared.adding(model, *others):
+            self._prepared.add_module(model, self._device, move=move_to_device)
+            self._prepared.add_optimizers(others, self._prepare_optimizer, self._methods("on_after_optimizer_step"))
         self.call("on_after_setup", self, model)
         return (model, *others) if others else model
 
@@ -244,7 +245,8 @@ class Lite(Resuming, Pipelines):
         if not optimizers:
             raise ConfigError("setup_optimizers() got no optimizer; pass at least one.")
         self._prepared.check("setup_optimizers", (), optimizers)
-        self._prepared.add_optimizers(optimizers, self._prepare_optimizer, self._methods("on_after_optimizer_step"))
+        with self._prepared.adding(*optimizers):
+            self._prepared.add_optimizers(optimizers, self._prepare_optimizer, self._methods("on_after_optimizer_step"))
         return optimizers if len(optimizers) > 1 else optimizers[0]
 
     @staticmethod

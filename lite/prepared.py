@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -161,12 +162,31 @@ class Prepared:
         self._loaders.extend(loaders)
         self.facts.extend(facts)
 
-    def release(self) -> None:
-        """Give everything back, without a hook or patch."""
-        for thing in (*self.modules, *self.optimizers, *self._schedulers, *self._loaders):
+    @contextmanager
+    def adding(self, *things: Any) -> Iterator[None]:
+        """A context that sets these up: where one of them is refused within it, all are given back."""
+        num_facts = len(self.facts)
+        try:
+            yield
+        except ConfigError:  # on all ranks alike
+            self._give_back(things)
+            del self.facts[num_facts:]
+            for thing in things:
+                self.modules.pop(thing, None)
+            self.optimizers[:] = [one for one in self.optimizers if one not in things]
+            self._schedulers[:] = [one for one in self._schedulers if one not in things]
+            self.weight.trains = bool(self.optimizers)
+            raise
+
+    def _give_back(self, things: Sequence[Any]) -> None:
+        for thing in things:
             _release(thing)
             if isinstance(thing, nn.Module):
                 self._precision.release_module(thing)
+
+    def release(self) -> None:
+        """Give everything back, without a hook or patch."""
+        self._give_back((*self.modules, *self.optimizers, *self._schedulers, *self._loaders))
         for kept in (self.modules, self.optimizers, self._schedulers, self._loaders, self.clipped, self.facts):
             kept.clear()
         self.weight.trains = False

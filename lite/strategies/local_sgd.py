@@ -104,7 +104,7 @@ class LocalSGDStrategy(DDPStrategy):
         return all(part.count == 0 or not part.holds(module) for part in self._rounds)
 
     def wrap(self, module: nn.Module, device: torch.device) -> Engine | None:
-        self._modules = [ref for ref in self._modules if ref() is not None]
+        self._modules = [ref for ref in self._modules if ref() not in (None, module)]
         self._modules.append(weakref.ref(module))
         if self._world_size > 1:
             refuse_alone("lite.setup")

@@ -80,8 +80,10 @@ def wrap_optimizer(
         precision.add_optimizer(optimizer)
         undo.append(_forgetting(optimizer, precision))
         disguise(optimizer, {"step": _scaled_step(patched or raw.step.__get__(optimizer), precision)})
-    above = follow(optimizer) if follow is not None else None
-    _wrapped[optimizer] = _Original(raw, patched, tuple(undo), below, above)
+    original = _Original(raw, patched, tuple(undo), below)
+    _wrapped[optimizer] = original  # already, so that all of it can be taken back where `follow` refuses
+    if follow is not None:
+        _wrapped[optimizer] = original._replace(above=follow(optimizer))
 
 
 def _scaled_step(raw_step: Callable[..., Any], precision: Precision) -> Callable[..., Any]:

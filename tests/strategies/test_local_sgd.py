@@ -352,8 +352,17 @@ def test_wrong_arguments_are_refused() -> None:
     ):
         strategy = LocalSGDStrategy(outer_optimizer=outer)
         model = nn.Linear(1, 1)
-        with pytest.raises(ConfigError, match=f"outer_optimizer returned .*{words}"):
-            Lite(accelerator="cpu", strategy=strategy).setup(model, sgd(model.parameters()))
+        for precision in ("32-true", "16-mixed"):  # which goes around steps, too
+            inner = sgd(model.parameters())
+            lite = Lite(accelerator="cpu", strategy=strategy, precision=precision)
+            for _ in range(2):  # it is given back, and can be set up again
+                with pytest.raises(ConfigError, match=f"outer_optimizer returned .*{words}"):
+                    lite.setup(model, inner)
+            assert (type(model), type(inner)) == (nn.Linear, torch.optim.SGD)
+            assert not inner._optimizer_step_pre_hooks
+            assert "Linear" not in lite.explain()
+            with pytest.raises(UsageError, match="has not prepared"):
+                lite.no_backward_sync(model)
         with pytest.raises(ConfigError, match=words):
             memory_estimate(model, strategy, optimizer=sgd)
 
