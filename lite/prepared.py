@@ -173,8 +173,8 @@ class Prepared:
             del self.facts[num_facts:]
             for thing in things:
                 self.modules.pop(thing, None)
-            self.optimizers = [one for one in self.optimizers if one not in things]
-            self._schedulers = [one for one in self._schedulers if one not in things]
+            self.optimizers[:] = [one for one in self.optimizers if one not in things]
+            self._schedulers[:] = [one for one in self._schedulers if one not in things]
             self.weight.trains = bool(self.optimizers)
             raise
 
