@@ -87,9 +87,11 @@ class StreamTracker:
         """
         self._dataset.load_state_dict(state)
         with drawing_under(RandomState.capture()):
-            for _ in self._dataset:
+            rest = iter(self._dataset)
+            is_over = next(rest, _ENDED) is _ENDED
+            del rest  # which, as it closes, may change the state
+            if not is_over:
                 self._dataset.load_state_dict(state)
-                break
 
     def _first_read(self, current: Pass) -> int:
         """The number of the first batch that workers read in this pass."""

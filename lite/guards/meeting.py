@@ -56,7 +56,8 @@ def meet(watch: FailureWatch, what: str, remedy: str) -> None:
         ask_at = time.monotonic() + _ASK_AGAIN_S
         # Asked again after their answers: whoever was on its way has come, whoever is past the place never will.
         away = [one for one in answers if not client.check([everyone[one.rank]])]
-        gone = [one for one in away if watch.has_left(one.rank) or one.position > watch.place() or still.holds(one)]
+        gone = [one for one in away if watch.has_left(one.rank) or one.position > watch.place()]
+        gone = gone or still.all_of(away)
         if gone:
             ranks = ", ".join(str(one.rank) for one in gone)
             raise UsageError(f"{what} on rank {watch.rank}, but not on rank {ranks}: {_places(gone)}. {remedy}")
@@ -81,8 +82,11 @@ class _Stillness:
         self._watch = watch
         self._since: dict[int, tuple[Answer, float]] = {}
 
-    def holds(self, answer: Answer) -> bool:
-        """Whether this rank can't go on by itself."""
+    def all_of(self, away: list[Answer]) -> list[Answer]:
+        """These ranks, where none of them moves; one that does may be what the others wait for."""
+        return away if all([self._holds(answer) for answer in away]) else []
+
+    def _holds(self, answer: Answer) -> bool:
         now = time.monotonic()
         needs_us = answer.communicates or answer.begun > self._watch.begun()
         before, since = self._since.get(answer.rank, (None, now))

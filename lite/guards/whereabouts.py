@@ -49,9 +49,13 @@ def whereabouts(thread_id: int) -> Whereabouts:
     stack = traceback.extract_stack(frame)
     own = [entry for entry in stack if not entry.filename.startswith((_TORCH, _LITE, "<frozen"))]
     place = (own or stack)[-1]
-    through = [entry.filename.startswith(_DISTRIBUTED) for entry in stack]
+    through = [_communicates(entry.filename) for entry in stack]
     communicates = any(through[-_INNERMOST:]) or stack[-1].filename == _DDP
     inside = communicates or any(through) or any("_run_backward" in entry.name for entry in stack)
     doing = " (in a backward or a collective)" if inside else ""
     text = f"at {place.filename}:{place.lineno} in {place.name}{doing}: {place.line}"
     return Whereabouts(text, moment, communicates)
+
+
+def _communicates(file: str) -> bool:
+    return file.startswith(_DISTRIBUTED) and not file.startswith(f"{_DISTRIBUTED}/checkpoint")  # which writes
