@@ -278,7 +278,9 @@ class Checkpoints(Facet):
     def _counterpart(self, about: Mapping[str, Any]) -> tuple[int | None, int]:
         """The rank of that checkpoint whose place this one takes, if there is one; and this rank's part of the data."""
         now = self._data_parts()
-        saved = about.get("data_parts", range(about.get("world_size", 1)))
+        num_saved = about.get("world_size", 1)
+        # Files from before there was that entry went by ranks.
+        saved = about.get("data_parts", now if num_saved == self.world_size else range(num_saved))
         return per_rank.counterpart(saved, now, self.global_rank), now[self.global_rank]
 
     def _data_parts(self) -> list[int]:

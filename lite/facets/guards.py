@@ -173,9 +173,8 @@ class Guards(Facet):
 
             end_with_launcher()
             self._watch = watch_failures(self._store)
-            if not self.strategy.trains_apart:  # where backwards are each rank's own
-                weight = self._weight
-                self._watch.begun = lambda: weight.uses
+            weight = self._weight
+            self._watch.begun = lambda: weight.uses
             self._stop_name = self._watch.new_name("stop")
 
     def _tell_of_failure(self, error: BaseException) -> None:

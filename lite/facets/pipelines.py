@@ -88,12 +88,13 @@ class Pipelines(Steps, Records):
         self.strategy.plan_pipeline(model, plan)
         try:
             self._prepared.check("setup_pipeline", (model,), optimizers)
+            with self._prepared.adding(model, *optimizers):
+                self._prepared.add_module(model, self._device, move=True)
+                hooks = self._methods("on_after_optimizer_step")
+                self._prepared.add_optimizers(optimizers, self._prepare_optimizer, hooks)
         except (ConfigError, UsageError):
             self.strategy.drop_pipeline(model)
             raise
-        with self._prepared.adding(model, *optimizers):
-            self._prepared.add_module(model, self._device, move=True)
-            self._prepared.add_optimizers(optimizers, self._prepare_optimizer, self._methods("on_after_optimizer_step"))
         self.call("on_after_setup", self, model)
         engine = self._modules[model]
         whole = Stage(found, self.precision, first=True, last=True)

@@ -42,7 +42,7 @@ class BetweenRanks(Facet):
 
         After a training step a BatchNorm's statistics hold the rank's own last batch; call this before an evaluation of
         which each rank does a part, and all evaluate the model that a checkpoint would hold. The Trainer does.
-        It does nothing where the strategy takes no buffers from rank 0 (one process, LocalSGD, pipelines, DeepSpeed).
+        It does nothing where the strategy takes no buffers from rank 0 (one process, LocalSGD, pipelines).
         """
         self._require_connected("sync_buffers")
         for engine in self._modules.values():

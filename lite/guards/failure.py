@@ -36,6 +36,7 @@ _GRACE_S = 5.0  # how long a rank may go on after another one has failed
 _CLEANUP_S = 30.0  # how long it may take to end once it knows
 _SAVE_S = 300.0  # how long a background save may then take: a whole checkpoint is worth it
 _LINGER_S = 3.0  # how long the rank that hosts the store stays for the others
+_AT_REST_S = 0.2  # what a main thread that only waits computes at most between two answers
 _MAX_CHARS = 20_000
 
 _COMMUNICATION = re.compile(r"gloo|nccl|c10d|monitoredBarrier", re.IGNORECASE)
@@ -65,21 +66,26 @@ class Answer:
     Attributes:
         where: In words.
         position: As numbers that grow as it goes on; none of a rank that doesn't answer.
-        begun: How many backwards and the like it has begun, which ranks begin together.
-        moment: What tells two moments of its main thread apart.
-        communicates: Whether that is in a collective.
+        moment: What tells two moments of its main thread apart: where it is, the backwards that it has begun, and the
+            seconds that it has computed.
+        communicates: Whether that is in a collective, or in a backward.
     """
 
     rank: int
     where: str
     position: list[int] = field(default_factory=list)
-    begun: int = 0
-    moment: int = 0
+    moment: list[float] = field(default_factory=list)
     communicates: bool = False
 
-    def same_moment(self, other: Answer) -> bool:
-        """Whether nothing has moved between the two."""
-        return (self.begun, self.moment) == (other.begun, other.moment)
+    def is_past(self, place: list[int]) -> bool:
+        """Whether it has come further than there, as far as that can be compared."""
+        return len(self.position) == len(place) and self.position > place
+
+    def stands_as(self, before: Answer) -> bool:
+        """Whether nothing has moved since that answer: the same line, no backward, and hardly anything computed."""
+        if self.moment[:-1] != before.moment[:-1] or not self.moment:
+            return False
+        return self.moment[-1] - before.moment[-1] < _AT_REST_S
 
 
 def current_watch() -> FailureWatch | None:
@@ -115,7 +121,7 @@ class FailureWatch:
         timeout_s: How long ranks may wait for each other.
 
     Attributes:
-        begun: Counts the backwards and the like that this rank has begun, and ranks begin together. To be set.
+        begun: Counts the backwards and the like that this rank has begun. To be set.
         failure: The first failure of the job, once this rank knows of it.
         closed: Whether this watch has ended.
     """
@@ -167,6 +173,10 @@ class FailureWatch:
         """Where keys of the next meeting of that name begin; the so-manieth of each rank belong together."""
         number = self._meetings[what] = self._meetings.get(what, 0) + 1
         return f"{self.name}/meet/{what}/{number}"
+
+    def forget_meeting(self, what: str) -> None:
+        """Let the newest meeting of that name not have been."""
+        self._meetings[what] -= 1
 
     def place(self) -> list[int]:
         """How far this rank has come: later places are greater."""
@@ -329,6 +339,8 @@ class FailureWatch:
                 elif self.has_left(rank):
                     answers[rank] = Answer(rank, f"ended already, {self._how_left(rank)}")
             time.sleep(0.02)
+        for rank in set(answers) - {self.rank}:
+            self.client.delete_key(f"{self.name}/answer/{number}/{rank}")
         silent = "no answer: its process is gone, or its Python is blocked"
         return [answers.get(rank, Answer(rank, silent)) for rank in range(self.world_size)]
 
@@ -337,7 +349,8 @@ class FailureWatch:
 
         here, progress = whereabouts(self._user_thread.ident or 0), self._progress()
         where = f"{doing}, {here.text}, {progress}" if progress else f"{doing}, {here.text}"
-        return Answer(self.rank, where, self.place(), self.begun(), here.moment, here.communicates)
+        moment = [here.moment, self.begun(), _computed(self._user_thread)]
+        return Answer(self.rank, where, self.place(), moment, here.communicates)
 
     def _watch(self) -> None:
         """The watcher thread."""
@@ -384,6 +397,13 @@ class FailureWatch:
             return None
         self._told = True
         return PeerError(f"another rank ended, so this one can't go on: {self.failure.text}")
+
+
+def _computed(thread: threading.Thread) -> float:
+    """The seconds that a thread has computed, where the system tells."""
+    if thread.ident is None or not thread.is_alive() or not hasattr(time, "pthread_getcpuclockid"):
+        return 0.0
+    return time.clock_gettime(time.pthread_getcpuclockid(thread.ident))
 
 
 def own_client(store: Any) -> Any:

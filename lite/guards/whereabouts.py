@@ -12,6 +12,8 @@ import torch
 _TORCH = str(Path(torch.__file__).parent)
 _LITE = str(Path(__file__).resolve().parents[1])
 _DISTRIBUTED = f"{_TORCH}/distributed"
+# Which write files, and start processes.
+_OTHERS = tuple(f"{_DISTRIBUTED}/{name}/" for name in ("checkpoint", "elastic", "launcher"))
 _DDP = f"{_TORCH}/nn/parallel/distributed.py"
 _INNERMOST = 3  # a collective is called through torch._ops, say
 
@@ -22,8 +24,8 @@ class Whereabouts:
 
     Attributes:
         text: The innermost line of the user's code that it runs, and whether it communicates there.
-        moment: What tells two moments apart, but by chance.
-        communicates: Whether its innermost frames are in a collective.
+        moment: What tells two lines of code, with what has called them, apart.
+        communicates: Whether its innermost frames are in a collective, or in a backward.
     """
 
     text: str
@@ -50,12 +52,13 @@ def whereabouts(thread_id: int) -> Whereabouts:
     own = [entry for entry in stack if not entry.filename.startswith((_TORCH, _LITE, "<frozen"))]
     place = (own or stack)[-1]
     through = [_communicates(entry.filename) for entry in stack]
-    communicates = any(through[-_INNERMOST:]) or stack[-1].filename == _DDP
-    inside = communicates or any(through) or any("_run_backward" in entry.name for entry in stack)
+    backward = ["_run_backward" in entry.name for entry in stack]
+    communicates = any(through[-_INNERMOST:]) or stack[-1].filename == _DDP or backward[-1]
+    inside = communicates or any(through) or any(backward)
     doing = " (in a backward or a collective)" if inside else ""
     text = f"at {place.filename}:{place.lineno} in {place.name}{doing}: {place.line}"
     return Whereabouts(text, moment, communicates)
 
 
 def _communicates(file: str) -> bool:
-    return file.startswith(_DISTRIBUTED) and not file.startswith(f"{_DISTRIBUTED}/checkpoint")  # which writes
+    return file.startswith(_DISTRIBUTED) and not file.startswith(_OTHERS)

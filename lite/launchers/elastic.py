@@ -98,9 +98,10 @@ class ElasticLauncher(Launcher):
             max_restarts=0,
             monitor_interval=0.1,
             start_method=self.start_method,
-            signals_to_handle=",".join(number.name for number in _handled()),
             logs_specs=DefaultLogsSpecs(log_dir=str(folder / "torchelastic")),
         )
+        if hasattr(config, "signals_to_handle"):  # not in older torch
+            config.signals_to_handle = ",".join(number.name for number in _handled())
         received: int | None = None
         try:
             with _children_environment(variables or {}), _signal_handlers():

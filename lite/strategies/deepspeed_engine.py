@@ -125,7 +125,7 @@ class DeepSpeedEngine(Engine):
         if torch.is_grad_enabled() and computes:
             self._check_parameters()
             if self.syncs_buffers and self.module.training:
-                self._take_buffers()
+                self.sync_buffers()
             inputs = list(provenance.tensors_with_grad((args, kwargs)))
         with nullcontext() if whole or not computes else self._own_parameters():
             outputs = run(*args, **kwargs)
@@ -166,7 +166,7 @@ class DeepSpeedEngine(Engine):
             "by then; call lite.teardown() and set up again, or freeze before lite.setup."
         )
 
-    def _take_buffers(self) -> None:
+    def sync_buffers(self) -> None:
         for buffer in self.module.buffers():
             collectives.take_from_rank_0(buffer)
 

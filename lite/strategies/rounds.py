@@ -289,7 +289,7 @@ def make_outer(outer: OuterOptimizer, parameters: list[nn.Parameter]) -> Optimiz
     if not isinstance(made, Optimizer):
         raise ConfigError(f"outer_optimizer returned {shown(made)}; it must return a torch optimizer.")
     try:
-        inspect.signature(made.step).bind()
+        inspect.signature(type(made).step).bind(made)  # a scheduler has put another into the instance
     except TypeError:
         raise ConfigError(
             f"outer_optimizer returned {shown(made)}, whose step() needs a closure, and at a sync there is no loss to "

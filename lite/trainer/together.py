@@ -13,7 +13,7 @@ def meet(trainer: Any, what: str, remedy: str) -> None:
     """Wait until all ranks are here, but not for one that has gone on. Collective, and rare."""
     watch = current_watch() if trainer.world_size > 1 and not trainer.barebones else None
     if watch is not None:
-        meeting.meet(watch, what, remedy)
+        meeting.meet(watch, what, remedy, in_order=True)
 
 
 def report_position(trainer: Any) -> None:

@@ -122,7 +122,7 @@ def save_alone(folder: str, strategy: str, case: str) -> None:
     """Rank 0 saves, and rank 1 goes on without, has ended, or is only late."""
     from lite.guards import meeting
 
-    meeting._ASK_AGAIN_S, meeting._STILL_S = 0.5, 1.0  # soon
+    meeting._ASK_AGAIN_S, meeting._LONGEST_S, meeting._STILL_S = 0.5, 1.0, 2.0  # soon
     lite = Lite(accelerator="cpu", strategy=strategy)
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     model, optimizer = lite.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
