@@ -60,7 +60,7 @@ def counterpart(saved: Sequence[int], now: Sequence[int], rank: int) -> int | No
     """
     if list(saved) == list(now):
         return rank
-    return list(saved).index(now[rank]) if set(saved) == set(now) else None
+    return saved.index(now[rank]) if set(saved) == set(now) else None
 
 
 def pick(loaded: dict[str, Any], state: Mapping[str, Any], source: int | None) -> None:

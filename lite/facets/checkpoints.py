@@ -277,15 +277,11 @@ class Checkpoints(Facet):
 
     def _counterpart(self, about: Mapping[str, Any]) -> tuple[int | None, int]:
         """The rank of that checkpoint whose place this one takes, if there is one; and this rank's part of the data."""
-        now = self._data_parts()
+        now = self.strategy.data_parts(self.world_size)
         num_saved = about.get("world_size", 1)
         # Files from before there was that entry went by ranks.
         saved = about.get("data_parts", now if num_saved == self.world_size else range(num_saved))
         return per_rank.counterpart(saved, now, self.global_rank), now[self.global_rank]
-
-    def _data_parts(self) -> list[int]:
-        """Which part of the data each rank has."""
-        return [self.strategy.data_shards(self.world_size, rank)[1] for rank in range(self.world_size)]
 
     def _warn_of_open_windows(self, state: Mapping[str, Any]) -> None:
         held = {id(part) for value in state.values() for part in (value, *getattr(value, "windows", ()))}
@@ -305,7 +301,7 @@ class Checkpoints(Facet):
             states = collectives.all_gather_objects(own)
             entries["strategy"] = {"name": self.strategy.name, "states": states}
         if self.world_size > 1:
-            entries["data_parts"] = self._data_parts()
+            entries["data_parts"] = self.strategy.data_parts(self.world_size)
             entries["buffers"] = per_rank.gather_buffers(content, state)
         return manifest.compose(self.world_size, {k: sanitise(v, manifest.KEY) for k, v in entries.items() if v})
 

@@ -139,6 +139,10 @@ class Strategy:
         """How many parts a loader's batches are split into, and which is this rank's."""
         return world_size, rank
 
+    def data_parts(self, world_size: int) -> list[int]:
+        """Which part each rank gets; ranks that compute one model together have the same one."""
+        return [self.data_shards(world_size, rank)[1] for rank in range(world_size)]
+
     def prepare_backward(self, loss: Tensor, *, partial: bool = False) -> Tensor:
         """Refuse a loss whose gradients would not be synchronised; called before each backward with several ranks.
 

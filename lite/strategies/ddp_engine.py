@@ -333,7 +333,7 @@ class DDPEngine(Engine):
 
     def sync_buffers(self) -> None:
         ddp = self._averaged.ddp
-        if self.syncs_buffers and ddp is not None and ddp.modules_buffers:
+        if ddp is not None and ddp.modules_buffers:
             with torch.no_grad():
                 ddp._sync_module_buffers(0)  # type: ignore[no-untyped-call]  # so in torch 2.6 to 2.13
 

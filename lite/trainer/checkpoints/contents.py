@@ -135,7 +135,7 @@ def _exact_state(trainer: Any, checkpoint: dict[str, Any]) -> dict[str, Any]:
     per_rank, val = _is_per_rank(loader), fit.val_loop
     under_way = fit.epoch_loop.under_way or fit.val_loop.under_way
     mine: dict[str, Any] = {
-        "part": _part(trainer.lite, trainer.global_rank),
+        "part": trainer.lite.strategy.data_shards(trainer.world_size, trainer.global_rank)[1],
         "random": RandomState.capture(cuda=True).state_dict(),
         "strategy": trainer.lite.strategy.own_state(*_trained(trainer, checkpoint)),
         **(fit.sums_before or epoch_sums(trainer, under_way=under_way)),
@@ -236,7 +236,7 @@ def restore_training(trainer: Any, checkpoint: dict[str, Any], parts: frozenset[
         return
     ranks = exact["ranks"]
     saved_parts = [one.get("part", rank) for rank, one in enumerate(ranks)]
-    parts_now = [_part(trainer.lite, rank) for rank in range(trainer.world_size)]
+    parts_now = trainer.lite.strategy.data_parts(trainer.world_size)
     source = counterpart(saved_parts, parts_now, trainer.global_rank)
     if "state_dict" in parts:
         restore_buffers({"module": exact.get("buffers", {})}, {"module": trainer.module}, source)
@@ -373,12 +373,6 @@ def _sum(gradients: Iterable[torch.Tensor | None], shares: int) -> torch.Tensor 
     """One share of the ranks' sum; a rank that has no gradient counts as zeros."""
     there = [gradient for gradient in gradients if gradient is not None]
     return torch.stack(there).sum(0) / shares if there else None
-
-
-def _part(lite: Any, rank: int) -> int:
-    """Which part of the data a rank gets; ranks that compute one model together have the same one."""
-    part: int = lite.strategy.data_shards(lite.world_size, rank)[1]
-    return part
 
 
 def _moment(ranks: list[Any], source: int | None, part: int) -> Moment:
