@@ -174,7 +174,7 @@ class Guards(Facet):
             end_with_launcher()
             self._watch = watch_failures(self._store)
             weight = self._weight
-            self._watch.begun = lambda: weight.uses
+            self._watch.begin_anew(lambda: weight.uses)
             self._stop_name = self._watch.new_name("stop")
 
     def _tell_of_failure(self, error: BaseException) -> None:

@@ -121,7 +121,7 @@ class FailureWatch:
         timeout_s: How long ranks may wait for each other.
 
     Attributes:
-        begun: Counts the backwards and the like that this rank has begun. To be set.
+        begun: Counts the backwards and the like that this rank has begun.
         failure: The first failure of the job, once this rank knows of it.
         closed: Whether this watch has ended.
     """
@@ -160,6 +160,15 @@ class FailureWatch:
         """Where keys of something new begin; the same on all ranks when they ask in the same order."""
         self._names += 1
         return f"{self.name}/{what}{self._names}"
+
+    def begin_anew(self, begun: Callable[[], int]) -> None:
+        """Let nothing of a Lite before be in this rank's answers: ranks leave it at different times.
+
+        Args:
+            begun: Counts the backwards and the like that this rank has begun.
+        """
+        self.begun = begun
+        self._progress, self._count, self._position = str, int, tuple
 
     def report_progress(self, progress: Callable[[], str], count: Callable[[], int]) -> None:
         """Let this rank's answer to "where are you" hold what `progress()` returns, in words, and `count()`."""
